@@ -1,0 +1,85 @@
+//! How a capture hands its data to whoever stores it, and how a restore gets it back.
+//!
+//! The engine knows processes and no network; the store knows networks and no processes.
+//! They meet in the two traits of this module, and in nothing else.
+
+use std::fmt;
+use std::io;
+
+/// Size of a page in a capsule, in bytes. Every supported host uses 4 KiB base pages.
+pub const PAGE_BYTES: usize = 4096;
+
+/// A run of pages is passed in batches of at most this many bytes, which is also the most that a frame holds.
+pub const BATCH_BYTES_MAX: usize = 1 << 20;
+
+/// Names one paged object of a capsule: an address space, a shared memory object, or the content of an unlinked file.
+///
+/// Ids are given by the engine, from 0 upwards, and are only unique within one capsule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SpaceId(pub u32);
+
+impl fmt::Display for SpaceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "space {}", self.0)
+    }
+}
+
+/// `count` pages from page number `first` (an address or file offset divided by [`PAGE_BYTES`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PageRun {
+    pub first: u64,
+    pub count: u64,
+}
+
+/// Pages of one space: `bytes` holds the content of all `runs`, one after another.
+///
+/// Runs are in ascending order and do not overlap, within a batch and from batch to batch of a space.
+/// `bytes.len()` is [`PAGE_BYTES`] times the sum of the counts, and at most [`BATCH_BYTES_MAX`].
+#[derive(Debug)]
+pub struct PageBatch {
+    pub space: SpaceId,
+    pub runs: Vec<PageRun>,
+    pub bytes: Vec<u8>,
+}
+
+/// A named sequence of bytes beside the pages, such as the layer of changed files.
+///
+/// The name becomes part of the manifest: lower-case letters, digits, `-` and `.`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct StreamName(pub String);
+
+/// Where a capture writes.
+///
+/// A sink has bounded buffers: each call blocks while they are full. After an error the sink stays failed, and
+/// the capsule can't be committed.
+pub trait Sink {
+    /// An empty buffer with room for [`BATCH_BYTES_MAX`], recycled from an earlier batch if there is one.
+    fn buffer(&mut self) -> Vec<u8>;
+
+    /// Takes pages. Pages that are all zeros may be passed; the sink leaves them out of the page map, where an absent
+    /// page means zeros (or, for a private file mapping, the file's own content: such pages are passed by [`Sink::exact_pages`]).
+    fn pages(&mut self, batch: PageBatch) -> io::Result<()>;
+
+    /// Takes pages that have to be in the page map even when they are all zeros.
+    fn exact_pages(&mut self, batch: PageBatch) -> io::Result<()>;
+
+    /// Appends to a stream, which comes into being with its first byte.
+    fn append(&mut self, stream: &StreamName, bytes: &[u8]) -> io::Result<()>;
+}
+
+/// Where a restore reads. Everything it returns has been checked against its digest.
+pub trait Source: Sync {
+    /// The runs of pages that `space` holds, in ascending order. Empty for an unknown space.
+    fn runs(&self, space: SpaceId) -> io::Result<Vec<PageRun>>;
+
+    /// Passes every page of `spaces` to `place`, in no promised order, from several threads at once.
+    ///
+    /// The first error, of the source or of `place`, ends the transfer and is returned.
+    fn transfer(&self, spaces: &[SpaceId], place: &Place<'_>) -> io::Result<()>;
+
+    /// Reads a stream from its start, or `None` if the capsule has no stream of that name.
+    fn stream(&self, name: &StreamName) -> io::Result<Option<Box<dyn io::Read + Send + '_>>>;
+}
+
+/// Puts the pages of one batch where they belong.
+pub type Place<'a> = dyn Fn(SpaceId, &[PageRun], &[u8]) -> io::Result<()> + Sync + 'a;
