@@ -1,3 +1,23 @@
 //! Every system call and `/proc` parser that Samara uses, behind safe types.
 //!
 //! One module per interface, named as its man page. This is the only crate with `unsafe` code.
+//! What the crate does not have: policy. It neither retries, nor decides, nor remembers.
+
+pub mod kcmp;
+pub mod pagemap;
+pub mod pidfd;
+pub mod proc;
+pub mod process_vm;
+pub mod ptrace;
+pub mod tape;
+pub mod wait;
+
+use std::io;
+
+/// A process or thread id as the caller's pid namespace numbers it.
+pub type Pid = libc::pid_t;
+
+/// Turns the -1 of a libc call into the error that `errno` names.
+fn check(result: libc::c_long) -> io::Result<libc::c_long> {
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
