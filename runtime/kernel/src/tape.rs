@@ -183,6 +183,8 @@ global_asm!(
     "5:",
     "mov eax, 186", // gettid
     "syscall",
+    ".globl samara_tape_marker",
+    "samara_tape_marker:",
     // From here on there is no tracer: the signal mask was its doing.
     "mov eax, 14", // rt_sigprocmask
     "mov edi, 2",  // SIG_SETMASK
@@ -218,6 +220,16 @@ global_asm!(
 
 /// The number of the call that ends every tape.
 pub const END_CALL: u64 = 186;
+
+/// Offset of the instruction after the call that ends a tape.
+#[must_use]
+pub fn interpreter_marker() -> u64 {
+    unsafe extern "C" {
+        static samara_tape_begin: u8;
+        static samara_tape_marker: u8;
+    }
+    ((&raw const samara_tape_marker).addr() - (&raw const samara_tape_begin).addr()) as u64
+}
 
 /// The interpreter's code.
 #[must_use]

@@ -1,0 +1,482 @@
+//! Stopping all of a container, and letting it go on.
+//!
+//! The stop is made of ptrace stops alone: when the engine dies, the kernel detaches all of them and the container runs on.
+//! A container that its engine has paused (frozen in a cgroup) is seized while it is frozen; the caller then thaws the cgroup,
+//! and each thread goes from the freezer into its ptrace stop without executing an instruction.
+//!
+//! What this module does not do: write to cgroup files.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::time::{Duration, Instant};
+
+use samara_kernel::kcmp::{self, Resource};
+use samara_kernel::ptrace::{self, Options};
+use samara_kernel::wait::{self, Status};
+use samara_kernel::{Pid, proc};
+
+use crate::restart;
+use crate::tracee::{Process, Thread, TraceeError, failed};
+
+/// Why a container could not be stopped. It runs on in every case.
+#[derive(Debug, thiserror::Error)]
+pub enum FreezeError {
+    #[error("could not look for the container's processes")]
+    Discover { source: io::Error },
+    #[error("process {pid} ({name}) is traced by process {tracer}: end the debugger first")]
+    Traced { pid: Pid, name: String, tracer: Pid },
+    #[error(
+        "process {pid} ({name}) is in a pid namespace inside the container's: nested pid namespaces are not supported"
+    )]
+    NestedPidNamespace { pid: Pid, name: String },
+    #[error("could not seize thread {tid} of process {pid}")]
+    Seize { pid: Pid, tid: Pid, source: io::Error },
+    #[error(
+        "thread {tid} ({name}) of process {pid} did not stop within {waited:?}; it is in state {state}"
+    )]
+    Late { pid: Pid, tid: Pid, name: String, state: char, waited: Duration },
+    #[error("the container's init (process {pid}) has ended")]
+    InitEnded { pid: Pid },
+    #[error(transparent)]
+    Tracee(#[from] TraceeError),
+}
+
+/// How long all threads together may take to stop. A thread in an uninterruptible sleep (NFS, FUSE) never does.
+const FREEZE_MAX: Duration = Duration::from_secs(10);
+/// A thread that has not stopped by then is looked at: it may be waiting for its vfork child.
+const VFORK_LOOK: Duration = Duration::from_millis(5);
+/// Between two looks for stops when there was none: a fraction of the time that a stop takes.
+const POLL: Duration = Duration::from_micros(50);
+
+/// A process that has ended and that its parent has not waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Zombie {
+    pub(crate) pid: Pid,
+}
+
+/// A container all of whose threads are in ptrace stops. Dropping it lets them go on.
+#[derive(Debug)]
+pub struct FrozenTree {
+    /// Init and its descendants, by pid.
+    pub(crate) processes: BTreeMap<Pid, Process>,
+    pub(crate) zombies: Vec<Zombie>,
+    /// Processes that joined from outside (`exec`), and their descendants: stopped, never saved.
+    pub(crate) sessions: BTreeMap<Pid, Process>,
+    pub(crate) init: Pid,
+    pub(crate) stopped_at: Instant,
+}
+
+impl FrozenTree {
+    /// Stops everything in the pid namespace of `init`.
+    ///
+    /// `thaw` is called once when every thread known so far has been asked to stop: for a container that arrives frozen in a
+    /// cgroup, it has to thaw it.
+    ///
+    /// # Errors
+    /// The container runs on, with whatever was stopped released.
+    pub fn stop(
+        init: Pid,
+        thaw: &mut dyn FnMut() -> io::Result<()>,
+    ) -> Result<FrozenTree, FreezeError> {
+        let mut freezer = Freezer {
+            init,
+            namespace: proc::namespace(init, "pid").map_err(discover)?,
+            running: BTreeMap::new(),
+            stopped: BTreeMap::new(),
+            zombies: BTreeSet::new(),
+            deadline: Instant::now() + FREEZE_MAX,
+            stopped_at: Instant::now(),
+        };
+        // `freezer` releases what it holds when it is dropped on an error.
+        freezer.seize_new()?;
+        thaw().map_err(discover)?;
+        loop {
+            freezer.wait_for_stops()?;
+            if freezer.seize_new()? == 0 && freezer.running.is_empty() {
+                break;
+            }
+        }
+        freezer.into_tree()
+    }
+
+    /// Lets everything go on.
+    ///
+    /// # Errors
+    /// The first that occurred; all that can be let go has been let go.
+    pub fn thaw(mut self) -> Result<(), TraceeError> {
+        self.release()
+    }
+
+    /// Ends the container: kills every process while it is stopped.
+    ///
+    /// # Errors
+    /// If a signal could not be sent; whatever was not killed runs on.
+    pub fn kill(self) -> io::Result<()> {
+        let mut first_error = Ok(());
+        for pid in self.processes.keys().chain(self.sessions.keys()) {
+            let sent = samara_kernel::pidfd::PidFd::open(*pid)
+                .and_then(|process| process.send_signal(libc::SIGKILL));
+            match sent {
+                Err(error) if error.raw_os_error() != Some(libc::ESRCH) && first_error.is_ok() => {
+                    first_error = Err(error);
+                }
+                Ok(()) | Err(_) => {}
+            }
+        }
+        first_error
+    }
+
+    fn release(&mut self) -> Result<(), TraceeError> {
+        let mut first_error = Ok(());
+        let everything = std::mem::take(&mut self.processes).into_values();
+        for mut process in everything.chain(std::mem::take(&mut self.sessions).into_values()) {
+            let unmapped = process.unmap_arena();
+            let released = process.threads.iter().map(Thread::release).fold(Ok(()), Result::and);
+            first_error = first_error.and(unmapped).and(released);
+        }
+        first_error
+    }
+}
+
+impl Drop for FrozenTree {
+    fn drop(&mut self) {
+        if let Err(error) = self.release() {
+            tracing::warn!(error = %error, "a thread could not be let go cleanly; the kernel does it when this process ends");
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Freezer {
+    init: Pid,
+    namespace: (u64, u64),
+    /// Seized and asked to stop: thread to process, and since when.
+    running: BTreeMap<Pid, (Pid, Instant)>,
+    stopped: BTreeMap<Pid, (Pid, Thread)>,
+    zombies: BTreeSet<Pid>,
+    deadline: Instant,
+    stopped_at: Instant,
+}
+
+impl Freezer {
+    /// Seizes threads that are not ours yet, and returns how many there were.
+    fn seize_new(&mut self) -> Result<usize, FreezeError> {
+        let mut new = 0;
+        self.zombies.clear();
+        for pid in self.members()? {
+            let Ok(threads) = proc::threads(pid) else { continue };
+            for tid in threads {
+                if !self.running.contains_key(&tid)
+                    && !self.stopped.contains_key(&tid)
+                    && self.seize(pid, tid)?
+                {
+                    new += 1;
+                }
+            }
+        }
+        Ok(new)
+    }
+
+    /// Processes whose pid namespace is the container's.
+    fn members(&self) -> Result<Vec<Pid>, FreezeError> {
+        let mut members = Vec::new();
+        let mut others = Vec::new();
+        for pid in proc::processes().map_err(discover)? {
+            match proc::namespace(pid, "pid") {
+                Ok(namespace) if namespace == self.namespace => members.push(pid),
+                Ok(_) => others.push(pid),
+                // A zombie has no namespaces any more, but still a parent.
+                Err(_) => {
+                    if proc::stat(pid).is_ok_and(|stat| stat.state == 'Z') {
+                        others.push(pid);
+                    }
+                }
+            }
+        }
+        let inside: BTreeSet<Pid> = members.iter().copied().collect();
+        for pid in others {
+            let Ok(stat) = proc::stat(pid) else { continue };
+            if !inside.contains(&stat.ppid) {
+                continue;
+            }
+            if stat.state == 'Z' {
+                members.push(pid);
+            } else if proc::namespace(pid, "pid").is_ok_and(|namespace| namespace != self.namespace)
+            {
+                return Err(FreezeError::NestedPidNamespace { pid, name: stat.comm });
+            }
+        }
+        Ok(members)
+    }
+
+    /// Seizes one thread. False: it is gone, a zombie, or ours already.
+    fn seize(&mut self, pid: Pid, tid: Pid) -> Result<bool, FreezeError> {
+        let options = Options::SYSGOOD.and(Options::FOLLOW).and(Options::EXEC);
+        let seized = match ptrace::seize(tid, options.and(Options::SUSPEND_SECCOMP)) {
+            // Only a tracer without CAP_SYS_ADMIN, or with a filter of its own, is refused the suspension.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => ptrace::seize(tid, options),
+            other => other,
+        };
+        match seized {
+            Ok(()) => {
+                self.running.insert(tid, (pid, Instant::now()));
+                ptrace::interrupt(tid)
+                    .or_else(gone_is_fine)
+                    .map_err(|source| FreezeError::Seize { pid, tid, source })?;
+                Ok(true)
+            }
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(false),
+            Err(source) => {
+                let Ok(status) = proc::status(tid) else { return Ok(false) };
+                let own = i32::try_from(std::process::id()).expect("pids are ints");
+                let state = status.state.chars().next().unwrap_or('?');
+                if matches!(state, 'Z' | 'X') {
+                    if tid == pid {
+                        if pid == self.init {
+                            return Err(FreezeError::InitEnded { pid });
+                        }
+                        self.zombies.insert(pid);
+                    }
+                    Ok(false)
+                } else if status.tracerpid == own {
+                    // Attached by the kernel as the child of a tracee; its stop is on its way.
+                    self.running.insert(tid, (pid, Instant::now()));
+                    Ok(true)
+                } else if status.tracerpid != 0 {
+                    Err(FreezeError::Traced { pid, name: status.name, tracer: status.tracerpid })
+                } else {
+                    Err(FreezeError::Seize { pid, tid, source })
+                }
+            }
+        }
+    }
+
+    fn wait_for_stops(&mut self) -> Result<(), FreezeError> {
+        while !self.running.is_empty() {
+            match wait::poll_any() {
+                Ok(Some((tid, status))) => self.on_stop(tid, status)?,
+                Ok(None) => {
+                    self.look_at_late()?;
+                    std::thread::sleep(POLL);
+                }
+                Err(error) if error.raw_os_error() == Some(libc::ECHILD) => {
+                    return Err(FreezeError::InitEnded { pid: self.init });
+                }
+                Err(source) => return Err(FreezeError::Discover { source }),
+            }
+        }
+        Ok(())
+    }
+
+    fn on_stop(&mut self, tid: Pid, status: Status) -> Result<(), FreezeError> {
+        let resume =
+            |signal| ptrace::cont(tid, signal).or_else(gone_is_fine).map_err(failed("resume", tid));
+        match status {
+            Status::EventStop(signal) => {
+                let (pid, _) = match self.running.remove(&tid) {
+                    Some(found) => found,
+                    None if self.stopped.contains_key(&tid) => return Ok(()),
+                    // A new task whose first stop came before its parent's event.
+                    None => (process_of(tid).map_err(discover)?, Instant::now()),
+                };
+                let group_stop = if signal == libc::SIGTRAP { 0 } else { signal };
+                let mut thread = Thread::at_stop(tid, group_stop)?;
+                restart::mend_interrupted(&mut thread.stop);
+                self.stopped.insert(tid, (pid, thread));
+            }
+            // Delivered now: the interrupt is still due, and stops the thread before the first instruction of the handler.
+            Status::SignalStop(signal) => resume(signal)?,
+            Status::Event(wait::EVENT_EXEC) => {
+                // The other threads of the process are gone, and this one has the leader's number.
+                let pid = tid;
+                self.running.retain(|other, (owner, _)| *owner != pid || *other == tid);
+                self.stopped.retain(|_, (owner, _)| *owner != pid);
+                self.running.insert(tid, (pid, Instant::now()));
+                ptrace::interrupt(tid).or_else(gone_is_fine).map_err(failed("interrupt", tid))?;
+                resume(0)?;
+            }
+            Status::Event(_) => {
+                let child = ptrace::event_message(tid).map_err(failed("read the event of", tid))?;
+                if let Ok(child) = Pid::try_from(child)
+                    && !self.stopped.contains_key(&child)
+                    && let Ok(pid) = process_of(child)
+                {
+                    self.running.insert(child, (pid, Instant::now()));
+                }
+                resume(0)?;
+            }
+            Status::SyscallStop | Status::Continued => resume(0)?,
+            Status::Exited(_) | Status::Killed(_) => {
+                self.running.remove(&tid);
+                self.stopped.remove(&tid);
+                if tid == self.init {
+                    return Err(FreezeError::InitEnded { pid: tid });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets vfork children run whose parents wait for them, and gives up when time is out.
+    fn look_at_late(&mut self) -> Result<(), FreezeError> {
+        let now = Instant::now();
+        let late: Vec<(Pid, Pid)> = self
+            .running
+            .iter()
+            .filter(|(_, (_, since))| now.duration_since(*since) > VFORK_LOOK)
+            .map(|(tid, (pid, _))| (*tid, *pid))
+            .collect();
+        for (tid, pid) in late {
+            let Ok(stat) = proc::stat(tid) else {
+                self.running.remove(&tid);
+                continue;
+            };
+            if now > self.deadline {
+                let waited = FREEZE_MAX;
+                return Err(FreezeError::Late {
+                    pid,
+                    tid,
+                    name: stat.comm,
+                    state: stat.state,
+                    waited,
+                });
+            }
+            // A parent in vfork sleeps without taking signals until its child no longer uses its address space.
+            if stat.state == 'D' {
+                self.run_vfork_children(pid)?;
+            }
+            if let Some((_, since)) = self.running.get_mut(&tid) {
+                *since = now;
+            }
+        }
+        Ok(())
+    }
+
+    fn run_vfork_children(&mut self, parent: Pid) -> Result<(), FreezeError> {
+        let children: Vec<Pid> = self
+            .stopped
+            .iter()
+            .filter(|(tid, (pid, _))| {
+                *tid == pid
+                    && *pid != parent
+                    && kcmp::resource(parent, *pid, Resource::Vm).is_ok_and(|order| order.is_eq())
+            })
+            .map(|(tid, _)| *tid)
+            .collect();
+        for child in children {
+            if let Some((pid, thread)) = self.stopped.remove(&child) {
+                // Not asked to stop again: it stops at its exec, or ends.
+                self.running.insert(child, (pid, Instant::now()));
+                ptrace::set_registers(child, &thread.stop)
+                    .map_err(failed("set the registers of", child))?;
+                ptrace::cont(child, 0).or_else(gone_is_fine).map_err(failed("resume", child))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn into_tree(mut self) -> Result<FrozenTree, FreezeError> {
+        let mut threads: BTreeMap<Pid, Vec<Thread>> = BTreeMap::new();
+        for (pid, thread) in std::mem::take(&mut self.stopped).into_values() {
+            let list = threads.entry(pid).or_default();
+            // The leader first.
+            let position = if thread.tid == pid { 0 } else { list.len() };
+            list.insert(position, thread);
+        }
+        let mut tree = FrozenTree {
+            processes: BTreeMap::new(),
+            zombies: Vec::new(),
+            sessions: BTreeMap::new(),
+            init: self.init,
+            stopped_at: self.stopped_at,
+        };
+        let parents: BTreeMap<Pid, Pid> = threads
+            .keys()
+            .chain(&self.zombies)
+            .filter_map(|pid| Some((*pid, proc::stat(*pid).ok()?.ppid)))
+            .collect();
+        // From here on `tree` releases on errors; what has not been moved yet goes with the engine's end.
+        for (pid, list) in threads {
+            let process = Process::new(pid, list)?;
+            if descends(pid, self.init, &parents) {
+                tree.processes.insert(pid, process);
+            } else {
+                tree.sessions.insert(pid, process);
+            }
+        }
+        tree.zombies = self
+            .zombies
+            .iter()
+            .filter(|pid| descends(**pid, self.init, &parents))
+            .map(|pid| Zombie { pid: *pid })
+            .collect();
+        Ok(tree)
+    }
+}
+
+impl Drop for Freezer {
+    fn drop(&mut self) {
+        for (_, thread) in std::mem::take(&mut self.stopped).into_values() {
+            if let Err(error) = thread.release() {
+                tracing::warn!(error = %error, "a thread could not be let go cleanly");
+            }
+        }
+        // Threads that were asked to stop and have not: wait for the stop, bounded, since only a stopped thread can be let go.
+        let deadline = Instant::now() + Duration::from_secs(1);
+        while !self.running.is_empty() && Instant::now() < deadline {
+            match wait::poll_any() {
+                Ok(Some((tid, Status::EventStop(_)))) => {
+                    self.running.remove(&tid);
+                    let released = Thread::at_stop(tid, 0).and_then(|mut thread| {
+                        restart::mend_interrupted(&mut thread.stop);
+                        ptrace::set_registers(tid, &thread.stop)
+                            .map_err(failed("set the registers of", tid))?;
+                        thread.release()
+                    });
+                    if let Err(error) = released {
+                        tracing::warn!(error = %error, "a thread could not be let go cleanly");
+                    }
+                }
+                Ok(Some((tid, Status::SignalStop(signal)))) => {
+                    let _ = ptrace::cont(tid, signal);
+                }
+                Ok(Some((tid, Status::Exited(_) | Status::Killed(_)))) => {
+                    self.running.remove(&tid);
+                }
+                Ok(Some((tid, Status::SyscallStop | Status::Event(_) | Status::Continued))) => {
+                    let _ = ptrace::cont(tid, 0);
+                }
+                Ok(None) => std::thread::sleep(POLL),
+                Err(_) => break,
+            }
+        }
+    }
+}
+
+/// Whether the chain of parents leads from `pid` to `init`.
+fn descends(pid: Pid, init: Pid, parents: &BTreeMap<Pid, Pid>) -> bool {
+    let mut current = pid;
+    // A chain is no longer than there are processes.
+    for _ in 0..=parents.len() {
+        if current == init {
+            return true;
+        }
+        match parents.get(&current) {
+            Some(parent) => current = *parent,
+            None => return false,
+        }
+    }
+    false
+}
+
+fn process_of(tid: Pid) -> io::Result<Pid> {
+    Ok(proc::status(tid)?.tgid)
+}
+
+fn gone_is_fine(error: io::Error) -> io::Result<()> {
+    if error.raw_os_error() == Some(libc::ESRCH) { Ok(()) } else { Err(error) }
+}
+
+fn discover(source: io::Error) -> FreezeError {
+    FreezeError::Discover { source }
+}
