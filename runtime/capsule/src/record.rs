@@ -65,6 +65,7 @@ pub struct Alive {
     pub working_directory: Path,
     pub umask: u32,
     pub descriptors: Vec<Descriptor>,
+    pub locks: Vec<Lock>,
     /// Soft and hard, by `RLIMIT_` number; `u64::MAX` is none.
     pub limits: Vec<(u64, u64)>,
     /// By signal number from 1.
@@ -170,15 +171,33 @@ pub struct Descriptor {
     pub close_on_exec: bool,
 }
 
+/// An advisory lock that a process holds through one of its descriptors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lock {
+    pub fd: i32,
+    pub kind: LockKind,
+    pub exclusive: bool,
+    /// First byte, and number of bytes; 0 bytes reach to the end of the file, however long it grows.
+    pub start: u64,
+    pub bytes: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LockKind {
+    /// `fcntl(F_SETLK)`: belongs to the process.
+    Posix,
+    /// `fcntl(F_OFD_SETLK)`: belongs to the open file description.
+    OpenFile,
+    /// `flock`: belongs to the open file description.
+    Flock,
+}
+
 /// An open file description.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OpenFile {
     /// Flags of `open`, without `O_CLOEXEC`.
     pub flags: i32,
     pub kind: FileKind,
-    /// `fcntl(F_SETOWN)`: 0 for none, and the signal of `F_SETSIG`.
-    pub owner: i32,
-    pub owner_signal: i32,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -15,7 +15,7 @@ use samara_kernel::ptrace::{self, Options};
 use samara_kernel::wait::{self, Status};
 use samara_kernel::{Pid, proc};
 
-use crate::restart;
+use crate::restart::{self, Sleeper};
 use crate::tracee::{Process, Thread, TraceeError, failed};
 
 /// Why a container could not be stopped. It runs on in every case.
@@ -64,6 +64,8 @@ pub struct FrozenTree {
     pub(crate) sessions: BTreeMap<Pid, Process>,
     pub(crate) init: Pid,
     pub(crate) stopped_at: Instant,
+    /// Threads that were found asleep in a call with a timeout.
+    pub(crate) sleepers: BTreeMap<Pid, Sleeper>,
 }
 
 impl FrozenTree {
@@ -86,6 +88,7 @@ impl FrozenTree {
             zombies: BTreeSet::new(),
             deadline: Instant::now() + FREEZE_MAX,
             stopped_at: Instant::now(),
+            sleepers: BTreeMap::new(),
         };
         // `freezer` releases what it holds when it is dropped on an error.
         freezer.seize_new()?;
@@ -156,6 +159,7 @@ struct Freezer {
     zombies: BTreeSet<Pid>,
     deadline: Instant,
     stopped_at: Instant,
+    sleepers: BTreeMap<Pid, Sleeper>,
 }
 
 impl Freezer {
@@ -211,6 +215,9 @@ impl Freezer {
 
     /// Seizes one thread. False: it is gone, a zombie, or ours already.
     fn seize(&mut self, pid: Pid, tid: Pid) -> Result<bool, FreezeError> {
+        if let Some(sleeper) = Sleeper::observe(tid) {
+            self.sleepers.insert(tid, sleeper);
+        }
         let options = Options::SYSGOOD.and(Options::FOLLOW).and(Options::EXEC);
         let seized = match ptrace::seize(tid, options.and(Options::SUSPEND_SECCOMP)) {
             // Only a tracer without CAP_SYS_ADMIN, or with a filter of its own, is refused the suspension.
@@ -389,6 +396,7 @@ impl Freezer {
             sessions: BTreeMap::new(),
             init: self.init,
             stopped_at: self.stopped_at,
+            sleepers: std::mem::take(&mut self.sleepers),
         };
         let parents: BTreeMap<Pid, Pid> = threads
             .keys()

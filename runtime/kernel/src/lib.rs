@@ -9,6 +9,7 @@ pub mod pidfd;
 pub mod proc;
 pub mod process_vm;
 pub mod ptrace;
+pub mod sched;
 pub mod tape;
 pub mod wait;
 
