@@ -2,8 +2,17 @@
 //!
 //! This crate knows no OCI types and no network: data leaves and enters through [`samara_capsule::transfer`].
 
+pub mod capture;
+pub mod clocks;
+mod descriptors;
 pub mod freeze;
+mod memory;
+mod pipes;
+mod process;
 mod restart;
+mod root;
+mod sockets;
 mod tracee;
+pub mod unsupported;
 
 pub use tracee::TraceeError;

@@ -104,9 +104,7 @@ impl Sleeper {
     pub(crate) fn observe(tid: Pid) -> Option<Sleeper> {
         let call = proc::attribute(tid, "syscall").ok()?;
         let number: i64 = call.split(' ').next()?.parse().ok()?;
-        if timeout(number).is_none() {
-            return None;
-        }
+        timeout(number)?;
         let (since_ns, _) = proc::scheduled(tid)?;
         Some(Sleeper { since_ns, processor: proc::stat(tid).ok()?.processor? })
     }

@@ -14,6 +14,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use samara_capsule::record::Restart;
 use samara_kernel::ptrace::{self, Registers};
 use samara_kernel::tape::{self, CALL_BYTES, Call, End, ONCE_BYTES, ONCE_PREFIX, RETURN_BLOCK};
 use samara_kernel::wait::{self, Status};
@@ -49,6 +50,9 @@ pub(crate) const DATA_BYTES: u64 = 256 << 10;
 pub(crate) const ARENA_BYTES: u64 = DATA + DATA_BYTES;
 /// The part of the arena that is code.
 const CODE_BYTES: u64 = 4096;
+
+/// The part at the end of the vdso's last page that the engine uses. Kernels leave more than a kilobyte there.
+pub(crate) const PADDING_BYTES: usize = 1024;
 
 const ALL_SIGNALS: u64 = u64::MAX;
 
@@ -227,12 +231,51 @@ impl Process {
         let (_, end) =
             self.vdso.ok_or(TraceeError::NoRoom { pid: self.pid, why: "it has no vdso" })?;
         let address = end - (ONCE_BYTES as u64).next_multiple_of(16);
-        let present = self.read(address, ONCE_BYTES)?;
-        if present.iter().all(|&byte| byte == 0) || present.starts_with(&ONCE_PREFIX) {
+        let padding = self.read(end - PADDING_BYTES as u64, PADDING_BYTES)?;
+        let (_, present) = padding
+            .split_at(PADDING_BYTES - usize::try_from(end - address).expect("a short distance"));
+        if padding.iter().all(|&byte| byte == 0) || present.starts_with(&ONCE_PREFIX) {
             Ok(address)
         } else {
             Err(TraceeError::NoRoom { pid: self.pid, why: "its vdso has no padding" })
         }
+    }
+
+    /// Places the timespecs that interrupted calls of the threads go on with, and returns their addresses.
+    ///
+    /// They live below the stub in the vdso's padding: the kernel only reads them, and no stack has to have room.
+    /// A thread for which there is no room gets none, and its timeout starts anew.
+    pub(crate) fn scratch_for(
+        &self,
+        restarts: impl Iterator<Item = Restart>,
+    ) -> Result<Vec<Option<u64>>, TraceeError> {
+        const SLOT: u64 = 16;
+        let mut places = Vec::new();
+        let mut slot = None;
+        for restart in restarts {
+            let Restart::Timespec { rest_ns, .. } = restart else {
+                places.push(None);
+                continue;
+            };
+            let address = match slot {
+                None => self.stub_address()? - SLOT,
+                Some(last) => last - SLOT,
+            };
+            let (_, end) =
+                self.vdso.ok_or(TraceeError::NoRoom { pid: self.pid, why: "it has no vdso" })?;
+            if address < end - PADDING_BYTES as u64 {
+                places.push(None);
+                continue;
+            }
+            let mut timespec = [0u8; 16];
+            let (seconds, ns) = timespec.split_at_mut(8);
+            seconds.copy_from_slice(&(rest_ns / 1_000_000_000).to_le_bytes());
+            ns.copy_from_slice(&(rest_ns % 1_000_000_000).to_le_bytes());
+            self.write(address, &timespec)?;
+            slot = Some(address);
+            places.push(Some(address));
+        }
+        Ok(places)
     }
 
     /// Runs the calls of a tape in one thread and returns what they returned, in order; [`tape::NOT_RUN`] for those after a

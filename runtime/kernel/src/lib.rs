@@ -9,7 +9,9 @@ pub mod pidfd;
 pub mod proc;
 pub mod process_vm;
 pub mod ptrace;
+pub mod robust_list;
 pub mod sched;
+pub mod sock_diag;
 pub mod tape;
 pub mod wait;
 
