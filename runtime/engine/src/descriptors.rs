@@ -3,19 +3,30 @@
 //! Restore makes every description once, in the engine, below the container's root, and hands it to each process that has a
 //! descriptor for it. Descriptors that were shared by `fork`, `dup` or a message thus share their position and flags again.
 
-use std::fs;
-use std::os::fd::OwnedFd;
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
-use samara_capsule::record::{Bytes, Descriptor, FileKind, Lock, LockKind, OpenFile, Pipe};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use samara_capsule::record::{
+    Alive, Bytes, Container, Descriptor, FileKind, Lock, LockKind, OpenFile, Pipe,
+};
 use samara_kernel::pidfd::PidFd;
 use samara_kernel::proc::DescriptorInfo;
+use samara_kernel::tape::End;
 use samara_kernel::{Pid, kcmp, proc};
 
 use crate::capture::{CaptureError, OutsideStream, Tables, index, read};
+use crate::memory::Shared;
+use crate::restore::{RestoreError, make, open_below};
+use crate::root::Root;
+use crate::tracee::Process;
 use crate::unsupported::Place;
-use crate::{pipes, sockets};
+use crate::{pipes, process, sockets};
 
 /// The descriptors and locks of one process.
 #[derive(Debug, Default)]
@@ -248,6 +259,333 @@ pub(crate) fn new_pipe(tables: &mut Tables<'_>, identity: (u64, u64), pipe: Pipe
     tables.pipes.push(pipe);
     tables.known_pipes.insert(identity, number);
     number
+}
+
+/// How the engine hands descriptors to processes that are being built: a socket that all of them inherit from the blank init.
+#[derive(Debug)]
+pub(crate) struct Channel {
+    ours: OwnedFd,
+    /// The number that it has in every process.
+    number: RawFd,
+}
+
+/// Descriptors in one message; the kernel takes 253 (SCM_MAX_FD).
+const DESCRIPTORS_AT_ONCE: usize = 200;
+
+impl Channel {
+    /// Closes all that the blank init has open and leaves it the channel, at a number that is not in `taken`.
+    pub(crate) fn make(
+        init: &mut Process,
+        taken: &BTreeSet<RawFd>,
+    ) -> Result<Channel, RestoreError> {
+        const NOFILE: u32 = libc::RLIMIT_NOFILE;
+        // Descriptors beyond the soft limit may be open: it was lowered after them.
+        let limits = proc::limits(init.pid).map_err(make("the limits of the blank init"))?;
+        if let Some((_, hard)) = limits.get(NOFILE as usize) {
+            proc::set_limit(init.pid, NOFILE, *hard, *hard)
+                .map_err(make("the limits of the blank init"))?;
+        }
+        let number = (0..).find(|number| !taken.contains(number)).expect("numbers do not run out");
+        let mut tape = init.tape()?;
+        tape.call(
+            "close its descriptors",
+            libc::SYS_close_range,
+            [0, u64::from(u32::MAX), 0, 0, 0, 0],
+        );
+        let pair = tape.output(8);
+        let arguments = [
+            u64::from(libc::AF_UNIX.unsigned_abs()),
+            u64::from(libc::SOCK_SEQPACKET.unsigned_abs()),
+            0,
+            pair.address,
+            0,
+            0,
+        ];
+        tape.call("make a socket pair", libc::SYS_socketpair, arguments);
+        init.run_all(0, &tape, End::Breakpoint)?;
+        let [pair] = process::words(&init.output(pair)?);
+        let (ours, theirs) = (pair & 0xffff_ffff, pair >> 32);
+        let handle = PidFd::open(init.pid).map_err(make("a handle on the blank init"))?;
+        let end = handle
+            .get_fd(RawFd::try_from(ours).expect("descriptors are ints"))
+            .map_err(make("the engine's end of a socket pair"))?;
+        let mut tape = init.tape()?;
+        let wanted = u64::from(number.unsigned_abs());
+        // Ours goes first: the wanted number may be the one that it has.
+        tape.call("close a socket", libc::SYS_close, [ours, 0, 0, 0, 0, 0]);
+        if theirs != wanted {
+            tape.call("move a socket", libc::SYS_dup3, [theirs, wanted, 0, 0, 0, 0]);
+            tape.call("close a socket", libc::SYS_close, [theirs, 0, 0, 0, 0, 0]);
+        }
+        init.run_all(0, &tape, End::Breakpoint)?;
+        Ok(Channel { ours: end, number })
+    }
+
+    /// Hands over descriptors, and returns the numbers that they got: the lowest free ones, in order.
+    pub(crate) fn send(
+        &mut self,
+        process: &mut Process,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<Vec<RawFd>, RestoreError> {
+        let mut numbers = Vec::with_capacity(files.len());
+        for files in files.chunks(DESCRIPTORS_AT_ONCE) {
+            numbers.extend(self.send_some(process, files)?);
+        }
+        Ok(numbers)
+    }
+
+    fn send_some(
+        &mut self,
+        process: &mut Process,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<Vec<RawFd>, RestoreError> {
+        let raw: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
+        let message = [IoSlice::new(b"f")];
+        sendmsg::<()>(
+            self.ours.as_raw_fd(),
+            &message,
+            &[ControlMessage::ScmRights(&raw)],
+            MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT,
+            None,
+        )
+        .map_err(io::Error::from)
+        .map_err(make("descriptors for the container"))?;
+        const HEADER_BYTES: usize = 16;
+        let bytes = HEADER_BYTES + files.len() * size_of::<RawFd>();
+        let mut tape = process.tape()?;
+        let byte = tape.output(8);
+        let vector = tape.words(&[byte.address, 1]);
+        let control = tape.output(bytes.next_multiple_of(8));
+        let header = tape.words(&[0, 0, vector, 1, control.address, control.bytes as u64, 0]);
+        let arguments = [u64::from(self.number.unsigned_abs()), header, 0, 0, 0, 0];
+        tape.call("receive descriptors", libc::SYS_recvmsg, arguments);
+        process.run_all(0, &tape, End::Breakpoint)?;
+        let control = process.output(control)?;
+        let [length] = process::words(&control);
+        let numbers: Vec<RawFd> = control
+            .get(HEADER_BYTES..usize::try_from(length).unwrap_or(0).min(control.len()))
+            .unwrap_or_default()
+            .chunks_exact(size_of::<RawFd>())
+            .map(|number| RawFd::from_le_bytes(number.try_into().expect("chunks of four bytes")))
+            .collect();
+        if numbers.len() == files.len() {
+            Ok(numbers)
+        } else {
+            // The process's own limit on descriptors cuts the list short.
+            Err(RestoreError::Make {
+                what: "descriptors".to_owned(),
+                source: io::Error::from_raw_os_error(libc::EMFILE),
+            })
+        }
+    }
+}
+
+/// The open file descriptions of a restored container, each once.
+#[derive(Debug)]
+pub(crate) struct Files(Vec<OwnedFd>);
+
+/// Makes all open file descriptions.
+///
+/// `outside` are the new container's own standard streams.
+pub(crate) fn make_files(
+    container: &Container,
+    root: &Root,
+    outside: &[Option<OwnedFd>],
+    shared: &Shared,
+) -> Result<Files, RestoreError> {
+    let mut pipes = pipes::Made::default();
+    let mut pairs: Vec<[Option<OwnedFd>; 2]> = Vec::new();
+    for pair in &container.socket_pairs {
+        pairs.push(sockets::restore(pair).map_err(make("a pair of unix sockets"))?);
+    }
+    let mut files = Vec::with_capacity(container.files.len());
+    for file in &container.files {
+        files.push(make_file(file, container, root, outside, shared, &mut pipes, &mut pairs)?);
+    }
+    Ok(Files(files))
+}
+
+fn make_file(
+    file: &OpenFile,
+    container: &Container,
+    root: &Root,
+    outside: &[Option<OwnedFd>],
+    shared: &Shared,
+    pipes: &mut pipes::Made,
+    pairs: &mut [[Option<OwnedFd>; 2]],
+) -> Result<OwnedFd, RestoreError> {
+    let damaged = |what: &str| {
+        RestoreError::Damaged(format!("an open file refers to {what} that is not there"))
+    };
+    let flags = file.flags;
+    Ok(match &file.kind {
+        FileKind::Regular { path, position, .. } => {
+            let file = open_below(root, path, flags)?;
+            seek(&file, *position)?;
+            file.into()
+        }
+        FileKind::Directory { path, position } => {
+            let file = open_below(root, path, flags)?;
+            seek(&file, *position)?;
+            file.into()
+        }
+        FileKind::Unlinked { file, position } => {
+            let object =
+                shared.unlinked.get(*file as usize).ok_or_else(|| damaged("an unlinked file"))?;
+            // What O_TMPFILE made is a file like any other now.
+            let file = Shared::reopen(object, flags & !libc::O_TMPFILE)
+                .map_err(make("an unlinked file"))?;
+            seek(&file, *position)?;
+            file.into()
+        }
+        FileKind::SharedMemory { memory, position } => {
+            let object =
+                shared.memory.get(*memory as usize).ok_or_else(|| damaged("shared memory"))?;
+            let file = Shared::reopen(object, flags).map_err(make("shared memory"))?;
+            seek(&file, *position)?;
+            file.into()
+        }
+        FileKind::Device { path, major, minor } => {
+            let file = open_below(root, path, flags)?;
+            let metadata = file.metadata().map_err(make("a device"))?;
+            if device_number(metadata.rdev()) != (*major, *minor)
+                || !metadata.file_type().is_char_device()
+            {
+                let path = String::from_utf8_lossy(path);
+                return Err(RestoreError::Incompatible(format!(
+                    "{path} is not device {major}:{minor} here"
+                )));
+            }
+            file.into()
+        }
+        FileKind::Pipe { pipe } => {
+            let record = container.pipes.get(*pipe as usize).ok_or_else(|| damaged("a pipe"))?;
+            pipes.pipe_end(*pipe, record, flags).map_err(make("a pipe"))?
+        }
+        FileKind::Fifo { pipe, path } => {
+            let record = container.pipes.get(*pipe as usize).ok_or_else(|| damaged("a FIFO"))?;
+            pipes.fifo(*pipe, record, root, path, flags).map_err(make("a FIFO"))?
+        }
+        FileKind::EventFd { count, semaphore } => {
+            let flag = if *semaphore { EfdFlags::EFD_SEMAPHORE } else { EfdFlags::empty() };
+            let event = EventFd::from_value_and_flags(0, flag | EfdFlags::EFD_CLOEXEC)
+                .map_err(io::Error::from)
+                .map_err(make("an eventfd"))?;
+            if *count > 0 {
+                event.write(*count).map_err(io::Error::from).map_err(make("an eventfd"))?;
+            }
+            let event: OwnedFd = event.into();
+            set_flags(&event, flags)?;
+            event
+        }
+        FileKind::SocketPair { pair, end } => {
+            let socket = pairs
+                .get_mut(*pair as usize)
+                .and_then(|pair| pair.get_mut(*end as usize))
+                .and_then(Option::take)
+                .ok_or_else(|| damaged("a socket"))?;
+            set_flags(&socket, flags)?;
+            socket
+        }
+        FileKind::Outside { stream } => match outside.get(*stream as usize) {
+            // The description is the engine's above, and its flags with it.
+            Some(Some(stream)) => stream.try_clone().map_err(make("a standard stream"))?,
+            Some(None) | None => {
+                let what = format!("standard stream {stream}: the new container has none");
+                return Err(RestoreError::Make { what, source: io::ErrorKind::NotFound.into() });
+            }
+        },
+    })
+}
+
+fn seek(file: &File, position: u64) -> Result<(), RestoreError> {
+    use std::io::{Seek, SeekFrom};
+    let mut file = file;
+    if position != 0 {
+        file.seek(SeekFrom::Start(position)).map_err(make("the position of an open file"))?;
+    }
+    Ok(())
+}
+
+/// Sets the status flags that `fcntl` can set.
+pub(crate) fn set_flags(fd: &OwnedFd, flags: i32) -> Result<(), RestoreError> {
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    fcntl(fd, FcntlArg::F_SETFL(OFlag::from_bits_retain(flags)))
+        .map(drop)
+        .map_err(io::Error::from)
+        .map_err(make("the flags of an open file"))
+}
+
+/// Gives a process its descriptors and locks, and closes the channel in it.
+///
+/// Received in ascending order of the numbers they are meant for, each descriptor arrives at its number or below it; moved in
+/// descending order, none is overwritten.
+pub(crate) fn install(
+    process: &mut Process,
+    channel: &mut Channel,
+    alive: &Alive,
+    files: &Files,
+) -> Result<(), RestoreError> {
+    let mut wanted: Vec<&Descriptor> = alive.descriptors.iter().collect();
+    wanted.sort_by_key(|descriptor| descriptor.fd);
+    let channel_number = u64::from(channel.number.unsigned_abs());
+    for group in wanted.chunks(DESCRIPTORS_AT_ONCE) {
+        let borrowed: Vec<BorrowedFd<'_>> = group
+            .iter()
+            .map(|descriptor| {
+                files.0.get(descriptor.file as usize).map(AsFd::as_fd).ok_or_else(|| {
+                    RestoreError::Damaged(format!(
+                        "descriptor {} refers to a file that is not there",
+                        descriptor.fd
+                    ))
+                })
+            })
+            .collect::<Result<_, _>>()?;
+        let numbers = channel.send(process, &borrowed)?;
+        let mut tape = process.tape()?;
+        for (descriptor, number) in group.iter().zip(numbers).rev() {
+            let number = u64::from(number.unsigned_abs());
+            let fd = u64::from(descriptor.fd.unsigned_abs());
+            let close_on_exec = u64::from(descriptor.close_on_exec);
+            if number == fd {
+                let set = [fd, u64::from(libc::F_SETFD.unsigned_abs()), close_on_exec, 0, 0, 0];
+                tape.call("set a descriptor's flags", libc::SYS_fcntl, set);
+            } else {
+                let flags = close_on_exec * u64::from(libc::O_CLOEXEC.unsigned_abs());
+                tape.call(
+                    format!("move descriptor {fd}"),
+                    libc::SYS_dup3,
+                    [number, fd, flags, 0, 0, 0],
+                );
+                tape.call("close a descriptor", libc::SYS_close, [number, 0, 0, 0, 0, 0]);
+            }
+        }
+        process.run_all(0, &tape, End::Breakpoint)?;
+    }
+    let mut tape = process.tape()?;
+    tape.call("close the channel", libc::SYS_close, [channel_number, 0, 0, 0, 0, 0]);
+    for lock in &alive.locks {
+        let fd = u64::from(lock.fd.unsigned_abs());
+        let (number, arguments) = match lock.kind {
+            LockKind::Flock => {
+                let operation =
+                    libc::LOCK_NB | if lock.exclusive { libc::LOCK_EX } else { libc::LOCK_SH };
+                (libc::SYS_flock, [fd, u64::from(operation.unsigned_abs()), 0, 0, 0, 0])
+            }
+            LockKind::Posix | LockKind::OpenFile => {
+                let kind = if lock.exclusive { libc::F_WRLCK } else { libc::F_RDLCK };
+                // `struct flock`: type and whence (short), start, length, pid.
+                let lock_words = [u64::from(kind.unsigned_abs()), lock.start, lock.bytes, 0];
+                let address = tape.words(&lock_words);
+                let command =
+                    if lock.kind == LockKind::Posix { libc::F_SETLK } else { libc::F_OFD_SETLK };
+                (libc::SYS_fcntl, [fd, u64::from(command.unsigned_abs()), address, 0, 0, 0])
+            }
+        };
+        tape.call(format!("lock descriptor {fd}"), number, arguments);
+    }
+    process.run_all(0, &tape, End::Breakpoint)?;
+    Ok(())
 }
 
 #[cfg(test)]

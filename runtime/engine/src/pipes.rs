@@ -3,6 +3,8 @@
 //! The data is copied with `tee(2)`, which takes nothing out. A pipe of which only one end is open in the container is
 //! restored with one end: its reader sees the end of the file, its writer a broken pipe, as before.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
@@ -14,6 +16,7 @@ use std::os::unix::fs::MetadataExt;
 
 use crate::capture::{CaptureError, Tables, read};
 use crate::descriptors::{Found, new_pipe};
+use crate::root::Root;
 
 /// The most that a pipe can hold: `fs.pipe-max-size` may be raised by root, but not beyond this (fs/pipe.c, round_pipe_size).
 const CONTENT_BYTES_MAX: usize = 1 << 31;
@@ -93,6 +96,67 @@ pub(crate) fn fill(writer: &OwnedFd, content: &[u8]) -> io::Result<()> {
     let written = file.write_all(content);
     fcntl(writer, FcntlArg::F_SETFL(before))?;
     written
+}
+
+/// Pipes that have been made, until every description that refers to one has its end.
+#[derive(Debug, Default)]
+pub(crate) struct Made {
+    pipes: BTreeMap<u32, (OwnedFd, OwnedFd)>,
+    fifos: BTreeMap<u32, OwnedFd>,
+}
+
+impl Made {
+    /// An end of a pipe, with a description and flags of its own.
+    pub(crate) fn pipe_end(
+        &mut self,
+        number: u32,
+        record: &Pipe,
+        flags: i32,
+    ) -> io::Result<OwnedFd> {
+        let (reader, _) = match self.pipes.entry(number) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert(restore(record)?),
+        };
+        reopen(reader, flags)
+    }
+
+    /// An open FIFO of the container's root.
+    pub(crate) fn fifo(
+        &mut self,
+        number: u32,
+        record: &Pipe,
+        root: &Root,
+        path: &[u8],
+        flags: i32,
+    ) -> io::Result<OwnedFd> {
+        let both = match self.fifos.entry(number) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                // Opened for both, a FIFO does not wait for the other side.
+                let both = root.open(path, libc::O_RDWR | libc::O_NONBLOCK)?;
+                let capacity =
+                    i32::try_from(record.capacity).map_err(|_| io::ErrorKind::InvalidData)?;
+                fcntl(&both, FcntlArg::F_SETPIPE_SZ(capacity))?;
+                fill(&both, &record.content)?;
+                entry.insert(both)
+            }
+        };
+        reopen(both, flags)
+    }
+}
+
+/// Opens a pipe once more through its link in `/proc`.
+fn reopen(pipe: &OwnedFd, flags: i32) -> io::Result<OwnedFd> {
+    use std::os::fd::AsRawFd;
+    use std::os::unix::fs::OpenOptionsExt;
+    let access = flags & libc::O_ACCMODE;
+    let file = File::options()
+        .read(access != libc::O_WRONLY)
+        .write(access != libc::O_RDONLY)
+        .custom_flags((flags & !libc::O_ACCMODE) | libc::O_NONBLOCK)
+        .open(format!("/proc/self/fd/{}", pipe.as_raw_fd()))?;
+    fcntl(&file, FcntlArg::F_SETFL(OFlag::from_bits_retain(flags)))?;
+    Ok(file.into())
 }
 
 #[cfg(test)]

@@ -120,6 +120,8 @@ pub(crate) struct Process {
     vdso: Option<(u64, u64)>,
     /// Start of the engine's mapping.
     pub(crate) arena: Option<u64>,
+    /// Processes and threads that calls of this one have made since the list was last taken, as the engine numbers them.
+    pub(crate) born: Vec<Pid>,
 }
 
 impl Process {
@@ -131,7 +133,7 @@ impl Process {
             .write(true)
             .open(path)
             .map_err(|source| TraceeError::Memory { what: "open", pid, address: 0, source })?;
-        Ok(Process { pid, threads, memory, vdso: None, arena: None })
+        Ok(Process { pid, threads, memory, vdso: None, arena: None, born: Vec::new() })
     }
 
     /// Says where the vdso is, which [`Process::map_arena`] needs.
@@ -140,6 +142,16 @@ impl Process {
             .iter()
             .find(|mapping| mapping.name == "[vdso]")
             .map(|mapping| (mapping.start, mapping.end));
+    }
+
+    /// Takes over where the vdso is from the process that made this one.
+    pub(crate) fn inherit_vdso(&mut self, creator: &Process) {
+        self.vdso = creator.vdso;
+    }
+
+    /// Says that the vdso has been moved.
+    pub(crate) fn vdso_moved(&mut self, start: u64, end: u64) {
+        self.vdso = Some((start, end));
     }
 
     pub(crate) fn read(&self, address: u64, bytes: usize) -> Result<Vec<u8>, TraceeError> {
@@ -218,7 +230,7 @@ impl Process {
             address: stub,
             source,
         })?;
-        let result = thread.run(&start, &after, Until::Calls(1))?;
+        let result = thread.run(&start, &after, Until::Calls(1), &mut Vec::new())?;
         Call::outcome(result.rax).map_err(|errno| TraceeError::Call {
             pid,
             what: what.to_owned(),
@@ -314,7 +326,9 @@ impl Process {
             End::Call => Until::Marker(base + tape::interpreter_marker()),
             End::Breakpoint => Until::Breakpoint,
         };
-        thread.run(&start, &after, until)?;
+        let mut born = Vec::new();
+        thread.run(&start, &after, until, &mut born)?;
+        self.born.extend(born);
         let table = self.read(base + TAPE, tape.calls.len() * CALL_BYTES)?;
         Ok(table
             .chunks_exact(CALL_BYTES)
@@ -376,6 +390,7 @@ impl Thread {
         start: &Registers,
         after: &Registers,
         until: Until,
+        born: &mut Vec<Pid>,
     ) -> Result<Registers, TraceeError> {
         let tid = self.tid;
         // In this order: see the module's invariants.
@@ -411,8 +426,13 @@ impl Thread {
                     let rip = ptrace::registers(tid).map_or(0, |registers| registers.rip);
                     return Err(TraceeError::Astray { tid, rip, status });
                 }
-                // An interrupt that was still due, or a new process or thread: the caller knows that it asked for one.
-                Status::EventStop(_) | Status::Event(_) | Status::Continued => {}
+                Status::Event(_) => {
+                    let child =
+                        ptrace::event_message(tid).map_err(failed("read the event of", tid))?;
+                    born.extend(Pid::try_from(child));
+                }
+                // An interrupt that was still due.
+                Status::EventStop(_) | Status::Continued => {}
                 status @ (Status::Exited(_) | Status::Killed(_)) => {
                     return Err(TraceeError::Ended { tid, status });
                 }
