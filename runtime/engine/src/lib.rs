@@ -17,4 +17,5 @@ mod sockets;
 mod tracee;
 pub mod unsupported;
 
+pub use process::{Confinement, SeccompPolicy};
 pub use tracee::TraceeError;

@@ -543,34 +543,43 @@ pub enum SeccompPolicy {
     Replace { drop: usize, program: Vec<u8> },
 }
 
-/// Gives a process all but its descriptors, its confinement and its registers.
+/// Gives a process the name, the boundaries and the program that the kernel shows for it.
+///
+/// Comes before its files are mapped: the kernel replaces the program only while nothing maps the old one, which may be the same.
+pub(crate) fn set_layout(
+    process: &mut Process,
+    channel: &mut Channel,
+    alive: &Alive,
+    root: &Root,
+) -> Result<(), RestoreError> {
+    const PR_SET_MM_MAP_BYTES: u64 = 104;
+    let executable = open_below(root, &alive.executable, libc::O_RDONLY)?;
+    let numbers = channel.send(process, &[executable.as_fd()])?;
+    let executable = numbers.first().map_or(0, |number| number.unsigned_abs());
+    let mut tape = process.tape()?;
+    let layout = layout_words(alive, executable, &mut tape);
+    let set_map = u64::from(libc::PR_SET_MM_MAP.unsigned_abs());
+    let arguments =
+        [u64::from(libc::PR_SET_MM.unsigned_abs()), set_map, layout, PR_SET_MM_MAP_BYTES, 0, 0];
+    tape.call("set the layout of its memory", libc::SYS_prctl, arguments);
+    tape.call("close a descriptor", libc::SYS_close, [executable.into(), 0, 0, 0, 0, 0]);
+    process.run_all(0, &tape, End::Breakpoint)?;
+    Ok(())
+}
+
+/// Gives a process all but its memory, its descriptors, its confinement and its registers.
 pub(crate) fn furnish(
     process: &mut Process,
     channel: &mut Channel,
     alive: &Alive,
     root: &Root,
 ) -> Result<(), RestoreError> {
-    const READ_ONLY: i32 = libc::O_RDONLY;
-    let executable = open_below(root, &alive.executable, READ_ONLY)?;
     let directory = open_below(root, &alive.working_directory, libc::O_PATH | libc::O_DIRECTORY)?;
-    let numbers = channel.send(process, &[executable.as_fd(), directory.as_fd()])?;
-    let [executable, directory] = numbers.as_slice() else {
-        return Err(RestoreError::Damaged(
-            "the channel returned other descriptors than it was given".to_owned(),
-        ));
-    };
-    let (executable, directory) = (executable.unsigned_abs(), u64::from(directory.unsigned_abs()));
+    let numbers = channel.send(process, &[directory.as_fd()])?;
+    let directory = numbers.first().map_or(0, |number| u64::from(number.unsigned_abs()));
     let mut tape = process.tape()?;
     tape.call("change its working directory", libc::SYS_fchdir, [directory, 0, 0, 0, 0, 0]);
-    let layout = layout_words(alive, executable, &mut tape);
-    const PR_SET_MM_MAP_BYTES: u64 = 104;
-    let set_map = u64::from(libc::PR_SET_MM_MAP.unsigned_abs());
-    let arguments =
-        [u64::from(libc::PR_SET_MM.unsigned_abs()), set_map, layout, PR_SET_MM_MAP_BYTES, 0, 0];
-    tape.call("set the layout of its memory", libc::SYS_prctl, arguments);
-    for fd in [u64::from(executable), directory] {
-        tape.call("close a descriptor", libc::SYS_close, [fd, 0, 0, 0, 0, 0]);
-    }
+    tape.call("close a descriptor", libc::SYS_close, [directory, 0, 0, 0, 0, 0]);
     tape.call("set its umask", libc::SYS_umask, [alive.umask.into(), 0, 0, 0, 0, 0]);
     tape.call(
         "set its personality",

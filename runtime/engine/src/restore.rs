@@ -345,6 +345,7 @@ impl Tree {
             .processes
             .get_mut(&pid)
             .ok_or_else(|| RestoreError::Damaged(format!("process {pid} is missing")))?;
+        process::set_layout(process, &mut self.channel, alive, root)?;
         memory::map(process, &mut self.channel, alive, root, shared, &runs)
     }
 

@@ -339,7 +339,7 @@ impl Process {
             .collect())
     }
 
-    /// As [`Process::run`], for calls that must all succeed.
+    /// As [`Process::run`], and the first required call that failed is the error.
     pub(crate) fn run_all(
         &mut self,
         index: usize,
@@ -347,8 +347,10 @@ impl Process {
         end: End,
     ) -> Result<Vec<u64>, TraceeError> {
         let results = self.run(index, tape, end)?;
-        for (position, result) in results.iter().enumerate() {
-            if let Err(errno) = Call::outcome(*result) {
+        for (position, (call, result)) in tape.calls.iter().zip(&results).enumerate() {
+            if call.is_required()
+                && let Err(errno) = Call::outcome(*result)
+            {
                 let what = tape.names.get(position).cloned().unwrap_or_default();
                 return Err(TraceeError::Call {
                     pid: self.pid,
@@ -516,10 +518,6 @@ impl Tape {
 
     pub(crate) fn len(&self) -> usize {
         self.calls.len()
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.calls.is_empty()
     }
 }
 

@@ -51,6 +51,12 @@ impl Call {
         self
     }
 
+    /// Whether the tape ends if the call fails.
+    #[must_use]
+    pub fn is_required(&self) -> bool {
+        self.number & STOP_ON_ERROR != 0
+    }
+
     #[must_use]
     pub fn to_bytes(self) -> [u8; CALL_BYTES] {
         let mut bytes = [0u8; CALL_BYTES];
