@@ -18,7 +18,9 @@ use super::content::{BUFFER_BYTES, CopyError, Segment, read_segment, segments, w
 use super::layer::{Content, DecodeError, EncodeError, Entry, LayerReader, LayerWriter, Socket};
 use super::metadata::{self, Metadata, Object};
 use super::revert::Base;
-use super::root::{ENGINE_PATHS, NamesByDirectory, Overlay, RootChanges, add_with_parents};
+use super::root::{
+    ENGINE_PATHS, NamesByDirectory, Overlay, RootChanges, add_with_parents, all_names,
+};
 use super::tree::{Kind, Stat, Tree, TreePath, names, open_file, open_subdir, stat_fd, stat_name};
 use super::{ApplyError, ApplyReport, Attempt, CaptureError, HostError, LayerReport, SocketNode};
 
@@ -63,7 +65,9 @@ pub fn apply_root(target: &RootChanges, stream: &mut dyn Read) -> Result<ApplyRe
 /// As [`apply_root`] otherwise.
 pub fn apply_tree(dir: OwnedFd, stream: &mut dyn Read) -> Result<ApplyReport, ApplyError> {
     let tree = Tree::at(dir).attempt("look up", "/")?;
-    Application::new(&tree, None).run(stream)?.ok_or_else(|| ApplyError::NeedsBase { root: "/".into() })
+    Application::new(&tree, None)
+        .run(stream)?
+        .ok_or_else(|| ApplyError::NeedsBase { root: "/".into() })
 }
 
 // Capture.
@@ -78,30 +82,69 @@ struct Changes<'a> {
 }
 
 impl<'a> Changes<'a> {
-    fn of(overlay: &'a Overlay, merged: &Tree) -> Result<Changes<'a>, HostError> {
-        let upper = overlay.upper.as_deref().map(|path| Tree::beneath_mounts(path).attempt("open", path)).transpose()?;
-        let mut always = match &upper {
-            Some(upper) => overlay.indexed_names(merged, upper)?,
-            None => NamesByDirectory::new(),
+    fn of(overlay: &'a Overlay, merged: &Tree) -> Result<Changes<'a>, CaptureError> {
+        let upper = overlay
+            .upper
+            .as_deref()
+            .map(|path| Tree::beneath_mounts(path).attempt("open", path))
+            .transpose()?;
+        let mut always = match overlay.index {
+            true => overlay.indexed_names(merged, &overlay.base_view(&overlay.lowers)?.tree)?,
+            false => NamesByDirectory::new(),
         };
         for path in ENGINE_PATHS {
             add_with_parents(&mut always, &TreePath::parse(path.as_bytes()).expect("a fixed path"));
         }
-        Ok(Changes { overlay, upper, always })
+        let mut changes = Changes { overlay, upper, always };
+        if overlay.index || overlay.redirects {
+            for (dir, names) in changes.untold_names(merged)? {
+                changes.always.entry(dir).or_default().extend(names);
+            }
+        }
+        Ok(changes)
+    }
+
+    /// The names of those files that would be told under some of their names only: files of the lower layers that
+    /// changed under one name and show it under all, or that have a name below a directory that was renamed.
+    fn untold_names(&self, merged: &Tree) -> Result<NamesByDirectory, CaptureError> {
+        let mut told: HashMap<_, (u32, u32)> = HashMap::new();
+        walk(merged, Some(self), &mut |_, stat, finding| {
+            if matches!(finding, Finding::Object { .. }) && stat.links > 1 {
+                told.entry(stat.identity).or_insert((stat.links, 0)).1 += 1;
+            }
+            Ok(())
+        })?;
+        let untold = told
+            .iter()
+            .filter(|(_, (links, told))| told < links)
+            .map(|(identity, _)| *identity)
+            .collect();
+        Ok(all_names(merged, &untold)?)
     }
 }
 
 /// What the walk finds, in the order of the layer.
 enum Finding<'a> {
-    Directory { dir: BorrowedFd<'a>, opaque: bool, sockets: Vec<Socket> },
+    Directory {
+        dir: BorrowedFd<'a>,
+        opaque: bool,
+        sockets: Vec<Socket>,
+    },
     /// Anything but directories and sockets.
-    Object { dir: BorrowedFd<'a>, name: &'a OsStr },
+    Object {
+        dir: BorrowedFd<'a>,
+        name: &'a OsStr,
+    },
     Removed,
     /// Something is mounted there, and what lies below can't be seen.
     Covered,
 }
 
-fn capture(tree: &Tree, changes: Option<&Changes<'_>>, out: &mut dyn Write) -> Result<LayerReport, CaptureError> {
+fn capture(
+    tree: &Tree,
+    changes: Option<&Changes<'_>>,
+    out: &mut dyn Write,
+) -> Result<LayerReport, CaptureError> {
     let mut writing = Writing {
         out: LayerWriter::new(out),
         report: LayerReport::default(),
@@ -115,7 +158,11 @@ fn capture(tree: &Tree, changes: Option<&Changes<'_>>, out: &mut dyn Write) -> R
 type Visit<'a> = dyn FnMut(&TreePath, &Stat, Finding<'_>) -> Result<(), CaptureError> + 'a;
 
 /// Visits a whole tree, or those parts of it that changed.
-fn walk(tree: &Tree, changes: Option<&Changes<'_>>, visit: &mut Visit<'_>) -> Result<(), CaptureError> {
+fn walk(
+    tree: &Tree,
+    changes: Option<&Changes<'_>>,
+    visit: &mut Visit<'_>,
+) -> Result<(), CaptureError> {
     // With each directory: whether only changes are told below it.
     let mut pending = vec![(TreePath::root(), changes)];
     while let Some((path, mut changes)) = pending.pop() {
@@ -129,7 +176,8 @@ fn walk(tree: &Tree, changes: Option<&Changes<'_>>, visit: &mut Visit<'_>) -> Re
                 None => None,
             };
             if let Some(upper_dir) = upper_dir {
-                let marks = c.overlay.marks(&upper_dir).attempt("read overlay attributes of", &path)?;
+                let marks =
+                    c.overlay.marks(&upper_dir).attempt("read overlay attributes of", &path)?;
                 if marks.opaque || marks.redirect {
                     // What lies below has nothing to do with the base image's directory of this name.
                     opaque = true;
@@ -150,12 +198,15 @@ fn walk(tree: &Tree, changes: Option<&Changes<'_>>, visit: &mut Visit<'_>) -> Re
         let mut children = Vec::with_capacity(found.len());
         let mut sockets = Vec::new();
         for name in found {
-            let child = path
-                .child(&name)
-                .map_err(|why| CaptureError::Unsupported { path: path.absolute().join(&name), why })?;
+            let child = path.child(&name).map_err(|why| CaptureError::Unsupported {
+                path: path.absolute().join(&name),
+                why,
+            })?;
             let stat = stat_name(&dir, &name).attempt("look up", &child)?;
             if let Some(stat) = stat.filter(|s| s.kind == Kind::Socket && s.mount == tree.mount) {
-                sockets.push(Socket { name, metadata: Metadata::of(&stat, Vec::new()) });
+                let xattrs = metadata::xattrs(Object::Named(dir.as_fd(), &name))
+                    .attempt("read attributes of", &child)?;
+                sockets.push(Socket { name, metadata: Metadata::of(&stat, xattrs) });
             } else {
                 children.push((child, stat));
             }
@@ -167,7 +218,12 @@ fn walk(tree: &Tree, changes: Option<&Changes<'_>>, visit: &mut Visit<'_>) -> Re
             match stat {
                 // Any form of whiteout: the upper layer has a name that the merged view has not.
                 None if changes.is_some() => visit(&child, &own, Finding::Removed)?,
-                None => return Err(CaptureError::Changed { path: child.absolute(), what: "it was removed" }),
+                None => {
+                    return Err(CaptureError::Changed {
+                        path: child.absolute(),
+                        what: "it was removed",
+                    });
+                }
                 Some(stat) if stat.mount != tree.mount => visit(&child, &stat, Finding::Covered)?,
                 Some(stat) if stat.kind == Kind::Directory => directories.push((child, changes)),
                 Some(stat) => visit(&child, &stat, Finding::Object { dir: dir.as_fd(), name })?,
@@ -187,15 +243,26 @@ struct Writing<'a> {
 }
 
 impl Writing<'_> {
-    fn write(&mut self, path: &TreePath, stat: &Stat, finding: Finding<'_>) -> Result<(), CaptureError> {
+    fn write(
+        &mut self,
+        path: &TreePath,
+        stat: &Stat,
+        finding: Finding<'_>,
+    ) -> Result<(), CaptureError> {
         match finding {
             Finding::Directory { dir, opaque, sockets } => {
                 self.note_flags(path, stat);
                 for Socket { name, metadata: Metadata { mode, uid, gid, .. } } in &sockets {
                     let path = path.absolute().join(name);
-                    self.report.sockets.push(SocketNode { path, mode: *mode, uid: *uid, gid: *gid });
+                    self.report.sockets.push(SocketNode {
+                        path,
+                        mode: *mode,
+                        uid: *uid,
+                        gid: *gid,
+                    });
                 }
-                let xattrs = metadata::xattrs(Object::Open(dir)).attempt("read attributes of", path)?;
+                let xattrs =
+                    metadata::xattrs(Object::Open(dir)).attempt("read attributes of", path)?;
                 self.entry(path, Content::Directory { sockets }, Metadata::of(stat, xattrs))?;
                 if opaque { self.entry(path, Content::Opaque, Metadata::default()) } else { Ok(()) }
             }
@@ -212,7 +279,14 @@ impl Writing<'_> {
                 if stat.links > 1 {
                     if let Some(target) = self.first_names.get(&stat.identity) {
                         let target = target.clone();
-                        return self.entry(path, Content::HardLink { target }, Metadata::default());
+                        // Other programs set an entry's metadata whatever its type.
+                        let xattrs = metadata::xattrs(Object::Named(dir, name))
+                            .attempt("read attributes of", path)?;
+                        return self.entry(
+                            path,
+                            Content::HardLink { target },
+                            Metadata::of(stat, xattrs),
+                        );
                     }
                     self.first_names.insert(stat.identity, path.clone());
                 }
@@ -221,12 +295,19 @@ impl Writing<'_> {
         }
     }
 
-    fn object(&mut self, path: &TreePath, stat: &Stat, dir: BorrowedFd<'_>, name: &OsStr) -> Result<(), CaptureError> {
+    fn object(
+        &mut self,
+        path: &TreePath,
+        stat: &Stat,
+        dir: BorrowedFd<'_>,
+        name: &OsStr,
+    ) -> Result<(), CaptureError> {
         let (major, minor) = stat.device;
         let content = match stat.kind {
             Kind::File => return self.file(path, stat, dir, name),
             Kind::Symlink => {
-                let target = rustix::fs::readlinkat(dir, name, Vec::new()).attempt("read the link", path)?;
+                let target =
+                    rustix::fs::readlinkat(dir, name, Vec::new()).attempt("read the link", path)?;
                 Content::Symlink { target: target.into_bytes() }
             }
             Kind::Fifo => Content::Fifo,
@@ -234,11 +315,18 @@ impl Writing<'_> {
             Kind::BlockDevice => Content::BlockDevice { major, minor },
             Kind::Directory | Kind::Socket => unreachable!("the walk tells of these in other ways"),
         };
-        let xattrs = metadata::xattrs(Object::Named(dir, name)).attempt("read attributes of", path)?;
+        let xattrs =
+            metadata::xattrs(Object::Named(dir, name)).attempt("read attributes of", path)?;
         self.entry(path, content, Metadata::of(stat, xattrs))
     }
 
-    fn file(&mut self, path: &TreePath, stat: &Stat, dir: BorrowedFd<'_>, name: &OsStr) -> Result<(), CaptureError> {
+    fn file(
+        &mut self,
+        path: &TreePath,
+        stat: &Stat,
+        dir: BorrowedFd<'_>,
+        name: &OsStr,
+    ) -> Result<(), CaptureError> {
         let changed = |what| CaptureError::Changed { path: path.absolute(), what };
         let file = open_file(dir, name).attempt("open", path)?;
         let opened = stat_fd(&file).attempt("look up", path)?;
@@ -246,17 +334,22 @@ impl Writing<'_> {
             return Err(changed("another object took its name"));
         }
         let size = opened.size;
-        let xattrs = metadata::xattrs(Object::Open(file.as_fd())).attempt("read attributes of", path)?;
+        let xattrs =
+            metadata::xattrs(Object::Open(file.as_fd())).attempt("read attributes of", path)?;
         let segments = segments(&file, size, opened.blocks).attempt("find the holes of", path)?;
         let whole = [Segment { offset: 0, length: size }];
         let content = Content::File { size, segments };
         self.entry_headers(path, content.clone(), Metadata::of(&opened, xattrs))?;
         let Content::File { segments, .. } = content else { unreachable!("made above") };
         for segment in segments.as_deref().unwrap_or(&whole) {
-            read_segment(file.as_fd(), *segment, &mut self.out, &mut self.buffer).map_err(|e| match e {
-                CopyError::From(source) => HostError { action: "read", path: path.into(), source }.into(),
-                CopyError::To(source) => CaptureError::Write(source),
-                CopyError::Short => changed("it became shorter"),
+            read_segment(file.as_fd(), *segment, &mut self.out, &mut self.buffer).map_err(|e| {
+                match e {
+                    CopyError::From(source) => {
+                        HostError { action: "read", path: path.into(), source }.into()
+                    }
+                    CopyError::To(source) => CaptureError::Write(source),
+                    CopyError::Short => changed("it became shorter"),
+                }
             })?;
             self.report.content_bytes += segment.length;
         }
@@ -273,12 +366,22 @@ impl Writing<'_> {
         }
     }
 
-    fn entry(&mut self, path: &TreePath, content: Content, metadata: Metadata) -> Result<(), CaptureError> {
+    fn entry(
+        &mut self,
+        path: &TreePath,
+        content: Content,
+        metadata: Metadata,
+    ) -> Result<(), CaptureError> {
         self.entry_headers(path, content, metadata)?;
         self.out.pad().map_err(CaptureError::Write)
     }
 
-    fn entry_headers(&mut self, path: &TreePath, content: Content, metadata: Metadata) -> Result<(), CaptureError> {
+    fn entry_headers(
+        &mut self,
+        path: &TreePath,
+        content: Content,
+        metadata: Metadata,
+    ) -> Result<(), CaptureError> {
         self.report.entries += 1;
         self.out.entry(&Entry { path: path.clone(), content, metadata }).map_err(|e| match e {
             EncodeError::Write(source) => CaptureError::Write(source),
@@ -341,11 +444,14 @@ impl<'a> Application<'a> {
             let corrupt = |why| ApplyError::Corrupt { path: entry.path.absolute(), why };
             match (&entry.content, entry.path.split()) {
                 (Content::Opaque, _) => self.make_opaque(&entry.path).map_err(corrupt)?,
-                (Content::Directory { .. }, None) if self.report.entries == 1 => self.enter_root(entry)?,
+                (Content::Directory { .. }, None) if self.report.entries == 1 => {
+                    self.enter_root(entry)?
+                }
                 (_, None) => return Err(corrupt("the root comes twice")),
                 (_, Some((parent, name))) => {
                     let depth = self.open.iter().position(|d| d.path == parent);
-                    let depth = depth.ok_or_else(|| corrupt("its directory did not come before it"))?;
+                    let depth =
+                        depth.ok_or_else(|| corrupt("its directory did not come before it"))?;
                     while self.open.len() > depth + 1 {
                         self.leave(&mut base_run)?;
                     }
@@ -432,7 +538,9 @@ impl<'a> Application<'a> {
         content: Content,
         metadata: Metadata,
     ) -> Result<(), ApplyError> {
-        let Content::Directory { sockets } = content else { unreachable!("only directories are entered") };
+        let Content::Directory { sockets } = content else {
+            unreachable!("only directories are entered")
+        };
         let mut irregular = self.open.last().is_some_and(|d| d.irregular);
         let whole = self.open.last().is_some_and(|d| d.whole);
         if let (Some(dir), Some(base)) = (&dir, self.base) {
@@ -480,14 +588,20 @@ impl<'a> Application<'a> {
         })?;
         match made {
             Made::New(()) => {
-                metadata::set(Object::Named(dir, &name), Kind::Socket, metadata).attempt("set metadata of", &path)?;
+                metadata::set(Object::Named(dir, &name), Kind::Socket, metadata)
+                    .attempt("set metadata of", &path)?;
             }
             Made::Mounted => self.report.mounted.push(path.absolute()),
         }
         Ok(())
     }
 
-    fn apply(&mut self, entry: Entry, name: &OsStr, layer: &mut LayerReader<'_>) -> Result<(), ApplyError> {
+    fn apply(
+        &mut self,
+        entry: Entry,
+        name: &OsStr,
+        layer: &mut LayerReader<'_>,
+    ) -> Result<(), ApplyError> {
         let dir = self.top();
         let Entry { path, content, metadata } = entry;
         let (kind, made) = match &content {
@@ -506,7 +620,11 @@ impl<'a> Application<'a> {
                 return Ok(());
             }
             Content::File { size, segments } => {
-                let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let flags = OFlags::WRONLY
+                    | OFlags::CREATE
+                    | OFlags::EXCL
+                    | OFlags::NOFOLLOW
+                    | OFlags::CLOEXEC;
                 let made = make(self.tree, dir, name, &path, &mut || {
                     rustix::fs::openat(dir, name, flags, Mode::RUSR | Mode::WUSR)
                 })?;
@@ -519,16 +637,22 @@ impl<'a> Application<'a> {
                     rustix::fs::ftruncate(&file, *size).attempt("size", &path)?;
                 }
                 for segment in segments.as_deref().unwrap_or(&whole) {
-                    write_segment(file.as_fd(), *segment, layer, &mut self.buffer).map_err(|e| match e {
-                        CopyError::From(source) => ApplyError::Read(source),
-                        CopyError::To(source) => HostError { action: "write", path: (&path).into(), source }.into(),
-                        CopyError::Short => {
-                            ApplyError::Corrupt { path: path.absolute(), why: "the stream ends early" }
-                        }
-                    })?;
+                    write_segment(file.as_fd(), *segment, layer, &mut self.buffer).map_err(
+                        |e| match e {
+                            CopyError::From(source) => ApplyError::Read(source),
+                            CopyError::To(source) => {
+                                HostError { action: "write", path: (&path).into(), source }.into()
+                            }
+                            CopyError::Short => ApplyError::Corrupt {
+                                path: path.absolute(),
+                                why: "the stream ends early",
+                            },
+                        },
+                    )?;
                     self.report.content_bytes += segment.length;
                 }
-                metadata::set(Object::Open(file.as_fd()), Kind::File, &metadata).attempt("set metadata of", &path)?;
+                metadata::set(Object::Open(file.as_fd()), Kind::File, &metadata)
+                    .attempt("set metadata of", &path)?;
                 return Ok(());
             }
             Content::HardLink { target } => {
@@ -543,7 +667,9 @@ impl<'a> Application<'a> {
                         self.report.mounted.push(path.absolute());
                         return Ok(());
                     }
-                    Err(e) => return Err(Err::<(), _>(e).attempt("open", target).unwrap_err().into()),
+                    Err(e) => {
+                        return Err(Err::<(), _>(e).attempt("open", target).unwrap_err().into());
+                    }
                 };
                 if stat_fd(&found).attempt("look up", target)?.kind == Kind::Directory {
                     return Err(corrupt("it is another name of a directory"));
@@ -558,19 +684,24 @@ impl<'a> Application<'a> {
             }
             Content::Symlink { target } => (
                 Kind::Symlink,
-                make(self.tree, dir, name, &path, &mut || rustix::fs::symlinkat(OsStr::from_bytes(target), dir, name))?,
+                make(self.tree, dir, name, &path, &mut || {
+                    rustix::fs::symlinkat(OsStr::from_bytes(target), dir, name)
+                })?,
             ),
             Content::Fifo => (Kind::Fifo, self.node(dir, name, &path, FileType::Fifo, (0, 0))?),
-            Content::CharDevice { major, minor } => {
-                (Kind::CharDevice, self.node(dir, name, &path, FileType::CharacterDevice, (*major, *minor))?)
-            }
-            Content::BlockDevice { major, minor } => {
-                (Kind::BlockDevice, self.node(dir, name, &path, FileType::BlockDevice, (*major, *minor))?)
-            }
+            Content::CharDevice { major, minor } => (
+                Kind::CharDevice,
+                self.node(dir, name, &path, FileType::CharacterDevice, (*major, *minor))?,
+            ),
+            Content::BlockDevice { major, minor } => (
+                Kind::BlockDevice,
+                self.node(dir, name, &path, FileType::BlockDevice, (*major, *minor))?,
+            ),
         };
         match made {
             Made::New(()) => {
-                metadata::set(Object::Named(dir, name), kind, &metadata).attempt("set metadata of", &path)?;
+                metadata::set(Object::Named(dir, name), kind, &metadata)
+                    .attempt("set metadata of", &path)?;
             }
             Made::Mounted => self.report.mounted.push(path.absolute()),
         }
@@ -586,7 +717,9 @@ impl<'a> Application<'a> {
         (major, minor): (u32, u32),
     ) -> Result<Made<()>, HostError> {
         let device = rustix::fs::makedev(major, minor);
-        make(self.tree, dir, name, path, &mut || rustix::fs::mknodat(dir, name, kind, Mode::empty(), device))
+        make(self.tree, dir, name, path, &mut || {
+            rustix::fs::mknodat(dir, name, kind, Mode::empty(), device)
+        })
     }
 
     /// Puts right what is in the top directory and was not in the layer, then its own metadata.
@@ -603,7 +736,11 @@ impl<'a> Application<'a> {
             _ => {
                 for name in names(dir).attempt("list", &top.path)? {
                     if !top.seen.contains(&name) {
-                        let path = top.path.child(&name).map_err(|_| Errno::NAMETOOLONG).attempt("walk", &top.path)?;
+                        let path = top
+                            .path
+                            .child(&name)
+                            .map_err(|_| Errno::NAMETOOLONG)
+                            .attempt("walk", &top.path)?;
                         if remove(self.tree, dir.as_fd(), &name, &path)? {
                             self.report.removed += 1;
                         } else {
@@ -665,7 +802,12 @@ pub(super) fn enter(
 }
 
 /// Removes whatever has that name, with all that is in it. False if something that is mounted there or below was left.
-pub(super) fn remove(tree: &Tree, dir: BorrowedFd<'_>, name: &OsStr, path: &TreePath) -> Result<bool, HostError> {
+pub(super) fn remove(
+    tree: &Tree,
+    dir: BorrowedFd<'_>,
+    name: &OsStr,
+    path: &TreePath,
+) -> Result<bool, HostError> {
     let Some(stat) = stat_name(dir, name).attempt("look up", path)? else { return Ok(true) };
     if stat.mount != tree.mount {
         return Ok(false);
@@ -680,12 +822,15 @@ pub(super) fn remove(tree: &Tree, dir: BorrowedFd<'_>, name: &OsStr, path: &Tree
     while let Some(path) = pending.pop() {
         let dir = tree.dir(&path).attempt("open", &path)?;
         for name in names(&dir).attempt("list", &path)? {
-            let child = path.child(&name).map_err(|_| Errno::NAMETOOLONG).attempt("remove from", &path)?;
+            let child =
+                path.child(&name).map_err(|_| Errno::NAMETOOLONG).attempt("remove from", &path)?;
             match stat_name(&dir, &name).attempt("look up", &child)? {
                 None => {}
                 Some(stat) if stat.mount != tree.mount => all_gone = false,
                 Some(stat) if stat.kind == Kind::Directory => pending.push(child),
-                Some(_) => rustix::fs::unlinkat(&dir, &name, AtFlags::empty()).attempt("remove", &child)?,
+                Some(_) => {
+                    rustix::fs::unlinkat(&dir, &name, AtFlags::empty()).attempt("remove", &child)?
+                }
             }
         }
         emptied.push(path);

@@ -25,7 +25,11 @@ pub(super) struct Segment {
 
 /// Where a file has data: in ascending order, without overlap. None if it has no holes, or where the file system
 /// can't tell.
-pub(super) fn segments(file: impl AsFd, size: u64, blocks: u64) -> Result<Option<Vec<Segment>>, Errno> {
+pub(super) fn segments(
+    file: impl AsFd,
+    size: u64,
+    blocks: u64,
+) -> Result<Option<Vec<Segment>>, Errno> {
     if size == 0 || (size < ASK_BYTES_MIN && blocks.saturating_mul(512) >= size) {
         return Ok(None);
     }
@@ -121,7 +125,12 @@ fn write_all_at(file: BorrowedFd<'_>, mut bytes: &[u8], mut at: u64) -> Result<(
 }
 
 /// Copies a whole file to an empty one, holes kept, by reflink where the file systems can.
-pub(super) fn copy_file(from: BorrowedFd<'_>, to: BorrowedFd<'_>, size: u64, blocks: u64) -> Result<(), Errno> {
+pub(super) fn copy_file(
+    from: BorrowedFd<'_>,
+    to: BorrowedFd<'_>,
+    size: u64,
+    blocks: u64,
+) -> Result<(), Errno> {
     rustix::fs::ftruncate(to, size)?;
     let whole = vec![Segment { offset: 0, length: size }];
     for segment in segments(from, size, blocks)?.unwrap_or(whole) {
@@ -130,7 +139,8 @@ pub(super) fn copy_file(from: BorrowedFd<'_>, to: BorrowedFd<'_>, size: u64, blo
         while from_at < end {
             // 1 GiB a call: the kernel cuts at 2 GiB less a page anyway.
             let take = usize::try_from(end - from_at).unwrap_or(usize::MAX).min(1 << 30);
-            match rustix::fs::copy_file_range(from, Some(&mut from_at), to, Some(&mut to_at), take) {
+            match rustix::fs::copy_file_range(from, Some(&mut from_at), to, Some(&mut to_at), take)
+            {
                 Ok(0) => return Err(Errno::IO),
                 Ok(_) => {}
                 Err(Errno::XDEV | Errno::INVAL | Errno::NOTSUP | Errno::NOSYS) => {

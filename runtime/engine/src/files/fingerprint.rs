@@ -97,10 +97,11 @@ pub fn base_fingerprint(root: &RootChanges, cache: &Path) -> Result<Fingerprint,
         }
     }
     let key = cache.join(cache_name(overlay, &lowers)?);
-    if let Some(known) = fs::read_to_string(&key).ok().and_then(|text| text.trim_end().parse().ok()) {
+    if let Some(known) = fs::read_to_string(&key).ok().and_then(|text| text.trim_end().parse().ok())
+    {
         return Ok(known);
     }
-    let fingerprint = Fingerprint::Sha256(digest(&overlay.base_view(&lowers)?)?);
+    let fingerprint = Fingerprint::Sha256(digest(&overlay.base_view(&lowers)?.tree)?);
     // Losing the result is no reason to fail.
     let _ = keep(cache, &key, &fingerprint);
     Ok(fingerprint)
@@ -115,8 +116,14 @@ fn cache_name(overlay: &Overlay, lowers: &[Lower]) -> Result<String, HostError> 
     }
     for Lower { path, data_only } in lowers {
         field(&mut hash, path.as_os_str().as_bytes());
-        let x = rustix::fs::statx(CWD, path, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::BASIC_STATS).attempt("look up", path)?;
-        for number in [u64::from(x.stx_dev_major), u64::from(x.stx_dev_minor), x.stx_ino, u64::from(*data_only)] {
+        let x = rustix::fs::statx(CWD, path, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::BASIC_STATS)
+            .attempt("look up", path)?;
+        for number in [
+            u64::from(x.stx_dev_major),
+            u64::from(x.stx_dev_minor),
+            x.stx_ino,
+            u64::from(*data_only),
+        ] {
             hash.update(number.to_le_bytes());
         }
         for time in [x.stx_mtime, x.stx_ctime] {
@@ -149,10 +156,14 @@ fn digest(view: &Tree) -> Result<[u8; 32], FingerprintError> {
         let dir = view.dir(&path).attempt("open the base image's", &path)?;
         let mut directories = Vec::new();
         for name in names(&dir).attempt("list the base image's", &path)? {
-            let child = path
-                .child(&name)
-                .map_err(|why| FingerprintError::Unsupported { path: path.absolute().join(&name), why })?;
-            let Some(stat) = stat_name(&dir, &name).attempt("look up in the base image", &child)? else { continue };
+            let child = path.child(&name).map_err(|why| FingerprintError::Unsupported {
+                path: path.absolute().join(&name),
+                why,
+            })?;
+            let Some(stat) = stat_name(&dir, &name).attempt("look up in the base image", &child)?
+            else {
+                continue;
+            };
             if !ENGINE_PATHS.iter().any(|p| p.as_bytes() == child.as_bytes()) {
                 let (kind, seconds, size): (u8, _, _) = match stat.kind {
                     Kind::File if stat.size > 0 => (b'f', stat.modified.seconds, stat.size),
@@ -168,7 +179,9 @@ fn digest(view: &Tree) -> Result<[u8; 32], FingerprintError> {
                 hash.update([kind]);
                 let (major, minor) = match stat.kind {
                     Kind::CharDevice | Kind::BlockDevice => stat.device,
-                    Kind::File | Kind::Directory | Kind::Symlink | Kind::Fifo | Kind::Socket => (0, 0),
+                    Kind::File | Kind::Directory | Kind::Symlink | Kind::Fifo | Kind::Socket => {
+                        (0, 0)
+                    }
                 };
                 for number in [stat.mode, stat.uid, stat.gid, major, minor] {
                     hash.update(number.to_le_bytes());
@@ -176,8 +189,8 @@ fn digest(view: &Tree) -> Result<[u8; 32], FingerprintError> {
                 hash.update(size.to_le_bytes());
                 hash.update(seconds.to_le_bytes());
                 if stat.kind == Kind::Symlink {
-                    let target =
-                        rustix::fs::readlinkat(&dir, &name, Vec::new()).attempt("read the link", &child)?;
+                    let target = rustix::fs::readlinkat(&dir, &name, Vec::new())
+                        .attempt("read the link", &child)?;
                     field(&mut hash, target.to_bytes());
                 }
             }

@@ -3,11 +3,12 @@
 //! The stream is a POSIX.1-2001 (PAX) archive as Go's `archive/tar`, Python's `tarfile`, GNU tar and libarchive read it.
 //! What their common ground can't express is in records that other programs skip:
 //! - `SAMARA.sockets` on a directory: the unix sockets in it, which have no entry type. Each is
-//!   `MODE:UID:GID:SECONDS.NANOSECONDS:NAME/`, mode in octal.
+//!   `MODE:UID:GID:SECONDS.NANOSECONDS:ATTRIBUTES:NAME/`, mode in octal. Each extended attribute in it is `NAME=VALUE;`,
+//!   with bytes other than letters, digits, `.`, `_` and `-` as `%XX`.
 //! - `SAMARA.path`, `SAMARA.linkpath`: the true path, where one of its names begins with `.wh.` and would be taken for a
 //!   whiteout. The entry itself has `.samara-literal` before such a name. `SAMARA.directory` is the same for the
-//!   directory of a whiteout or opaque mark.
-//! - `SAMARA.xattr.NAME`: an extended attribute whose name holds `=` or `%`, which are written as `%3D` and `%25`.
+//!   directory of a whiteout or opaque mark, and `SAMARA.whiteout` is the name that was removed.
+//! - `SAMARA.xattr.NAME`: an extended attribute whose name holds `=`; the name is escaped as above.
 //!
 //! Sparse files are in GNU's format 1.0, the one that is PAX throughout and whose map is not limited by the header.
 //!
@@ -43,7 +44,7 @@ const LITERAL: &[u8] = b".samara-literal";
 pub(super) struct Entry {
     pub(super) path: TreePath,
     pub(super) content: Content,
-    /// Empty for a whiteout, an opaque mark and a further name.
+    /// Empty for a whiteout and an opaque mark. For a further name, that of the first one again.
     pub(super) metadata: Metadata,
 }
 
@@ -125,7 +126,9 @@ impl<'a> LayerWriter<'a> {
         let (header, pax, map) = encode(entry).map_err(EncodeError::Unfit)?;
         if !pax.is_empty() {
             if pax.len() > PAX_BYTES_MAX {
-                return Err(EncodeError::Unfit("its extended attributes, or the sockets in it, take more than 8 MiB"));
+                return Err(EncodeError::Unfit(
+                    "its extended attributes, or the sockets in it, take more than 8 MiB",
+                ));
             }
             let mut extension = Header::new_ustar();
             extension.set_entry_type(EntryType::XHeader);
@@ -237,14 +240,15 @@ fn encode(entry: &Entry) -> Result<(Header, Vec<u8>, Vec<u8>), &'static str> {
         }
         Content::Whiteout => {
             let (parent, name) = entry.path.split().ok_or("the root itself is removed")?;
-            if name.as_bytes().starts_with(WHITEOUT) {
-                return Err("its name begins with `.wh.`, and a layer can't tell of its removal");
-            }
             path = foreign(&parent);
             if !parent.is_root() {
                 path.push(b'/');
             }
             path.extend_from_slice(WHITEOUT);
+            if name.as_bytes().starts_with(WHITEOUT) {
+                record(&mut pax, b"SAMARA.whiteout", name.as_bytes());
+                path.extend_from_slice(LITERAL);
+            }
             path.extend_from_slice(name.as_bytes());
             EntryType::Regular
         }
@@ -308,24 +312,16 @@ fn encode(entry: &Entry) -> Result<(Header, Vec<u8>, Vec<u8>), &'static str> {
     }
     let seconds = u64::try_from(metadata.modified.seconds).unwrap_or(0).min(OCTAL_11_MAX);
     header.set_mtime(seconds);
-    if i64::try_from(seconds) != Ok(metadata.modified.seconds) || metadata.modified.nanoseconds != 0 {
+    if i64::try_from(seconds) != Ok(metadata.modified.seconds) || metadata.modified.nanoseconds != 0
+    {
         record(&mut pax, b"mtime", timestamp(metadata.modified).as_bytes());
     }
     for (name, value) in &metadata.xattrs {
-        let mut key = Vec::with_capacity(name.len() + 16);
-        if name.iter().any(|b| matches!(b, b'=' | b'%')) {
-            key.extend_from_slice(b"SAMARA.xattr.");
-            for &b in name {
-                match b {
-                    b'=' => key.extend_from_slice(b"%3D"),
-                    b'%' => key.extend_from_slice(b"%25"),
-                    _ => key.push(b),
-                }
-            }
+        let key = if name.contains(&b'=') {
+            [b"SAMARA.xattr.", &escape(name)[..]].concat()
         } else {
-            key.extend_from_slice(b"SCHILY.xattr.");
-            key.extend_from_slice(name);
-        }
+            [b"SCHILY.xattr.", &name[..]].concat()
+        };
         record(&mut pax, &key, value);
     }
     if let Some(whole) = sparse {
@@ -351,7 +347,13 @@ fn encode_sockets(sockets: &[Socket]) -> Vec<u8> {
     let mut bytes = Vec::new();
     for Socket { name, metadata: m } in sockets {
         let Time { seconds, nanoseconds } = m.modified;
-        bytes.extend_from_slice(format!("{:o}:{}:{}:{seconds}.{nanoseconds:09}:", m.mode, m.uid, m.gid).as_bytes());
+        bytes.extend_from_slice(
+            format!("{:o}:{}:{}:{seconds}.{nanoseconds:09}:", m.mode, m.uid, m.gid).as_bytes(),
+        );
+        for (name, value) in &m.xattrs {
+            bytes.extend_from_slice(&[&escape(name)[..], b"=", &escape(value)[..], b";"].concat());
+        }
+        bytes.push(b':');
         bytes.extend_from_slice(name.as_bytes());
         bytes.push(b'/');
     }
@@ -363,7 +365,7 @@ fn decode_sockets(mut bytes: &[u8]) -> Result<Vec<Socket>, &'static str> {
     let mut sockets = Vec::new();
     while !bytes.is_empty() {
         let end = bytes.iter().position(|&b| b == b'/').ok_or(BAD)?;
-        let mut fields = bytes[..end].splitn(5, |&b| b == b':');
+        let mut fields = bytes[..end].splitn(6, |&b| b == b':');
         let mut text = || std::str::from_utf8(fields.next().ok_or(BAD)?).map_err(|_| BAD);
         let mode = u32::from_str_radix(text()?, 8).map_err(|_| BAD)?;
         let uid = text()?.parse().map_err(|_| BAD)?;
@@ -373,11 +375,18 @@ fn decode_sockets(mut bytes: &[u8]) -> Result<Vec<Socket>, &'static str> {
             seconds: seconds.parse().map_err(|_| BAD)?,
             nanoseconds: nanoseconds.parse().ok().filter(|&n| n < 1_000_000_000).ok_or(BAD)?,
         };
+        let mut xattrs = Vec::new();
+        for attribute in fields.next().ok_or(BAD)?.split(|&b| b == b';').filter(|a| !a.is_empty()) {
+            let equals = attribute.iter().position(|&b| b == b'=').ok_or(BAD)?;
+            let (name, value) =
+                (unescape(&attribute[..equals]), unescape(&attribute[equals + 1..]));
+            xattrs.push(checked_xattr(name.ok_or(BAD)?, value.ok_or(BAD)?)?);
+        }
         let name = OsString::from_vec(fields.next().ok_or(BAD)?.to_vec());
         if mode > 0o7777 {
             return Err(BAD);
         }
-        sockets.push(Socket { name, metadata: Metadata { mode, uid, gid, modified, xattrs: Vec::new() } });
+        sockets.push(Socket { name, metadata: Metadata { mode, uid, gid, modified, xattrs } });
         bytes = &bytes[end + 1..];
     }
     Ok(sockets)
@@ -398,10 +407,7 @@ fn encode_map(size: u64, segments: &[Segment]) -> Vec<u8> {
 #[derive(Debug)]
 pub(super) enum DecodeError {
     Read(io::Error),
-    Corrupt {
-        path: TreePath,
-        why: &'static str,
-    },
+    Corrupt { path: TreePath, why: &'static str },
 }
 
 impl From<io::Error> for DecodeError {
@@ -425,7 +431,10 @@ pub(super) struct LayerReader<'a> {
 
 impl std::fmt::Debug for LayerReader<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("LayerReader").field("left", &self.left).field("last", &self.last).finish_non_exhaustive()
+        f.debug_struct("LayerReader")
+            .field("left", &self.left)
+            .field("last", &self.last)
+            .finish_non_exhaustive()
     }
 }
 
@@ -462,7 +471,8 @@ impl<'a> LayerReader<'a> {
                 }
                 let size = header.entry_size().map_err(|_| self.corrupt("a size is no number"))?;
                 let size = usize::try_from(size).ok().filter(|&s| s <= PAX_BYTES_MAX);
-                let size = size.ok_or_else(|| self.corrupt("an entry's records are larger than 8 MiB"))?;
+                let size =
+                    size.ok_or_else(|| self.corrupt("an entry's records are larger than 8 MiB"))?;
                 let mut bytes = vec![0; size];
                 self.stream.read_exact(&mut bytes)?;
                 self.padding = padding(size as u64);
@@ -479,7 +489,10 @@ impl<'a> LayerReader<'a> {
     }
 
     fn skip(&mut self) -> Result<(), DecodeError> {
-        let left = self.left.checked_add(self.padding).ok_or_else(|| self.corrupt("a size is too large"))?;
+        let left = self
+            .left
+            .checked_add(self.padding)
+            .ok_or_else(|| self.corrupt("a size is too large"))?;
         let skipped = io::copy(&mut (&mut *self.stream).take(left), &mut io::sink())?;
         (self.left, self.padding) = (0, 0);
         if skipped < left { Err(self.corrupt("the stream ends early")) } else { Ok(()) }
@@ -493,7 +506,11 @@ impl<'a> LayerReader<'a> {
             return Ok(None);
         }
         // The sum is over all bytes, its own field (148..156) taken as spaces.
-        let sum = bytes.iter().enumerate().map(|(i, &b)| u32::from(if (148..156).contains(&i) { b' ' } else { b })).sum();
+        let sum = bytes
+            .iter()
+            .enumerate()
+            .map(|(i, &b)| u32::from(if (148..156).contains(&i) { b' ' } else { b }))
+            .sum();
         if header.cksum().ok() != Some(sum) {
             return Err(self.corrupt("a header's checksum is wrong"));
         }
@@ -570,10 +587,11 @@ impl<'a> LayerReader<'a> {
                 entry.path = parse(directory)?;
                 entry.content = Content::Opaque;
             } else {
-                let name = OsStr::from_bytes(&last[WHITEOUT.len()..]);
-                if name.as_bytes().starts_with(WHITEOUT) {
+                let name = &last[WHITEOUT.len()..];
+                if name.starts_with(WHITEOUT) {
                     return Err(self.corrupt("an unknown mark"));
                 }
+                let name = OsStr::from_bytes(pax.whiteout.as_deref().unwrap_or(name));
                 entry.path = parse(directory)?.child(name).map_err(|why| self.corrupt(why))?;
                 entry.content = Content::Whiteout;
             }
@@ -583,21 +601,20 @@ impl<'a> LayerReader<'a> {
         } else {
             entry.path = parse(pax.true_path.as_deref().unwrap_or(&path))?;
             entry.content = match header.entry_type() {
-                EntryType::Directory => {
-                    Content::Directory { sockets: decode_sockets(&pax.sockets).map_err(|why| self.corrupt(why))? }
-                }
+                EntryType::Directory => Content::Directory {
+                    sockets: decode_sockets(&pax.sockets).map_err(|why| self.corrupt(why))?,
+                },
                 EntryType::Regular => match pax.sparse_size {
                     None => Content::File { size, segments: None },
                     // The map is read below.
                     Some(size) => Content::File { size, segments: Some(Vec::new()) },
                 },
-                EntryType::Link => {
-                    entry.metadata = Metadata::default();
-                    Content::HardLink { target: parse(&link)? }
-                }
+                EntryType::Link => Content::HardLink { target: parse(&link)? },
                 EntryType::Symlink => {
                     if link.is_empty() || link.len() > PATH_BYTES_MAX || link.contains(&0) {
-                        return Err(self.corrupt("a symbolic link's target is empty, too long or holds a NUL"));
+                        return Err(self.corrupt(
+                            "a symbolic link's target is empty, too long or holds a NUL",
+                        ));
                     }
                     Content::Symlink { target: link }
                 }
@@ -618,7 +635,9 @@ impl<'a> LayerReader<'a> {
         if bare && size != 0 {
             return Err(self.corrupt("an entry that is no file has content"));
         }
-        if entry.path.is_root() && !matches!(entry.content, Content::Directory { .. } | Content::Opaque) {
+        if entry.path.is_root()
+            && !matches!(entry.content, Content::Directory { .. } | Content::Opaque)
+        {
             return Err(self.corrupt("the root is not a directory"));
         }
         self.last = entry.path.clone();
@@ -650,7 +669,8 @@ impl<'a> LayerReader<'a> {
                 match (byte, value) {
                     (b'0'..=b'9', _) => {
                         let digit = u64::from(byte - b'0');
-                        let more = value.unwrap_or(0).checked_mul(10).and_then(|v| v.checked_add(digit));
+                        let more =
+                            value.unwrap_or(0).checked_mul(10).and_then(|v| v.checked_add(digit));
                         value = Some(more.ok_or_else(|| reader.corrupt(BAD))?);
                     }
                     (b'\n', Some(value)) => return Ok(value),
@@ -702,6 +722,7 @@ struct Pax {
     path: Option<Vec<u8>>,
     true_path: Option<Vec<u8>>,
     directory: Option<Vec<u8>>,
+    whiteout: Option<Vec<u8>>,
     link: Option<Vec<u8>>,
     true_link: Option<Vec<u8>>,
     sparse_name: Option<Vec<u8>>,
@@ -718,7 +739,11 @@ impl Pax {
     fn decode(mut bytes: &[u8]) -> Result<Pax, &'static str> {
         const BAD: &str = "an entry's records are malformed";
         fn parsed<T: std::str::FromStr>(value: &[u8]) -> Result<Option<T>, &'static str> {
-            std::str::from_utf8(value).ok().and_then(|v| v.parse().ok()).map(Some).ok_or("a record is no number")
+            std::str::from_utf8(value)
+                .ok()
+                .and_then(|v| v.parse().ok())
+                .map(Some)
+                .ok_or("a record is no number")
         }
         let mut pax = Pax::default();
         while !bytes.is_empty() {
@@ -735,13 +760,18 @@ impl Pax {
             match key {
                 b"path" => pax.path = Some(value.to_vec()),
                 b"SAMARA.path" => pax.true_path = Some(value.to_vec()),
+                b"SAMARA.whiteout" => pax.whiteout = Some(value.to_vec()),
                 b"SAMARA.directory" => pax.directory = Some(value.to_vec()),
                 b"linkpath" => pax.link = Some(value.to_vec()),
                 b"SAMARA.linkpath" => pax.true_link = Some(value.to_vec()),
                 b"GNU.sparse.name" => pax.sparse_name = Some(value.to_vec()),
                 b"GNU.sparse.realsize" => pax.sparse_size = parsed(value)?,
-                b"GNU.sparse.major" if value != b"1" => return Err("an unknown format of sparse files"),
-                b"GNU.sparse.minor" if value != b"0" => return Err("an unknown format of sparse files"),
+                b"GNU.sparse.major" if value != b"1" => {
+                    return Err("an unknown format of sparse files");
+                }
+                b"GNU.sparse.minor" if value != b"0" => {
+                    return Err("an unknown format of sparse files");
+                }
                 b"GNU.sparse.major" | b"GNU.sparse.minor" => {}
                 b"size" => pax.size = parsed(value)?,
                 b"uid" => pax.uid = parsed(value)?,
@@ -756,13 +786,7 @@ impl Pax {
                     } else {
                         return Err("a record of unknown kind");
                     };
-                    if name.len() > XATTR_NAME_BYTES_MAX || name.contains(&0) || !is_kept(&name) {
-                        return Err("an extended attribute's name is too long or not one that is kept");
-                    }
-                    if value.len() > XATTR_BYTES_MAX {
-                        return Err("an extended attribute is larger than 64 KiB");
-                    }
-                    pax.xattrs.push((name, value.to_vec()));
+                    pax.xattrs.push(checked_xattr(name, value.to_vec())?);
                 }
             }
         }
@@ -770,22 +794,42 @@ impl Pax {
     }
 }
 
-fn unescape(name: &[u8]) -> Option<Vec<u8>> {
-    let mut plain = Vec::with_capacity(name.len());
-    let mut rest = name;
-    while let Some((&b, tail)) = rest.split_first() {
-        if b != b'%' {
-            plain.push(b);
-            rest = tail;
-        } else if let Some(tail) = tail.strip_prefix(b"3D") {
-            plain.push(b'=');
-            rest = tail;
+fn checked_xattr(name: Vec<u8>, value: Vec<u8>) -> Result<(Vec<u8>, Vec<u8>), &'static str> {
+    if name.len() > XATTR_NAME_BYTES_MAX || name.contains(&0) || !is_kept(&name) {
+        return Err("an extended attribute's name is too long or not one that is kept");
+    }
+    if value.len() > XATTR_BYTES_MAX {
+        return Err("an extended attribute is larger than 64 KiB");
+    }
+    Ok((name, value))
+}
+
+fn escape(bytes: &[u8]) -> Vec<u8> {
+    let mut escaped = Vec::with_capacity(bytes.len());
+    for &b in bytes {
+        if b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-') {
+            escaped.push(b);
         } else {
-            plain.push(b'%');
-            rest = tail.strip_prefix(b"25")?;
+            escaped.extend_from_slice(format!("%{b:02X}").as_bytes());
         }
     }
-    Some(plain)
+    escaped
+}
+
+fn unescape(escaped: &[u8]) -> Option<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(escaped.len());
+    let mut rest = escaped;
+    while let Some((&b, tail)) = rest.split_first() {
+        if b == b'%' {
+            let digits = std::str::from_utf8(tail.get(..2)?).ok()?;
+            bytes.push(u8::from_str_radix(digits, 16).ok()?);
+            rest = &tail[2..];
+        } else {
+            bytes.push(b);
+            rest = tail;
+        }
+    }
+    Some(bytes)
 }
 
 fn decode_time(value: &[u8]) -> Result<Time, &'static str> {

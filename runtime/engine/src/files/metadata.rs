@@ -39,7 +39,9 @@ pub(super) fn is_kept(name: &[u8]) -> bool {
     match name {
         b"security.selinux" | b"security.evm" => false,
         b"system.posix_acl_access" | b"system.posix_acl_default" => true,
-        _ => [&b"user."[..], b"trusted.", b"security."].iter().any(|prefix| name.starts_with(prefix)),
+        _ => {
+            [&b"user."[..], b"trusted.", b"security."].iter().any(|prefix| name.starts_with(prefix))
+        }
     }
 }
 
@@ -79,7 +81,8 @@ fn xattr_names(object: Object<'_>) -> Result<Vec<Vec<u8>>, Errno> {
         Err(Errno::NOTSUP) => return Ok(Vec::new()),
         Err(e) => return Err(e),
     };
-    let mut names: Vec<Vec<u8>> = list.split(|&b| b == 0).filter(|n| is_kept(n)).map(<[u8]>::to_vec).collect();
+    let mut names: Vec<Vec<u8>> =
+        list.split(|&b| b == 0).filter(|n| is_kept(n)).map(<[u8]>::to_vec).collect();
     names.sort_unstable();
     Ok(names)
 }
@@ -112,7 +115,9 @@ fn set_xattrs(object: Object<'_>, wanted: &[(Vec<u8>, Vec<u8>)]) -> Result<(), E
         if !wanted.iter().any(|(w, _)| *w == name) {
             match object {
                 Object::Open(fd) => rustix::fs::fremovexattr(fd, &name[..])?,
-                Object::Named(dir, file) => rustix::fs::lremovexattr(proc_path(dir, file), &name[..])?,
+                Object::Named(dir, file) => {
+                    rustix::fs::lremovexattr(proc_path(dir, file), &name[..])?
+                }
             }
         }
     }
@@ -121,7 +126,7 @@ fn set_xattrs(object: Object<'_>, wanted: &[(Vec<u8>, Vec<u8>)]) -> Result<(), E
             Object::Open(fd) => rustix::fs::fsetxattr(fd, &name[..], value, XattrFlags::empty())?,
             Object::Named(dir, file) => {
                 rustix::fs::lsetxattr(proc_path(dir, file), &name[..], value, XattrFlags::empty())?;
-            },
+            }
         }
     }
     Ok(())
@@ -143,7 +148,9 @@ pub(super) fn set(object: Object<'_>, kind: Kind, metadata: &Metadata) -> Result
     let (uid, gid) = (Some(Uid::from_raw(metadata.uid)), Some(Gid::from_raw(metadata.gid)));
     match object {
         Object::Open(fd) => rustix::fs::fchown(fd, uid, gid)?,
-        Object::Named(dir, name) => rustix::fs::chownat(dir, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW)?,
+        Object::Named(dir, name) => {
+            rustix::fs::chownat(dir, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW)?
+        }
     }
     set_xattrs(object, &metadata.xattrs)?;
     let mode = Mode::from_raw_mode(metadata.mode);
@@ -158,10 +165,15 @@ pub(super) fn set(object: Object<'_>, kind: Kind, metadata: &Metadata) -> Result
 pub(super) fn set_modified(object: Object<'_>, modified: Time) -> Result<(), Errno> {
     let times = Timestamps {
         last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
-        last_modification: Timespec { tv_sec: modified.seconds, tv_nsec: modified.nanoseconds.into() },
+        last_modification: Timespec {
+            tv_sec: modified.seconds,
+            tv_nsec: modified.nanoseconds.into(),
+        },
     };
     match object {
         Object::Open(fd) => rustix::fs::futimens(fd, &times),
-        Object::Named(dir, name) => rustix::fs::utimensat(dir, name, &times, AtFlags::SYMLINK_NOFOLLOW),
+        Object::Named(dir, name) => {
+            rustix::fs::utimensat(dir, name, &times, AtFlags::SYMLINK_NOFOLLOW)
+        }
     }
 }

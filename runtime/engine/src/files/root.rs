@@ -44,8 +44,25 @@ const LAYERS_MAX: usize = 512;
 
 /// Kinds of file systems that hold ordinary files, and show them as they are.
 const PLAIN_KINDS: [&str; 19] = [
-    "aufs", "bcachefs", "btrfs", "ceph", "erofs", "ext2", "ext3", "ext4", "f2fs", "fuse.fuse-overlayfs", "nfs", "nfs4",
-    "overlay", "ramfs", "squashfs", "tmpfs", "virtiofs", "xfs", "zfs",
+    "aufs",
+    "bcachefs",
+    "btrfs",
+    "ceph",
+    "erofs",
+    "ext2",
+    "ext3",
+    "ext4",
+    "f2fs",
+    "fuse.fuse-overlayfs",
+    "nfs",
+    "nfs4",
+    "overlay",
+    "ramfs",
+    "squashfs",
+    "tmpfs",
+    "virtiofs",
+    "xfs",
+    "zfs",
 ];
 
 /// A container's root as it is mounted.
@@ -68,6 +85,8 @@ pub struct Overlay {
     pub userxattr: bool,
     /// Names of one file stay names of one file when the first of them is copied up.
     pub index: bool,
+    /// Directories of lower layers can be renamed.
+    pub redirects: bool,
     /// Options of the mount that decide how lower layers are read.
     pub(super) reading_options: Vec<String>,
 }
@@ -105,13 +124,26 @@ impl RootChanges {
     /// for a root by its host path that is the caller itself. An overlay's layers are looked up by their host paths.
     pub fn locate(rootfs: &Path, mountinfo: &[u8]) -> Result<RootChanges, LocateError> {
         let root = fs::canonicalize(rootfs).attempt("find", rootfs)?;
-        let stat = rustix::fs::statx(CWD, &root, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::MNT_ID | StatxFlags::TYPE)
-            .attempt("look up", &root)?;
-        if rustix::fs::FileType::from_raw_mode(stat.stx_mode.into()) != rustix::fs::FileType::Directory {
-            return Err(HostError { action: "use as a root", path: root, source: Errno::NOTDIR.into() }.into());
+        let stat = rustix::fs::statx(
+            CWD,
+            &root,
+            AtFlags::SYMLINK_NOFOLLOW,
+            StatxFlags::MNT_ID | StatxFlags::TYPE,
+        )
+        .attempt("look up", &root)?;
+        if rustix::fs::FileType::from_raw_mode(stat.stx_mode.into())
+            != rustix::fs::FileType::Directory
+        {
+            return Err(HostError {
+                action: "use as a root",
+                path: root,
+                source: Errno::NOTDIR.into(),
+            }
+            .into());
         }
         for line in mountinfo.split(|&b| b == b'\n').filter(|l| !l.is_empty()) {
-            let malformed = || LocateError::MountTable { line: String::from_utf8_lossy(line).into_owned() };
+            let malformed =
+                || LocateError::MountTable { line: String::from_utf8_lossy(line).into_owned() };
             let mount = Mount::parse(line).ok_or_else(malformed)?;
             if mount.id != stat.stx_mnt_id {
                 continue;
@@ -231,7 +263,9 @@ impl Overlay {
                 // Values of the newer options were never escaped by whoever mounted.
                 b"lowerdir+" => lowers.push((value, false, true)),
                 b"datadir+" => lowers.push((value, true, true)),
-                b"lowerdir" => lowers.extend(split_lowers(&value).into_iter().map(|(path, data)| (path, data, false))),
+                b"lowerdir" => lowers.extend(
+                    split_lowers(&value).into_iter().map(|(path, data)| (path, data, false)),
+                ),
                 b"upperdir" => upper = Some(value),
                 b"userxattr" => userxattr = true,
                 b"index" => index = Some(value == b"on"),
@@ -247,15 +281,25 @@ impl Overlay {
             return Err(LocateError::TooManyLayers { root: root.to_owned() });
         }
         // The kernel shows the options that differ from the module's defaults.
-        let index = index.unwrap_or_else(|| {
-            fs::read_to_string("/sys/module/overlay/parameters/index").is_ok_and(|v| v.trim() == "Y")
-        });
+        let by_default = |parameter: &str| {
+            fs::read_to_string(format!("/sys/module/overlay/parameters/{parameter}"))
+                .is_ok_and(|v| v.trim() == "Y")
+        };
+        let index = index.unwrap_or_else(|| by_default("index"));
+        let redirects =
+            match reading_options.iter().find_map(|o: &String| o.strip_prefix("redirect_dir=")) {
+                Some(value) => value == "on",
+                None => by_default("redirect_dir"),
+            };
         let candidates = |value: &[u8], verbatim: bool| {
             let literal = PathBuf::from(OsString::from_vec(value.to_vec()));
             let plain = PathBuf::from(OsString::from_vec(unescape(value)));
             if verbatim || literal == plain { vec![literal] } else { vec![plain, literal] }
         };
-        let lowers: Vec<_> = lowers.iter().map(|(v, data_only, verbatim)| (candidates(v, *verbatim), *data_only)).collect();
+        let lowers: Vec<_> = lowers
+            .iter()
+            .map(|(v, data_only, verbatim)| (candidates(v, *verbatim), *data_only))
+            .collect();
         let upper = upper.map(|value| candidates(&value, false));
         let base = base_folder(root, &lowers, upper.as_deref())?;
         let found = |candidates: &[PathBuf]| resolve(root, &base, candidates);
@@ -264,36 +308,51 @@ impl Overlay {
             .map(|(paths, data_only)| Ok(Lower { path: found(paths)?, data_only: *data_only }))
             .collect::<Result<_, LocateError>>()?;
         let upper = upper.as_deref().map(found).transpose()?;
-        Ok(Overlay { lowers, upper, userxattr, index, reading_options })
+        Ok(Overlay { lowers, upper, userxattr, index, redirects, reading_options })
     }
 
     /// The layers below the container's own, merged: what the root was before anything in it changed.
     ///
-    /// `lowers` are this overlay's or a part of them. The mount is private to the descriptor and goes with it.
-    pub(super) fn base_view(&self, lowers: &[Lower]) -> Result<Tree, HostError> {
-        // The kernel wants two layers where there is no upper one, and hides leftover whiteouts only in an overlay.
-        let empty = tempfile::tempdir().attempt("make", std::env::temp_dir())?;
+    /// `lowers` are this overlay's or a part of them. The mount is private to the view and goes with it.
+    pub(super) fn base_view(&self, lowers: &[Lower]) -> Result<BaseView, HostError> {
+        let folder = tempfile::tempdir().attempt("make a folder in", std::env::temp_dir())?;
         let mut layers = Vec::with_capacity(lowers.len() + 1);
-        let (named, data): (Vec<_>, Vec<_>) = lowers.iter().partition(|l| !l.data_only);
-        for Lower { path, data_only } in named.into_iter().chain(data) {
+        for Lower { path, data_only } in lowers.iter().filter(|l| !l.data_only) {
             layers.push((path_handle(path).attempt("open", path)?, *data_only));
         }
-        let after_named = layers.iter().position(|(_, data_only)| *data_only).unwrap_or(layers.len());
-        layers.insert(after_named, (path_handle(empty.path()).attempt("open", empty.path())?, false));
+        if layers.len() < 2 {
+            // The kernel wants two layers where there is no upper one.
+            let path = folder.path().join("empty");
+            rustix::fs::mkdirat(CWD, &path, Mode::RWXU).attempt("make", &path)?;
+            layers.push((path_handle(&path).attempt("open", &path)?, false));
+        }
+        for Lower { path, data_only } in lowers.iter().filter(|l| l.data_only) {
+            layers.push((path_handle(path).attempt("open", path)?, *data_only));
+        }
         let view = match self.mount_by_parts(&layers) {
             // Before Linux 6.7 there is no `lowerdir+`.
-            Err(Errno::INVAL | Errno::NOSYS) => self.mount_at_once(&layers, empty.path()),
+            Err(Errno::INVAL | Errno::NOSYS) => self.mount_at_once(&layers, folder.path()),
             other => other,
         };
-        let view = view.attempt("mount the base image of", lowers.first().map_or(Path::new("/"), |l| &l.path))?;
-        Tree::at(view).attempt("look up the base image of", lowers.first().map_or(Path::new("/"), |l| &l.path))
+        let base_of = lowers.first().map_or(Path::new("/"), |l| &l.path);
+        let view = view.attempt("mount the base image of", base_of)?;
+        Ok(BaseView {
+            tree: Tree::at(view).attempt("look up the base image of", base_of)?,
+            _folder: folder,
+        })
     }
 
     fn mount_by_parts(&self, layers: &[(OwnedFd, bool)]) -> Result<OwnedFd, Errno> {
-        use rustix::mount::{fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen};
+        use rustix::mount::{
+            fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen,
+        };
         let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
         for (layer, data_only) in layers {
-            fsconfig_set_string(context.as_fd(), if *data_only { "datadir+" } else { "lowerdir+" }, handle_path(layer))?;
+            fsconfig_set_string(
+                context.as_fd(),
+                if *data_only { "datadir+" } else { "lowerdir+" },
+                handle_path(layer),
+            )?;
         }
         if self.userxattr {
             fsconfig_set_flag(context.as_fd(), "userxattr")?;
@@ -311,7 +370,13 @@ impl Overlay {
     fn mount_at_once(&self, layers: &[(OwnedFd, bool)], folder: &Path) -> Result<OwnedFd, Errno> {
         let mut options = String::from("lowerdir=");
         for (i, (layer, data_only)) in layers.iter().enumerate() {
-            options.push_str(if i == 0 { "" } else if *data_only { "::" } else { ":" });
+            options.push_str(if i == 0 {
+                ""
+            } else if *data_only {
+                "::"
+            } else {
+                ":"
+            });
             options.push_str(&handle_path(layer));
         }
         if self.userxattr {
@@ -324,7 +389,13 @@ impl Overlay {
         let data = std::ffi::CString::new(options).map_err(|_| Errno::INVAL)?;
         let spot = folder.join("view");
         rustix::fs::mkdirat(CWD, &spot, Mode::RWXU)?;
-        rustix::mount::mount("overlay", &spot, "overlay", MountFlags::RDONLY | MountFlags::NOATIME, Some(data.as_c_str()))?;
+        rustix::mount::mount(
+            "overlay",
+            &spot,
+            "overlay",
+            MountFlags::RDONLY | MountFlags::NOATIME,
+            Some(data.as_c_str()),
+        )?;
         let view = path_handle(&spot);
         rustix::mount::unmount(&spot, UnmountFlags::DETACH)?;
         view
@@ -343,32 +414,58 @@ impl Overlay {
         format!("{}.overlay.{name}", if self.userxattr { "user" } else { "trusted" }).into_bytes()
     }
 
-    /// Names that are not in the upper directory and show a file of it all the same: with an index, all names of a
-    /// lower file follow the one that was copied up. By directory.
-    pub(super) fn indexed_names(&self, merged: &Tree, upper: &Tree) -> Result<NamesByDirectory, HostError> {
+    /// Names that may not be in the upper directory and show a file of it all the same. By directory.
+    ///
+    /// With an index, all names of a lower file follow the one that was copied up, also when that one is removed
+    /// later. Copying gives a new time of change, which nobody can set back.
+    pub(super) fn indexed_names(
+        &self,
+        merged: &Tree,
+        view: &Tree,
+    ) -> Result<NamesByDirectory, HostError> {
         let mut found = NamesByDirectory::new();
         if !self.index {
             return Ok(found);
         }
-        let nlink = self.attribute("nlink");
-        let mut identities = BTreeSet::new();
-        each_name(upper, &mut |dir, name, path, kind| {
-            if kind != Kind::Directory && xattr(Object::Named(dir.as_fd(), name), &nlink)?.is_some() {
-                identities.extend(merged.stat(path)?.map(|s| s.identity));
+        each_name(view, &mut |dir, name, path, kind| {
+            if kind == Kind::Directory {
+                return Ok(());
             }
-            Ok(())
-        })?;
-        if identities.is_empty() {
-            return Ok(found);
-        }
-        each_name(merged, &mut |dir, name, path, kind| {
-            if kind != Kind::Directory && stat_name(dir, name)?.is_some_and(|s| identities.contains(&s.identity)) {
+            let Some(base) = stat_name(dir, name)?.filter(|s| s.links > 1) else { return Ok(()) };
+            if merged.stat(path)?.is_some_and(|shown| shown.changed != base.changed) {
                 add_with_parents(&mut found, path);
             }
             Ok(())
         })?;
         Ok(found)
     }
+}
+
+/// Every name of some objects, with the directories that lead there. By directory.
+pub(super) fn all_names(
+    tree: &Tree,
+    identities: &BTreeSet<(u32, u32, u64)>,
+) -> Result<NamesByDirectory, HostError> {
+    let mut found = NamesByDirectory::new();
+    if !identities.is_empty() {
+        each_name(tree, &mut |dir, name, path, kind| {
+            if kind != Kind::Directory
+                && stat_name(dir, name)?.is_some_and(|s| identities.contains(&s.identity))
+            {
+                add_with_parents(&mut found, path);
+            }
+            Ok(())
+        })?;
+    }
+    Ok(found)
+}
+
+/// What a root was before anything in it changed.
+#[derive(Debug)]
+pub(super) struct BaseView {
+    pub(super) tree: Tree,
+    /// Holds an empty layer, which must last as long as the view: a removed one makes every listing look empty.
+    _folder: tempfile::TempDir,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -418,13 +515,18 @@ pub(super) fn is_engine_layer(layer: &Path) -> Result<bool, HostError> {
             let Ok(child) = path.child(&name) else { return Ok(false) };
             let known = ENGINE_PATHS.iter().any(|p| p.as_bytes() == child.as_bytes());
             let stat = stat_name(&dir, &name).attempt("look up", layer)?;
-            let Some(stat) = stat.filter(|s| known && !(s.kind == Kind::CharDevice && s.device == (0, 0))) else {
+            let Some(stat) =
+                stat.filter(|s| known && !(s.kind == Kind::CharDevice && s.device == (0, 0)))
+            else {
                 return Ok(false);
             };
             if stat.kind == Kind::Directory {
                 let subdir = open_subdir(&dir, &name).attempt("open", layer)?;
                 for mark in ["trusted.overlay.opaque", "user.overlay.opaque"] {
-                    if xattr(Object::Open(subdir.as_fd()), mark.as_bytes()).attempt("read", layer)?.is_some() {
+                    if xattr(Object::Open(subdir.as_fd()), mark.as_bytes())
+                        .attempt("read", layer)?
+                        .is_some()
+                    {
                         return Ok(false);
                     }
                 }
@@ -463,7 +565,8 @@ fn base_folder(
     let absolute_upper = upper.into_iter().flatten().find(|p| p.is_absolute());
     let starts = absolute_upper.into_iter().map(PathBuf::as_path).chain([root]);
     let mut folders = starts.flat_map(Path::ancestors);
-    let folder = folders.find(|folder| all().all(|paths| paths.iter().any(|p| folder.join(p).is_dir())));
+    let folder =
+        folders.find(|folder| all().all(|paths| paths.iter().any(|p| folder.join(p).is_dir())));
     match folder {
         Some(folder) => Ok(folder.to_owned()),
         None => {
@@ -474,7 +577,8 @@ fn base_folder(
 }
 
 fn resolve(root: &Path, base: &Path, candidates: &[PathBuf]) -> Result<PathBuf, LocateError> {
-    let mut found: Vec<_> = candidates.iter().filter_map(|p| fs::canonicalize(base.join(p)).ok()).collect();
+    let mut found: Vec<_> =
+        candidates.iter().filter_map(|p| fs::canonicalize(base.join(p)).ok()).collect();
     found.retain(|p| p.is_dir());
     found.dedup();
     let named = || candidates.first().cloned().unwrap_or_default();
@@ -497,10 +601,14 @@ mod tests {
                 .map(|(path, data)| (String::from_utf8(unescape(&path)).unwrap(), data))
                 .collect::<Vec<_>>()
         };
-        let plain = |names: &[&str]| names.iter().map(|n| (n.to_string(), false)).collect::<Vec<_>>();
+        let plain =
+            |names: &[&str]| names.iter().map(|n| (n.to_string(), false)).collect::<Vec<_>>();
         assert_eq!(cut("/a:/b"), plain(&["/a", "/b"]));
         assert_eq!(cut(r"/a\:b\,c\\d:/e"), plain(&[r"/a:b,c\d", "/e"]));
-        assert_eq!(cut("/a:/b::/c::/d"), [plain(&["/a", "/b"]), vec![("/c".into(), true), ("/d".into(), true)]].concat());
+        assert_eq!(
+            cut("/a:/b::/c::/d"),
+            [plain(&["/a", "/b"]), vec![("/c".into(), true), ("/d".into(), true)]].concat()
+        );
     }
 
     #[test]

@@ -134,6 +134,8 @@ pub(super) struct Stat {
     pub(super) identity: (u32, u32, u64),
     pub(super) device: (u32, u32),
     pub(super) modified: Time,
+    /// When anything of it changed last (ctime).
+    pub(super) changed: Time,
     pub(super) mount: u64,
     /// Immutable or append-only.
     pub(super) flagged: bool,
@@ -141,7 +143,12 @@ pub(super) struct Stat {
 
 pub(super) fn stat_at(dir: impl AsFd, name: &OsStr, flags: AtFlags) -> Result<Stat, Errno> {
     let wanted = StatxFlags::BASIC_STATS | StatxFlags::MNT_ID;
-    let x = rustix::fs::statx(dir, name, flags | AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT, wanted)?;
+    let x = rustix::fs::statx(
+        dir,
+        name,
+        flags | AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT,
+        wanted,
+    )?;
     let kind = match FileType::from_raw_mode(x.stx_mode.into()) {
         FileType::RegularFile => Kind::File,
         FileType::Directory => Kind::Directory,
@@ -163,6 +170,7 @@ pub(super) fn stat_at(dir: impl AsFd, name: &OsStr, flags: AtFlags) -> Result<St
         identity: (x.stx_dev_major, x.stx_dev_minor, x.stx_ino),
         device: (x.stx_rdev_major, x.stx_rdev_minor),
         modified: Time { seconds: x.stx_mtime.tv_sec, nanoseconds: x.stx_mtime.tv_nsec },
+        changed: Time { seconds: x.stx_ctime.tv_sec, nanoseconds: x.stx_ctime.tv_nsec },
         mount: x.stx_mnt_id,
         flagged: x.stx_attributes.intersects(StatxAttributes::IMMUTABLE | StatxAttributes::APPEND),
     })
@@ -282,12 +290,14 @@ impl Tree {
 
 /// Opens a file for reading without side effects: no waiting on a FIFO, no access time, no link followed.
 pub(super) fn open_file(dir: impl AsFd, name: &OsStr) -> Result<OwnedFd, Errno> {
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOATIME | OFlags::CLOEXEC;
+    let flags =
+        OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOATIME | OFlags::CLOEXEC;
     rustix::fs::openat(dir, name, flags, Mode::empty())
 }
 
 pub(super) fn open_subdir(dir: impl AsFd, name: &OsStr) -> Result<OwnedFd, Errno> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::NOATIME | OFlags::CLOEXEC;
+    let flags =
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::NOATIME | OFlags::CLOEXEC;
     rustix::fs::openat(dir, name, flags, Mode::empty())
 }
 
@@ -297,7 +307,18 @@ mod tests {
 
     #[test]
     fn paths_that_could_leave_the_root_are_not_paths() {
-        for bad in ["../x", "a/../b", "/etc", "a//b", "a/./b", "..", "a/..", "a\0b", &"n".repeat(256), &"d/".repeat(3000)] {
+        for bad in [
+            "../x",
+            "a/../b",
+            "/etc",
+            "a//b",
+            "a/./b",
+            "..",
+            "a/..",
+            "a\0b",
+            &"n".repeat(256),
+            &"d/".repeat(3000),
+        ] {
             assert!(TreePath::parse(bad.as_bytes()).is_err(), "{bad:?}");
         }
     }
