@@ -5,6 +5,7 @@
 pub mod capture;
 pub mod clocks;
 mod descriptors;
+pub mod files;
 pub mod freeze;
 mod memory;
 mod pipes;
