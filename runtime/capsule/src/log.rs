@@ -17,7 +17,7 @@ use crate::digest::Digest;
 pub const SLOT_BYTES_MAX: usize = 64 << 10;
 
 /// Texts that others supply for a slot are cut to this many bytes.
-pub const SLOT_TEXT_BYTES_MAX: usize = 1024;
+pub const SLOT_TEXT_BYTES_MAX: usize = 256;
 
 /// Entries of a start's facts at most.
 pub const FACTS_MAX: usize = 16;
@@ -100,7 +100,7 @@ pub enum SlotError {
 impl LogState {
     /// The state after somebody took the next epoch.
     pub fn started(&self) -> LogState {
-        LogState { epoch: self.epoch + 1, ..*self }
+        LogState { epoch: self.epoch.saturating_add(1), ..*self }
     }
 
     /// The state after `epoch` committed `capsule` in the generation that it started in.
@@ -112,7 +112,7 @@ impl LogState {
     /// The state after the program of `epoch` ended by itself with success.
     pub fn closed(&self, epoch: u64, generation: u64) -> Result<LogState, EventRefused> {
         self.check(epoch, generation)?;
-        Ok(LogState { epoch, generation: generation + 1, latest: None, failed_resumes: 0 })
+        Ok(LogState { epoch, generation: generation.saturating_add(1), latest: None, failed_resumes: 0 })
     }
 
     /// The state after resuming from `capsule` failed in `epoch`. A capsule that is no longer the newest is not counted.
