@@ -7,10 +7,14 @@
 //! environment, and writes conditionally in one way only, put-if-absent.
 
 pub mod config;
+pub mod layout;
+pub mod list;
 pub mod location;
 pub mod log;
 pub mod reader;
+pub mod remove;
 pub mod store;
+pub mod verify;
 pub mod writer;
 
 pub use config::NodeConfig;

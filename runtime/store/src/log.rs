@@ -93,7 +93,11 @@ pub(crate) fn rfc3339(time: SystemTime) -> String {
 impl Store {
     /// Numbers of all slots, in ascending order.
     pub fn slots(&self) -> Result<Vec<u64>, StoreError> {
-        let names = self.block_on(self.list("log"))?;
+        self.block_on(self.list_slots())
+    }
+
+    pub(crate) async fn list_slots(&self) -> Result<Vec<u64>, StoreError> {
+        let names = self.list("log").await?;
         let mut slots: Vec<u64> = names.iter().filter_map(|(name, _)| slot_number(name)).collect();
         slots.sort_unstable();
         Ok(slots)
@@ -101,16 +105,24 @@ impl Store {
 
     /// Reads one slot.
     pub fn slot(&self, slot: u64) -> Result<Slot, LogError> {
+        self.block_on(self.read_slot(slot))
+    }
+
+    pub(crate) async fn read_slot(&self, slot: u64) -> Result<Slot, LogError> {
         let path = slot_path(slot);
-        let content = self.block_on(self.get(&path, SLOT_BYTES_MAX))?;
+        let content = self.get(&path, SLOT_BYTES_MAX).await?;
         Slot::decode(&content).map_err(|source| LogError::Slot { object: self.describe(&path), source })
     }
 
     /// Reads the newest state.
     pub fn head(&self) -> Result<LogHead, LogError> {
-        match self.slots()?.last() {
+        self.block_on(self.read_head())
+    }
+
+    pub(crate) async fn read_head(&self) -> Result<LogHead, LogError> {
+        match self.list_slots().await?.last() {
             None => Ok(LogHead { slot: None, state: LogState::default() }),
-            Some(&slot) => Ok(LogHead { slot: Some(slot), state: self.slot(slot)?.state }),
+            Some(&slot) => Ok(LogHead { slot: Some(slot), state: self.read_slot(slot).await?.state }),
         }
     }
 

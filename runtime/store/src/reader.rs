@@ -94,15 +94,23 @@ impl CapsuleReader {
 
     /// The capsule whose manifest has this digest, whether or not the log names it.
     pub fn open_digest(store: &Store, digest: Digest) -> Result<CapsuleReader, ReadError> {
-        let content = store.block_on(store.get(&blob_path(&digest), MANIFEST_BYTES_MAX))?;
+        store.block_on(CapsuleReader::load(store, digest))
+    }
+
+    pub(crate) async fn load(store: &Store, digest: Digest) -> Result<CapsuleReader, ReadError> {
+        let content = store.get(&blob_path(&digest), MANIFEST_BYTES_MAX).await?;
         store.check_blob(BlobRef { digest, bytes: content.len() as u64 }, &content)?;
         let manifest = Manifest::decode(&content).map_err(|source| ReadError::Manifest { digest, source })?;
         let digest_of_config = manifest.config.digest;
-        let config = store.block_on(store.get_blob(manifest.config))?;
+        let config = store.get_blob(manifest.config).await?;
         let config = CapsuleConfig::decode(&config);
         let config = config.map_err(|source| ReadError::Config { digest: digest_of_config, source })?;
         let pack_bytes = manifest.packs.iter().map(|pack| (pack.digest, pack.bytes)).collect();
         Ok(CapsuleReader { store: store.clone(), digest, manifest, config, pack_bytes })
+    }
+
+    pub(crate) fn store(&self) -> &Store {
+        &self.store
     }
 
     /// Digest of the manifest, which names this capsule.
@@ -138,7 +146,7 @@ impl CapsuleReader {
     }
 
     /// Passes the segments of a space in ascending order, while further ones are being fetched.
-    fn segments(
+    pub(crate) fn segments(
         &self,
         space: SpaceId,
         mut take: impl FnMut(Segment) -> Result<(), ReadError>,

@@ -41,8 +41,7 @@ pub const LISTING_MAX: usize = 1_000_000;
 pub struct Store(Arc<Inner>);
 
 struct Inner {
-    /// Always present; taken out when dropped, so that ending does not wait for a call that hangs.
-    runtime: Option<Runtime>,
+    runtime: Arc<Threads>,
     objects: Arc<dyn ObjectStore>,
     prefix: ObjectPath,
     location: Location,
@@ -50,9 +49,12 @@ struct Inner {
     threads: usize,
 }
 
-impl Drop for Inner {
+/// The runtime is always there; it is taken out when dropped, so that ending does not wait for a call that hangs.
+struct Threads(Option<Runtime>);
+
+impl Drop for Threads {
     fn drop(&mut self) {
-        if let Some(runtime) = self.runtime.take() {
+        if let Some(runtime) = self.0.take() {
             runtime.shutdown_background();
         }
     }
@@ -118,7 +120,21 @@ impl Store {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = config.threads.unwrap_or(cores).clamp(1, 16);
         let location = location.clone();
-        Ok(Store(Arc::new(Inner { runtime: Some(runtime), objects, prefix, location, timeout, threads })))
+        let runtime = Arc::new(Threads(Some(runtime)));
+        Ok(Store(Arc::new(Inner { runtime, objects, prefix, location, timeout, threads })))
+    }
+
+    /// A place under this one, which shares its connections. `parts` come from a listing of this place.
+    pub(crate) fn at(&self, parts: &[String]) -> Store {
+        let prefix = parts.iter().fold(self.0.prefix.clone(), |parent, part| parent.join(part.as_str()));
+        Store(Arc::new(Inner {
+            runtime: self.0.runtime.clone(),
+            objects: self.0.objects.clone(),
+            prefix,
+            location: self.0.location.join(parts.iter().cloned()),
+            timeout: self.0.timeout,
+            threads: self.0.threads,
+        }))
     }
 
     /// The place.
@@ -132,7 +148,7 @@ impl Store {
     }
 
     pub(crate) fn handle(&self) -> &Handle {
-        self.0.runtime.as_ref().expect("the runtime is there until the store is dropped").handle()
+        self.0.runtime.0.as_ref().expect("the runtime is there until it is dropped").handle()
     }
 
     /// Runs a future to its end. Only for threads that are not the runtime's own.
