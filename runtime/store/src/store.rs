@@ -70,7 +70,7 @@ impl fmt::Debug for Store {
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     #[error("can't set up {location}; check [store] in the node's configuration")]
-    Settings { location: Location, source: object_store::Error },
+    Settings { location: Location, source: Cause },
     #[error("can't use the folder {location}")]
     Folder { location: Location, source: std::io::Error },
     #[error("can't start the threads that talk to the store")]
@@ -82,7 +82,7 @@ pub enum StoreError {
     #[error("can't {action} {object}: there is no such bucket; create it, or check the address")]
     NoBucket { action: &'static str, object: String },
     #[error("can't {action} {object}: the store refuses the credentials; check the keys for this address in the node's configuration")]
-    Denied { action: &'static str, object: String, source: object_store::Error },
+    Denied { action: &'static str, object: String, source: Cause },
     #[error("{object} exists already")]
     Exists { object: String },
     #[error("{object} has {bytes} bytes, of at most {bytes_max}")]
@@ -94,9 +94,40 @@ pub enum StoreError {
     #[error("{location} holds more than {LISTING_MAX} objects")]
     Crowded { location: Location },
     #[error("can't {action} {object}")]
-    Failed { action: &'static str, object: String, source: object_store::Error },
+    Failed { action: &'static str, object: String, source: Cause },
     #[error("there is no randomness to be had from the system")]
     Random,
+}
+
+/// What a store or the network said, in one line.
+///
+/// The errors of `object_store` repeat their causes in their own text, and S3's answers are XML.
+#[derive(Debug, thiserror::Error)]
+#[error("{text}")]
+pub struct Cause {
+    text: String,
+}
+
+/// A cause is shortened to this many characters.
+const CAUSE_CHARS_MAX: usize = 400;
+
+impl Cause {
+    fn of(whole: &object_store::Error) -> Cause {
+        let mut innermost: &dyn std::error::Error = whole;
+        while let Some(source) = innermost.source() {
+            innermost = source;
+        }
+        let text = innermost.to_string();
+        let element = |name: &str| {
+            let (_, rest) = text.split_once(&format!("<{name}>"))?;
+            rest.split_once(&format!("</{name}>")).map(|(value, _)| value.to_owned())
+        };
+        let text = match (element("Code"), element("Message")) {
+            (Some(code), Some(message)) => format!("{code}: {message}"),
+            _ => text.split_whitespace().collect::<Vec<_>>().join(" "),
+        };
+        Cause { text: text.chars().take(CAUSE_CHARS_MAX).collect() }
+    }
 }
 
 impl Store {
@@ -301,7 +332,7 @@ fn connect(
         max_retries: RETRIES_MAX,
         retry_timeout: timeout,
     };
-    let failed = |source| StoreError::Settings { location: location.clone(), source };
+    let failed = |error| StoreError::Settings { location: location.clone(), source: Cause::of(&error) };
     Ok(match settings {
         Settings::File(settings) => {
             let folder = location.as_folder().expect("file settings belong to file addresses");
@@ -379,23 +410,27 @@ fn connect(
 
 /// Sorts an error by what its reader should do.
 fn sort(action: &'static str, object: String, source: object_store::Error, timeout: Duration) -> StoreError {
-    // The crate tells a missing bucket from a missing object, and a time-out from other failures, only in its text.
+    // The crate tells a missing bucket from a missing object, a time-out from other failures, and for lists even refused
+    // credentials, only in its text.
     let text = format!("{source:?}");
+    let says = |words: &[&str]| words.iter().any(|word| text.contains(word));
+    let cause = Cause::of(&source);
     match source {
-        _ if text.contains("NoSuchBucket") || text.contains("ContainerNotFound") => {
-            StoreError::NoBucket { action, object }
-        }
+        _ if says(&["NoSuchBucket", "ContainerNotFound"]) => StoreError::NoBucket { action, object },
         object_store::Error::NotFound { .. } => StoreError::NotFound { object },
         object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. } => {
             StoreError::Exists { object }
         }
-        source @ (object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. }) => {
-            StoreError::Denied { action, object, source }
+        object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. } => {
+            StoreError::Denied { action, object, source: cause }
         }
-        _ if text.contains("TimedOut") || text.contains("kind: Timeout") => {
+        _ if says(&["403 Forbidden", "401 Unauthorized", "status: 403", "status: 401"]) => {
+            StoreError::Denied { action, object, source: cause }
+        }
+        _ if says(&["TimedOut", "kind: Timeout"]) => {
             StoreError::Stalled { action, object, seconds: timeout.as_secs() }
         }
-        source => StoreError::Failed { action, object, source },
+        _ => StoreError::Failed { action, object, source: cause },
     }
 }
 

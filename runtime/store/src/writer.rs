@@ -80,7 +80,7 @@ pub enum WriteError {
     Thread(#[source] io::Error),
     #[error("a thread of the writer ended unexpectedly")]
     Panicked,
-    #[error("{0}")]
+    #[error(transparent)]
     Earlier(SharedError),
 }
 

@@ -1,73 +1,25 @@
-//! What is written comes back, from a folder: pages of several spaces, zero pages, streams and records.
+//! What is written comes back: pages of several spaces, zero pages, streams and records.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::io::Read as _;
-use std::sync::Mutex;
-use std::time::SystemTime;
 
-use samara_capsule::config::{Provenance, Requirements};
-use samara_capsule::transfer::{BATCH_BYTES_MAX, PAGE_BYTES, PageBatch, PageRun, Sink, Source, SpaceId, StreamName};
+use samara_capsule::transfer::{BATCH_BYTES_MAX, PAGE_BYTES, PageBatch, PageRun, Sink as _, Source as _, SpaceId};
 use samara_store::config::StoreConfig;
-use samara_store::writer::CapsuleFacts;
 use samara_store::{CapsuleReader, CapsuleWriter, Location, Store};
 
-fn facts() -> CapsuleFacts {
-    CapsuleFacts {
-        created: SystemTime::UNIX_EPOCH,
-        parent: None,
-        provenance: Provenance::default(),
-        requirements: Requirements { architecture: "x86_64".into(), ..Requirements::default() },
-    }
-}
-
-fn open(folder: &std::path::Path) -> Store {
-    let location = Location::folder(folder).unwrap();
-    Store::open(&location, &StoreConfig::default(), true).unwrap()
-}
-
-/// The content of a page, in part repetitive.
-fn page(space: u32, number: u64) -> Vec<u8> {
-    let mut state = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ u64::from(space);
-    let mut page = Vec::with_capacity(PAGE_BYTES);
-    while page.len() < PAGE_BYTES {
-        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        let word = if page.len() < PAGE_BYTES / 3 { state } else { number };
-        page.extend_from_slice(&word.to_le_bytes());
-    }
-    page
-}
-
-fn batch(space: u32, runs: &[(u64, u64)]) -> PageBatch {
-    let bytes = runs.iter().flat_map(|&(first, count)| first..first + count).flat_map(|number| page(space, number));
-    let bytes = bytes.collect();
-    let runs = runs.iter().map(|&(first, count)| PageRun { first, count }).collect();
-    PageBatch { space: SpaceId(space), runs, bytes }
-}
-
-fn read_pages(reader: &CapsuleReader, spaces: &[SpaceId]) -> HashMap<(SpaceId, u64), Vec<u8>> {
-    let pages = Mutex::new(HashMap::new());
-    reader
-        .transfer(spaces, &|space, runs, bytes| {
-            let numbers = runs.iter().flat_map(|run| run.first..run.first + run.count);
-            let mut pages = pages.lock().unwrap();
-            let (bytes, rest) = bytes.as_chunks::<PAGE_BYTES>();
-            assert!(rest.is_empty());
-            assert_eq!(numbers.clone().count(), bytes.len());
-            for (number, bytes) in numbers.zip(bytes) {
-                assert!(pages.insert((space, number), bytes.to_vec()).is_none(), "{space} page {number} came twice");
-            }
-            Ok(())
-        })
-        .unwrap();
-    pages.into_inner().unwrap()
-}
+use crate::sample::{batch, facts, folder_config, name, open, page, read_pages, take_epoch};
 
 #[test]
 fn everything_comes_back() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(folder.path());
-    let mut lease = store.take_epoch(&BTreeMap::new()).unwrap().lease;
-    let mut writer = CapsuleWriter::new(&store).unwrap();
+    everything_comes_back_from(&store, &open(folder.path()));
+}
+
+/// Writes through one handle and reads through another.
+pub(crate) fn everything_comes_back_from(store: &Store, other: &Store) {
+    let mut lease = take_epoch(store);
+    let mut writer = CapsuleWriter::new(store).unwrap();
 
     // Many batches of every size, from two spaces in turn.
     let mut wanted = HashMap::new();
@@ -98,8 +50,8 @@ fn everything_comes_back() {
         wanted.insert((SpaceId(5), number), vec![0; PAGE_BYTES]);
     }
 
+    // A layer of several parts, because most of it can't be compressed.
     let layer: Vec<u8> = (0..30_000u64).flat_map(|number| page(9, number)[..700].to_vec()).collect();
-    let name = |text: &str| StreamName(text.into());
     for piece in layer.chunks(100_000) {
         writer.append(&name("root"), piece).unwrap();
     }
@@ -111,12 +63,14 @@ fn everything_comes_back() {
     assert_eq!(committed.zero_pages, 2);
     assert!(committed.stored_bytes < committed.raw_bytes);
 
-    let reader = CapsuleReader::open_latest(&open(folder.path())).unwrap();
+    let reader = CapsuleReader::open_latest(other).unwrap();
     assert_eq!(reader.digest(), committed.capsule.digest);
     assert_eq!(reader.records().unwrap(), b"the records");
     assert_eq!(reader.spaces(), [SpaceId(0), SpaceId(5)]);
-    assert!(read_pages(&reader, &reader.spaces()) == wanted);
-    let only = read_pages(&reader, &[SpaceId(5)]);
+    assert!(reader.manifest().streams[&name("root")].len() > 1);
+    assert!(reader.manifest().packs.len() > 1);
+    assert!(read_pages(&reader, &reader.spaces()).unwrap() == wanted);
+    let only = read_pages(&reader, &[SpaceId(5)]).unwrap();
     assert_eq!(only.len(), wanted.keys().filter(|(space, _)| *space == SpaceId(5)).count());
     let runs = reader.runs(SpaceId(5)).unwrap();
     assert_eq!(runs.iter().map(|run| run.count).sum::<u64>(), only.len() as u64);
@@ -136,9 +90,9 @@ fn equal_content_is_stored_once_and_named_equally() {
     let folder = tempfile::tempdir().unwrap();
     let mut committed = Vec::new();
     for threads in [1, 2, 7] {
-        let config = StoreConfig { threads: Some(threads), ..StoreConfig::default() };
+        let config = StoreConfig { threads: Some(threads), ..folder_config() };
         let store = Store::open(&Location::folder(folder.path()).unwrap(), &config, true).unwrap();
-        let mut lease = store.take_epoch(&BTreeMap::new()).unwrap().lease;
+        let mut lease = take_epoch(&store);
         let mut writer = CapsuleWriter::new(&store).unwrap();
         for start in (0..8 * 256).step_by(256) {
             writer.pages(batch(0, &[(start, 256)])).unwrap();
@@ -155,7 +109,7 @@ fn equal_content_is_stored_once_and_named_equally() {
 fn wrong_input_fails_the_writer_for_good() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(folder.path());
-    let mut lease = store.take_epoch(&BTreeMap::new()).unwrap().lease;
+    let mut lease = take_epoch(&store);
     let mut writer = CapsuleWriter::new(&store).unwrap();
     let short = PageBatch {
         space: SpaceId(0),
@@ -166,4 +120,36 @@ fn wrong_input_fails_the_writer_for_good() {
     assert!(writer.pages(batch(0, &[(0, BATCH_BYTES_MAX as u64 / PAGE_BYTES as u64)])).is_err());
     assert!(writer.commit(&mut lease, b"", facts()).is_err());
     assert!(CapsuleReader::open_latest(&store).is_err());
+}
+
+#[test]
+fn pages_out_of_order_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    let mut lease = take_epoch(&store);
+    let mut writer = CapsuleWriter::new(&store).unwrap();
+    writer.pages(batch(0, &[(500, 256)])).unwrap();
+    // The error may show in this call or in a later one, at the latest in the commit.
+    let _ = writer.pages(batch(0, &[(0, 256)]));
+    let refused = writer.commit(&mut lease, b"", facts()).unwrap_err();
+    assert!(crate::sample::chain(&refused).contains("after pages that lie behind"), "{refused:?}");
+}
+
+#[test]
+fn an_error_of_the_receiver_ends_the_transfer() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    crate::sample::write(&store, &mut take_epoch(&store), 1).unwrap();
+    let reader = CapsuleReader::open_latest(&store).unwrap();
+    let failed = reader.transfer(&reader.spaces(), &|_, _, _| Err(std::io::Error::other("no room")));
+    assert_eq!(failed.unwrap_err().to_string(), "no room");
+}
+
+#[test]
+fn a_default_configuration_syncs_to_disk() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open(&Location::folder(folder.path()).unwrap(), &StoreConfig::default(), true).unwrap();
+    assert!(StoreConfig::default().file.sync);
+    crate::sample::write(&store, &mut take_epoch(&store), 1).unwrap();
+    crate::sample::check(&store, 1).unwrap();
 }
