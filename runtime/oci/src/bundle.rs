@@ -258,7 +258,6 @@ pub(crate) fn refuse_unsupported_resources(
     Ok(())
 }
 
-#[expect(deprecated, reason = "old engines still send the field, and it must be refused")]
 fn kernel_memory(memory: &LinuxMemory) -> Option<i64> {
     memory.kernel()
 }
@@ -377,7 +376,6 @@ fn nonzero_cpu(cpu: &LinuxCpu) -> LinuxCpu {
     cpu
 }
 
-#[expect(deprecated, reason = "old engines send zero, which libcgroups would write")]
 fn nonzero_memory(memory: &LinuxMemory) -> LinuxMemory {
     let mut memory = *memory;
     memory.set_limit(memory.limit().filter(|&v| v != 0));

@@ -70,8 +70,6 @@ pub enum Verb {
     Spec { bundle: PathBuf, rootless: bool },
     /// Runs an OCI hook with the state that its author expects; how `create` calls itself.
     HookRelay { relay: PathBuf, kind: String, index: usize },
-    /// The worker of one capture, started by the monitor.
-    CaptureWorker,
     Help,
     Version,
 }
@@ -157,6 +155,31 @@ pub struct UpdateFlags {
     pub l3_cache_schema: Option<String>,
     pub mem_bw_schema: Option<String>,
 }
+
+/// What `--help` prints.
+pub const HELP: &str = "\
+samara-runtime: an OCI runtime whose containers can be saved and brought back
+
+usage: samara-runtime [--root DIR] [--log FILE] [--log-format text|json] [--debug]
+                      [--systemd-cgroup] COMMAND [FLAG...] [ARGUMENT...]
+
+  create -b BUNDLE ID         make a container; its program waits for start
+  start ID                    let the program run
+  run [-d] -b BUNDLE ID       create, start, wait, delete
+  exec [-t] [-d] ID COMMAND   run another process in a container
+  state ID                    the container as JSON
+  list [-q] [-f json]         all containers
+  ps [-f json] ID             the processes of a container
+  events [--stats] ID         what a container uses
+  kill [--all] ID [SIGNAL]    signal the container's first process, or all
+  pause ID, resume ID         stop and go on
+  update [-r FILE|-] ID       change limits
+  delete [--force] ID         remove a container
+  spec [-b DIR]               write a config.json to begin with
+  features                    what this runtime can do, as JSON
+
+Flags are those of runc, with one dash or two.
+";
 
 const GLOBAL: &[Flag] = &[
     switch(&["debug"]),
@@ -360,7 +383,6 @@ fn parse_verb(verb: &str, args: &[String]) -> Result<Verb, UsageError> {
             }),
             _ => Err(UsageError::UnknownVerb(verb.to_owned())),
         },
-        crate::protocol::WORKER_VERB if args.is_empty() => Ok(Verb::CaptureWorker),
         other => Err(UsageError::UnknownVerb(other.to_owned())),
     }
 }

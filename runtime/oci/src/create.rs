@@ -41,9 +41,10 @@ pub enum CreateError {
     ConsoleSocketMissing,
     #[error("cannot use console socket if runc will not detach or allocate tty")]
     ConsoleSocketUnused,
-    /// The words come from where it happened (`cause`), the error says on which way it came.
+    /// The words come from where it happened; libcontainer's own error repeats them, wrapped in
+    /// the way that they came, and so is no `source`.
     #[error("unable to start container process: {cause}")]
-    Container { cause: String, source: Box<LibcontainerError> },
+    Container { cause: String, error: Box<LibcontainerError> },
     #[error("the container's init is gone before it could be recorded")]
     InitGone,
     #[error("cannot {attempt}")]
@@ -274,7 +275,7 @@ pub(crate) fn write_pid_file(path: &Path, pid: i32) -> Result<(), CreateError> {
 
 pub(crate) fn failed(error: LibcontainerError, cause: &Cause) -> CreateError {
     let cause = cause.best().unwrap_or_else(|| crate::report::chain(&error));
-    CreateError::Container { cause, source: Box::new(error) }
+    CreateError::Container { cause, error: Box::new(error) }
 }
 
 fn io(attempt: &'static str, source: std::io::Error) -> CreateError {

@@ -55,8 +55,9 @@ pub enum ExecError {
     ConsoleSocketUnused,
     #[error("exec --cgroup is not supported on cgroup v1 with controller lists: {0}")]
     Cgroup(String),
-    #[error("{cause}")]
-    Failed { cause: String, source: Box<LibcontainerError> },
+    /// As for `create`, libcontainer's error repeats the words.
+    #[error("exec failed: unable to start container process: {cause}")]
+    Failed { cause: String, error: Box<LibcontainerError> },
     #[error("cannot write the pid file")]
     PidFile(#[source] Box<CreateError>),
     #[error("cannot {attempt}")]
@@ -145,7 +146,7 @@ fn failed(error: LibcontainerError, cause: &Cause) -> ExecError {
     let cause = cause
         .best()
         .unwrap_or_else(|| crate::report::chain(&error).trim_end_matches('\0').to_owned());
-    ExecError::Failed { cause, source: Box::new(error) }
+    ExecError::Failed { cause, error: Box::new(error) }
 }
 
 /// libcontainer joins every namespace of the container but this one; the executor does.

@@ -68,7 +68,6 @@ impl Relay {
     pub(crate) fn wrap(&self, hooks: Option<&Hooks>) -> Option<Hooks> {
         let hooks = hooks?;
         let mut wrapped = Hooks::default();
-        #[expect(deprecated, reason = "docker still attaches its network by a prestart hook")]
         wrapped.set_prestart(self.wrap_kind("prestart", hooks.prestart().as_deref()));
         wrapped.set_create_runtime(
             self.wrap_kind("createRuntime", hooks.create_runtime().as_deref()),
@@ -105,7 +104,6 @@ pub fn relay(file: &Path, kind: &str, index: usize) -> Result<std::convert::Infa
     let reread = |source| HookError::Reread { path: file.to_owned(), source };
     let text = std::fs::read(file).map_err(reread)?;
     let kept: Kept = serde_json::from_slice(&text).map_err(|e| reread(e.into()))?;
-    #[expect(deprecated, reason = "docker still attaches its network by a prestart hook")]
     let hooks = match kind {
         "prestart" => kept.hooks.prestart(),
         "createRuntime" => kept.hooks.create_runtime(),

@@ -61,9 +61,10 @@ pub enum InitError {
 }
 
 /// Becomes the program of the specification.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct ProgramInit(Rc<Program>);
 
+#[derive(Debug)]
 struct Program {
     process: Process,
     confinement: Confinement,
@@ -78,6 +79,7 @@ struct Program {
 }
 
 /// What `validate` found out for `exec`.
+#[derive(Debug)]
 struct Prepared {
     path: CString,
     args: Vec<CString>,
@@ -85,6 +87,7 @@ struct Prepared {
 }
 
 /// What distinguishes the first process of a container from one that joins.
+#[derive(Debug)]
 pub struct FirstProcess {
     pub spec: Spec,
     pub start_hooks: Option<(oci_spec::runtime::Hooks, HookState)>,
@@ -287,7 +290,7 @@ impl Executor for ProgramInit {
 const EXEC_FAILED_STATUS: i32 = 255;
 
 /// Waits, as the container's first process, for the engine that restores a program into it.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct BlankInit {
     spec: Rc<Spec>,
     /// The writing end of a pipe: written to when the process waits.

@@ -1,13 +1,16 @@
 //! An OCI runtime with runc's command line.
 
 use std::error::Error;
+use std::io::Write;
 use std::process::ExitCode;
 
 use samara_oci::command_line::{self, CommandLine, Global, Verb};
 use samara_oci::create::{self, CreateRequest, Init};
 use samara_oci::report::Log;
 use samara_oci::state_dir::StateDir;
-use samara_oci::{exec, hooks, lifecycle, output, report, run, sealed};
+use samara_oci::{
+    events, exec, features, hooks, lifecycle, output, report, run, sealed, spec_template, update,
+};
 
 fn main() -> ExitCode {
     let args: Result<Vec<String>, _> =
@@ -76,11 +79,14 @@ fn act(line: CommandLine, log: &Log) -> Result<u8, Box<dyn Error>> {
             output::with_stdout(|out| lifecycle::list(&root, json, quiet, out))?;
         }
         Verb::HookRelay { relay, kind, index } => match hooks::relay(&relay, &kind, index)? {},
-        Verb::Update(_) | Verb::Events { .. } | Verb::Features | Verb::Spec { .. } | Verb::CaptureWorker | Verb::Help => {
-            return Err("not yet".into());
+        Verb::Update(args) => update::update(&dir(&args.id), &args)?,
+        Verb::Events { id, stats, interval_seconds } => {
+            output::with_stdout(|out| events::events(&dir(&id), stats, interval_seconds, out))?;
         }
+        Verb::Features => output::with_stdout(|out| writeln!(out, "{}", features::features()))?,
+        Verb::Spec { bundle, rootless } => spec_template::write(&bundle, rootless)?,
+        Verb::Help => output::with_stdout(|out| out.write_all(command_line::HELP.as_bytes()))?,
         Verb::Version => output::with_stdout(|out| {
-            use std::io::Write;
             writeln!(
                 out,
                 "samara-runtime version {}\nspec: {}",
