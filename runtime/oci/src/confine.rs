@@ -97,20 +97,20 @@ impl Confinement {
         u32::from(self.seccomp.is_some())
     }
 
-    /// Finds limits that `apply` could not set, changing nothing, so that `create` can still say
-    /// so: after `start` nobody listens.
+    /// Finds limits that `apply` could not set, leaving them as they are, so that `create` can
+    /// still say so: after `start` nobody listens.
     pub fn check(&self) -> Result<(), ConfineError> {
-        let may_raise = capabilities(None)
-            .map_err(|e| call("read the capabilities of this process", e))?
-            .effective
-            .contains(CapabilitySet::SYS_RESOURCE);
         for limit in &self.rlimits {
-            let current = getrlimit(limit.resource).maximum.unwrap_or(u64::MAX);
+            let before = getrlimit(limit.resource);
             if limit.soft > limit.hard {
                 return Err(limit.error(Errno::INVAL));
             }
-            if limit.hard > current && !may_raise {
-                return Err(limit.error(Errno::PERM));
+            if limit.hard > before.maximum.unwrap_or(u64::MAX) {
+                // CAP_SYS_RESOURCE of a user namespace does not count, so only trying tells.
+                let raised = Rlimit { maximum: finite(limit.hard), ..before.clone() };
+                setrlimit(limit.resource, raised)
+                    .and_then(|()| setrlimit(limit.resource, before))
+                    .map_err(|errno| limit.error(errno))?;
             }
         }
         Ok(())
@@ -147,8 +147,7 @@ impl Confinement {
         before_filter: impl FnOnce() -> Result<(), ConfineError>,
     ) -> Result<(), ConfineError> {
         for limit in &self.rlimits {
-            let value = |bytes: u64| (bytes != u64::MAX).then_some(bytes);
-            let rlimit = Rlimit { current: value(limit.soft), maximum: value(limit.hard) };
+            let rlimit = Rlimit { current: finite(limit.soft), maximum: finite(limit.hard) };
             setrlimit(limit.resource, rlimit).map_err(|errno| limit.error(errno))?;
         }
         if self.no_new_privs {
@@ -255,6 +254,11 @@ impl Limit {
     fn error(&self, errno: Errno) -> ConfineError {
         ConfineError::Rlimit { number: self.number, name: self.name, source: errno.into() }
     }
+}
+
+/// RLIM_INFINITY is the largest number.
+fn finite(limit: u64) -> Option<u64> {
+    (limit != u64::MAX).then_some(limit)
 }
 
 fn call(attempt: &'static str, errno: Errno) -> ConfineError {
