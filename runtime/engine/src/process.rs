@@ -588,8 +588,9 @@ pub(crate) fn furnish(
     );
     prctl(&mut tape, libc::PR_SET_CHILD_SUBREAPER, alive.subreaper.into());
     for (signal, action) in (1u64..).zip(&alive.actions) {
-        if signal == libc::SIGKILL.unsigned_abs().into()
-            || signal == libc::SIGSTOP.unsigned_abs().into()
+        if [libc::SIGKILL, libc::SIGSTOP]
+            .iter()
+            .any(|fixed| u64::from(fixed.unsigned_abs()) == signal)
         {
             continue;
         }

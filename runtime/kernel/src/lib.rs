@@ -3,14 +3,20 @@
 //! One module per interface, named as its man page. This is the only crate with `unsafe` code.
 //! What the crate does not have: policy. It neither retries, nor decides, nor remembers.
 
+pub mod close_range;
 pub mod kcmp;
+pub mod keyctl;
+pub mod mount_setattr;
 pub mod pagemap;
 pub mod pidfd;
+pub mod pidfd_send_signal;
 pub mod proc;
 pub mod process_vm;
 pub mod ptrace;
 pub mod robust_list;
 pub mod sched;
+pub mod seccomp;
+pub mod signal;
 pub mod sock_diag;
 pub mod tape;
 pub mod wait;
