@@ -107,35 +107,72 @@ impl FrozenTree {
     /// # Errors
     /// The first that occurred; all that can be let go has been let go.
     pub fn thaw(mut self) -> Result<(), TraceeError> {
-        self.release()
+        self.release(&mut || {})
     }
 
-    /// Ends the container: kills every process while it is stopped.
+    /// As [`FrozenTree::thaw`], for a container that was frozen in a cgroup: `freeze` freezes it again before any thread runs.
+    pub fn thaw_into(mut self, freeze: &mut dyn FnMut()) -> Result<(), TraceeError> {
+        self.release(freeze)
+    }
+
+    /// Ends the container: its init with an exit code, everything else by SIGKILL.
     ///
     /// # Errors
-    /// If a signal could not be sent; whatever was not killed runs on.
-    pub fn kill(self) -> io::Result<()> {
-        let mut first_error = Ok(());
-        for pid in self.processes.keys().chain(self.sessions.keys()) {
+    /// If a process could not be ended; the rest of the container is ended by the kernel when init is.
+    pub fn end(mut self, code: u8) -> Result<(), TraceeError> {
+        let init = self.init;
+        for pid in self.processes.keys().chain(self.sessions.keys()).filter(|pid| **pid != init) {
             let sent = samara_kernel::pidfd::PidFd::open(*pid)
                 .and_then(|process| process.send_signal(libc::SIGKILL));
             match sent {
-                Err(error) if error.raw_os_error() != Some(libc::ESRCH) && first_error.is_ok() => {
-                    first_error = Err(error);
+                Err(source) if source.raw_os_error() != Some(libc::ESRCH) => {
+                    return Err(TraceeError::Ptrace { what: "kill", tid: *pid, source });
                 }
                 Ok(()) | Err(_) => {}
             }
         }
-        first_error
+        if let Some(process) = self.processes.get_mut(&init) {
+            process.begin_exit(code)?;
+        }
+        // A tracee that has ended stays until its tracer has waited for it, and init until the rest is gone.
+        let mut left: Vec<Pid> = self
+            .processes
+            .values()
+            .chain(self.sessions.values())
+            .flat_map(|process| process.threads.iter().map(|thread| thread.tid))
+            .collect();
+        self.processes.clear();
+        self.sessions.clear();
+        let deadline = Instant::now() + FREEZE_MAX;
+        while !left.is_empty() && Instant::now() < deadline {
+            left.retain(|tid| match wait::poll_one(*tid) {
+                Ok(Some(Status::Exited(_) | Status::Killed(_))) | Err(_) => false,
+                Ok(Some(_)) => {
+                    // A stop on the way to the end; the thread may be gone already.
+                    let _ = ptrace::cont(*tid, 0);
+                    true
+                }
+                Ok(None) => true,
+            });
+            std::thread::sleep(POLL);
+        }
+        Ok(())
     }
 
-    fn release(&mut self) -> Result<(), TraceeError> {
+    fn release(&mut self, before_last: &mut dyn FnMut()) -> Result<(), TraceeError> {
         let mut first_error = Ok(());
         let everything = std::mem::take(&mut self.processes).into_values();
-        for mut process in everything.chain(std::mem::take(&mut self.sessions).into_values()) {
+        let mut everything: Vec<Process> =
+            everything.chain(std::mem::take(&mut self.sessions).into_values()).collect();
+        for process in &mut everything {
             let unmapped = process.unmap_arena();
-            let released = process.threads.iter().map(Thread::release).fold(Ok(()), Result::and);
-            first_error = first_error.and(unmapped).and(released);
+            let settled = process.threads.iter_mut().map(Thread::settle).fold(Ok(()), Result::and);
+            first_error = first_error.and(unmapped).and(settled);
+        }
+        before_last();
+        for process in &everything {
+            first_error = first_error
+                .and(process.threads.iter().map(Thread::release).fold(Ok(()), Result::and));
         }
         first_error
     }
@@ -143,7 +180,7 @@ impl FrozenTree {
 
 impl Drop for FrozenTree {
     fn drop(&mut self) {
-        if let Err(error) = self.release() {
+        if let Err(error) = self.release(&mut || {}) {
             tracing::warn!(error = %error, "a thread could not be let go cleanly; the kernel does it when this process ends");
         }
     }
@@ -260,16 +297,24 @@ impl Freezer {
 
     fn wait_for_stops(&mut self) -> Result<(), FreezeError> {
         while !self.running.is_empty() {
-            match wait::poll_any() {
-                Ok(Some((tid, status))) => self.on_stop(tid, status)?,
-                Ok(None) => {
-                    self.look_at_late()?;
-                    std::thread::sleep(POLL);
+            let mut quiet = true;
+            for tid in self.running.keys().copied().collect::<Vec<Pid>>() {
+                match wait::poll_one(tid) {
+                    Ok(Some(status)) => {
+                        quiet = false;
+                        self.on_stop(tid, status)?;
+                    }
+                    Ok(None) => {}
+                    // Reaped by somebody else, or merged into its leader by an exec.
+                    Err(error) if error.raw_os_error() == Some(libc::ECHILD) => {
+                        self.running.remove(&tid);
+                    }
+                    Err(source) => return Err(FreezeError::Discover { source }),
                 }
-                Err(error) if error.raw_os_error() == Some(libc::ECHILD) => {
-                    return Err(FreezeError::InitEnded { pid: self.init });
-                }
-                Err(source) => return Err(FreezeError::Discover { source }),
+            }
+            if quiet {
+                self.look_at_late()?;
+                std::thread::sleep(POLL);
             }
         }
         Ok(())
@@ -424,40 +469,45 @@ impl Freezer {
 
 impl Drop for Freezer {
     fn drop(&mut self) {
-        for (_, thread) in std::mem::take(&mut self.stopped).into_values() {
-            if let Err(error) = thread.release() {
+        for (_, mut thread) in std::mem::take(&mut self.stopped).into_values() {
+            if let Err(error) = thread.settle().and_then(|()| thread.release()) {
                 tracing::warn!(error = %error, "a thread could not be let go cleanly");
             }
         }
         // Threads that were asked to stop and have not: wait for the stop, bounded, since only a stopped thread can be let go.
         let deadline = Instant::now() + Duration::from_secs(1);
         while !self.running.is_empty() && Instant::now() < deadline {
-            match wait::poll_any() {
-                Ok(Some((tid, Status::EventStop(_)))) => {
-                    self.running.remove(&tid);
-                    let released = Thread::at_stop(tid, 0).and_then(|mut thread| {
-                        restart::mend_interrupted(&mut thread.stop);
-                        ptrace::set_registers(tid, &thread.stop)
-                            .map_err(failed("set the registers of", tid))?;
-                        thread.release()
-                    });
-                    if let Err(error) = released {
-                        tracing::warn!(error = %error, "a thread could not be let go cleanly");
-                    }
-                }
-                Ok(Some((tid, Status::SignalStop(signal)))) => {
-                    let _ = ptrace::cont(tid, signal);
-                }
-                Ok(Some((tid, Status::Exited(_) | Status::Killed(_)))) => {
-                    self.running.remove(&tid);
-                }
-                Ok(Some((tid, Status::SyscallStop | Status::Event(_) | Status::Continued))) => {
-                    let _ = ptrace::cont(tid, 0);
-                }
-                Ok(None) => std::thread::sleep(POLL),
-                Err(_) => break,
-            }
+            self.running.retain(|tid, _| !let_go(*tid));
+            std::thread::sleep(POLL);
         }
+    }
+}
+
+/// Lets a thread go that was asked to stop, if it has stopped. False: not yet.
+fn let_go(tid: Pid) -> bool {
+    match wait::poll_one(tid) {
+        Ok(None) => false,
+        Ok(Some(Status::EventStop(_))) => {
+            let released = Thread::at_stop(tid, 0).and_then(|mut thread| {
+                restart::mend_interrupted(&mut thread.stop);
+                ptrace::set_registers(tid, &thread.stop)
+                    .map_err(failed("set the registers of", tid))?;
+                thread.release()
+            });
+            if let Err(error) = released {
+                tracing::warn!(error = %error, "a thread could not be let go cleanly");
+            }
+            true
+        }
+        Ok(Some(Status::SignalStop(signal))) => {
+            let _ = ptrace::cont(tid, signal);
+            false
+        }
+        Ok(Some(Status::SyscallStop | Status::Event(_) | Status::Continued)) => {
+            let _ = ptrace::cont(tid, 0);
+            false
+        }
+        Ok(Some(Status::Exited(_) | Status::Killed(_))) | Err(_) => true,
     }
 }
 

@@ -397,15 +397,18 @@ impl Tree {
                 process::set_registers(process, alive)?;
             }
         }
-        // From here on a failure kills what has not been released, and with init the rest.
+        // From here on a failure kills all that has not been released when this process ends, and with init the rest.
         let mut processes: Vec<Process> =
             std::mem::take(&mut self.processes).into_values().collect();
         // Init last: as long as it is held, the kernel's EXITKILL ends everything with it.
         processes.reverse();
-        for process in &processes {
-            for thread in &process.threads {
-                thread.release()?;
+        for process in &mut processes {
+            for thread in &mut process.threads {
+                thread.settle()?;
             }
+        }
+        for thread in processes.iter().flat_map(|process| &process.threads) {
+            thread.release()?;
         }
         self.finished = true;
         Ok(())

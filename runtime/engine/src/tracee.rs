@@ -78,35 +78,39 @@ impl Thread {
         Ok(Thread { tid, stop, mask, group_stop, owed_signal: 0 })
     }
 
-    /// Lets the thread go on from [`Thread::stop`].
+    /// Brings the thread to the stop from which it goes on with [`Thread::stop`].
     ///
     /// The registers are set in a signal stop, because only there the kernel still looks at the restart code: a signal that came
     /// meanwhile then has the effect on the interrupted call that it would have had.
-    pub(crate) fn release(&self) -> Result<(), TraceeError> {
+    pub(crate) fn settle(&mut self) -> Result<(), TraceeError> {
         let tid = self.tid;
-        if ptrace::registers(tid).map_err(failed("read the registers of", tid))? != self.stop {
-            ptrace::interrupt(tid).map_err(failed("interrupt", tid))?;
-            ptrace::cont(tid, 0).map_err(failed("resume", tid))?;
-            loop {
-                match wait::one(tid).map_err(failed("wait for", tid))? {
-                    Status::EventStop(_) => break,
-                    status @ (Status::Exited(_) | Status::Killed(_)) => {
-                        return Err(TraceeError::Ended { tid, status });
-                    }
-                    // The mask is the program's own again, so a signal may be delivered first: to the right registers.
-                    Status::SignalStop(signal) => {
-                        ptrace::set_registers(tid, &self.stop)
-                            .map_err(failed("set the registers of", tid))?;
-                        return ptrace::detach(tid, signal).map_err(failed("let go of", tid));
-                    }
-                    Status::SyscallStop | Status::Event(_) | Status::Continued => {
-                        ptrace::cont(tid, 0).map_err(failed("resume", tid))?;
-                    }
+        if ptrace::registers(tid).map_err(failed("read the registers of", tid))? == self.stop {
+            return Ok(());
+        }
+        ptrace::interrupt(tid).map_err(failed("interrupt", tid))?;
+        ptrace::cont(tid, 0).map_err(failed("resume", tid))?;
+        loop {
+            match wait::one(tid).map_err(failed("wait for", tid))? {
+                Status::EventStop(_) => break,
+                status @ (Status::Exited(_) | Status::Killed(_)) => {
+                    return Err(TraceeError::Ended { tid, status });
+                }
+                // The mask is the program's own again, so a signal may be taken first: it is given back with the release.
+                Status::SignalStop(signal) => {
+                    self.owed_signal = signal;
+                    break;
+                }
+                Status::SyscallStop | Status::Event(_) | Status::Continued => {
+                    ptrace::cont(tid, 0).map_err(failed("resume", tid))?;
                 }
             }
-            ptrace::set_registers(tid, &self.stop).map_err(failed("set the registers of", tid))?;
         }
-        ptrace::detach(tid, self.owed_signal).map_err(failed("let go of", tid))
+        ptrace::set_registers(tid, &self.stop).map_err(failed("set the registers of", tid))
+    }
+
+    /// Lets a settled thread go on.
+    pub(crate) fn release(&self) -> Result<(), TraceeError> {
+        ptrace::detach(self.tid, self.owed_signal).map_err(failed("let go of", self.tid))
     }
 }
 
@@ -205,6 +209,20 @@ impl Process {
             )?;
         }
         Ok(())
+    }
+
+    /// Lets the process end with an exit code. Its threads have to be waited for.
+    pub(crate) fn begin_exit(&mut self, code: u8) -> Result<(), TraceeError> {
+        let stub = self.stub_address()?;
+        let Some(thread) = self.threads.first() else { return Ok(()) };
+        let tid = thread.tid;
+        let rax = libc::SYS_exit_group.unsigned_abs();
+        let after = restart::explicit(&thread.stop);
+        let start = Registers { rip: stub, rax, rdi: code.into(), orig_rax: u64::MAX, ..after };
+        self.write(stub, &tape::once(&after, thread.mask))?;
+        ptrace::set_registers(tid, &start).map_err(failed("set the registers of", tid))?;
+        ptrace::set_signal_mask(tid, ALL_SIGNALS).map_err(failed("block the signals of", tid))?;
+        ptrace::cont(tid, 0).map_err(failed("resume", tid))
     }
 
     /// Makes one call in the first thread by code in the vdso's padding.

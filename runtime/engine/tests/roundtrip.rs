@@ -215,7 +215,8 @@ fn moved(
         wait_for("progress", || ready(&text(&log), number).then_some(()));
         let (memory, captured) = snapshot(namespace.init);
         let Captured { container, frozen, .. } = captured;
-        frozen.kill().expect("kill");
+        frozen.end(143).expect("end");
+        assert_eq!(namespace.exit_code(), Some(143));
         drop(namespace);
         namespace = bring_back(&memory, &container, &log);
     }

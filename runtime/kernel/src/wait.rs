@@ -26,37 +26,27 @@ pub enum Status {
 /// `PTRACE_EVENT_EXEC` of `<linux/ptrace.h>`.
 pub const EVENT_EXEC: i32 = libc::PTRACE_EVENT_EXEC;
 
-/// Waits for any tracee or child.
-///
-/// # Errors
-/// ECHILD: there is none.
-pub fn any() -> io::Result<(Pid, Status)> {
-    wait(-1, libc::__WALL).map(|found| found.expect("waitpid without WNOHANG returns a pid"))
-}
-
-/// As [`any`], but returns `None` where nothing has happened.
-pub fn poll_any() -> io::Result<Option<(Pid, Status)>> {
-    wait(-1, libc::__WALL | libc::WNOHANG)
-}
-
 /// Waits for one thread.
 pub fn one(tid: Pid) -> io::Result<Status> {
-    wait(tid, libc::__WALL).map(|found| found.expect("waitpid without WNOHANG returns a pid").1)
+    wait(tid, libc::__WALL).map(|found| found.expect("waitpid without WNOHANG returns a pid"))
 }
 
 /// As [`one`], but returns `None` where nothing has happened.
+///
+/// # Errors
+/// ECHILD: it is neither a tracee nor a child.
 pub fn poll_one(tid: Pid) -> io::Result<Option<Status>> {
-    Ok(wait(tid, libc::__WALL | libc::WNOHANG)?.map(|(_, status)| status))
+    wait(tid, libc::__WALL | libc::WNOHANG)
 }
 
-fn wait(pid: Pid, flags: libc::c_int) -> io::Result<Option<(Pid, Status)>> {
+fn wait(pid: Pid, flags: libc::c_int) -> io::Result<Option<Status>> {
     loop {
         let mut status = 0;
         // SAFETY: `status` outlives the call.
         let result = unsafe { libc::waitpid(pid, &raw mut status, flags) };
         match check(result.into()) {
             Ok(0) => return Ok(None),
-            Ok(_) => return Ok(Some((result, decode(status)))),
+            Ok(_) => return Ok(Some(decode(status))),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
