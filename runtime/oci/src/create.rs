@@ -155,6 +155,7 @@ pub fn create(request: &CreateRequest<'_>) -> Result<Created, CreateError> {
     if let Some(resources) = bundle.linux()?.resources() {
         record.cgroup.apply_rest(resources)?;
     }
+    record.cgroup.deny_host_console(bundle.linux()?.resources().as_ref())?;
     dir.save(&record)?;
     monitor.adopt(record.init)?;
     if let Some(pid_file) = request.pid_file {
