@@ -6,14 +6,25 @@ use std::io;
 ///
 /// Rust's runtime ignores SIGPIPE, and an ignored signal stays ignored through `execve(2)`.
 pub fn reset_for_exec() -> io::Result<()> {
-    for number in 1..=libc::SIGRTMAX() {
-        // Those two cannot be changed; 32 and 33 belong to the C library, which refuses them.
-        if matches!(number, libc::SIGKILL | libc::SIGSTOP | 32 | 33) {
+    // As the kernel takes it (asm/signal.h): handler, flags, restorer, mask. Zeros are SIG_DFL.
+    let default = [0_u64; 4];
+    for number in 1..=64 {
+        if matches!(number, libc::SIGKILL | libc::SIGSTOP) {
             continue;
         }
-        // SAFETY: SIG_DFL runs no code of ours.
-        let previous = unsafe { libc::signal(number, libc::SIG_DFL) };
-        if previous == libc::SIG_ERR {
+        // The C library's function would refuse 32 and 33, which a caller may ignore all the same.
+        // SAFETY: `default` is as long as a struct sigaction of the kernel and outlives the call;
+        // SIG_DFL runs no code of ours; the old action is not asked for.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                number,
+                default.as_ptr(),
+                std::ptr::null_mut::<libc::c_void>(),
+                size_of::<u64>(),
+            )
+        };
+        if result == -1 {
             return Err(io::Error::last_os_error());
         }
     }

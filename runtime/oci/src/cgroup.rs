@@ -11,7 +11,7 @@ use libcgroups::common::{
     AnyCgroupManager, CgroupConfig, CgroupManager, ControllerOpt, FreezerState,
     create_cgroup_manager,
 };
-use oci_spec::runtime::LinuxResources;
+use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType, LinuxResources};
 use serde::{Deserialize, Serialize};
 
 use crate::process::ProcessIdentity;
@@ -206,6 +206,20 @@ impl Cgroup {
         Ok(())
     }
 
+    /// Takes back what libcgroups allows every container of v1 beyond runc: the host's own
+    /// console. `resources` are those of the specification, which may allow it.
+    pub fn deny_host_console(&self, resources: Option<&LinuxResources>) -> Result<(), CgroupError> {
+        let rules = resources.and_then(|resources| resources.devices().as_ref());
+        // Later rules count more.
+        let allowed = rules.into_iter().flatten().rev().find(|rule| covers_console(rule));
+        match self.folder("devices") {
+            Some(folder) if !is_unified() && !allowed.is_some_and(|rule| rule.allow()) => {
+                write(&folder.join("devices.deny"), "c 5:1 rwm")
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Changes limits of the running container.
     pub fn update(&self, resources: &LinuxResources) -> Result<(), CgroupError> {
         let options = ControllerOpt {
@@ -231,6 +245,15 @@ impl Cgroup {
         }
         Ok(())
     }
+}
+
+fn covers_console(rule: &LinuxDeviceCgroup) -> bool {
+    let of_kind = match rule.typ() {
+        None | Some(LinuxDeviceType::A | LinuxDeviceType::C | LinuxDeviceType::U) => true,
+        Some(LinuxDeviceType::B | LinuxDeviceType::P) => false,
+    };
+    let is = |number: Option<i64>, wanted| number.is_none_or(|n| n == -1 || n == wanted);
+    of_kind && is(rule.major(), 5) && is(rule.minor(), 1)
 }
 
 struct Hierarchy {

@@ -19,6 +19,7 @@ use crate::container_id::ContainerId;
 use crate::hooks::{HookError, HookState, Relay};
 use crate::init::{BlankInit, FirstProcess, ProgramInit};
 use crate::monitor::{self, MonitorError};
+use crate::mounts::Unfinished;
 use crate::process::ProcessIdentity;
 use crate::report::Log;
 use crate::state_dir::{FileIdentity, Record, StateDir, StateError, record_version};
@@ -154,6 +155,7 @@ pub fn create(request: &CreateRequest<'_>) -> Result<Created, CreateError> {
     if let Some(resources) = bundle.linux()?.resources() {
         record.cgroup.apply_rest(resources)?;
     }
+    record.cgroup.deny_host_console(bundle.linux()?.resources().as_ref())?;
     dir.save(&record)?;
     monitor.adopt(record.init)?;
     if let Some(pid_file) = request.pid_file {
@@ -187,7 +189,7 @@ fn build(
         Init::Blank { .. } => {
             let (ours, theirs) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
                 .map_err(|errno| io("make a pipe", errno.into()))?;
-            let init = BlankInit::new(bundle.spec.clone(), theirs, cause.clone());
+            let init = BlankInit::new(Unfinished::of(bundle), theirs, cause.clone());
             (builder.with_executor(init), Some(ours))
         }
     };
@@ -219,7 +221,7 @@ fn program(
         };
         (hooks.clone(), state)
     });
-    let first = FirstProcess { spec: bundle.spec.clone(), start_hooks };
+    let first = FirstProcess { mounts: Unfinished::of(bundle), start_hooks };
     let keyring = keyring_name(&request.id, request.no_new_keyring);
     let process = bundle.process()?.clone();
     Ok(ProgramInit::new(process, confinement, keyring, Some(first), None, cause.clone()))

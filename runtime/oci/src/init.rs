@@ -25,7 +25,7 @@ use rustix::termios::Winsize;
 use crate::cause::Cause;
 use crate::confine::{ConfineError, Confinement};
 use crate::hooks::{self, HookState};
-use crate::mounts::{self, MountError};
+use crate::mounts::{MountError, Unfinished};
 use crate::report::chain;
 
 #[derive(Debug, thiserror::Error)]
@@ -70,8 +70,8 @@ struct Program {
     confinement: Confinement,
     /// The session keyring's name; none to stay in the caller's.
     keyring: Option<CString>,
-    /// The specification whose mounts are to be finished; none in a process that joins.
-    own_mounts: Option<Spec>,
+    /// The mounts that are to be finished; none in a process that joins.
+    own_mounts: Option<Unfinished>,
     start_hooks: Option<(oci_spec::runtime::Hooks, HookState)>,
     user_namespace: Option<OwnedFd>,
     cause: Cause,
@@ -89,7 +89,7 @@ struct Prepared {
 /// What distinguishes the first process of a container from one that joins.
 #[derive(Debug)]
 pub struct FirstProcess {
-    pub spec: Spec,
+    pub mounts: Unfinished,
     pub start_hooks: Option<(oci_spec::runtime::Hooks, HookState)>,
 }
 
@@ -103,7 +103,7 @@ impl ProgramInit {
         cause: Cause,
     ) -> Self {
         let (own_mounts, start_hooks) = match first {
-            Some(first) => (Some(first.spec), first.start_hooks),
+            Some(first) => (Some(first.mounts), first.start_hooks),
             None => (None, None),
         };
         Self(Rc::new(Program {
@@ -135,8 +135,8 @@ impl Program {
                 }
             }
         }
-        if let Some(spec) = &self.own_mounts {
-            mounts::finish(spec)?;
+        if let Some(mounts) = &self.own_mounts {
+            mounts.finish()?;
         }
         self.confinement.check()?;
         let uid = self.confinement.uid();
@@ -214,7 +214,7 @@ impl Program {
     }
 
     /// The specification's environment in its order; of a name given twice the last counts, and
-    /// HOME comes from /etc/passwd where it is missing.
+    /// HOME comes from /etc/passwd where it is missing or empty.
     fn environment(&self, uid: Uid) -> Result<Vec<String>, InitError> {
         let given = self.process.env().clone().unwrap_or_default();
         let name = |variable: &str| variable.split('=').next().unwrap_or_default().to_owned();
@@ -222,7 +222,9 @@ impl Program {
         let mut env: Vec<String> =
             given.into_iter().rev().filter(|variable| seen.insert(name(variable))).collect();
         env.reverse();
-        if !seen.contains("HOME") {
+        // podman sets an empty one.
+        env.retain(|variable| variable != "HOME=");
+        if !env.iter().any(|variable| variable.starts_with("HOME=")) {
             env.push(format!("HOME={}", home_of(uid)));
         }
         // What systemd's socket activation passes on.
@@ -292,7 +294,7 @@ const EXEC_FAILED_STATUS: i32 = 255;
 /// Waits, as the container's first process, for the engine that restores a program into it.
 #[derive(Clone, Debug)]
 pub struct BlankInit {
-    spec: Rc<Spec>,
+    mounts: Rc<Unfinished>,
     /// The writing end of a pipe: written to when the process waits.
     ready: Rc<OwnedFd>,
     cause: Cause,
@@ -300,14 +302,14 @@ pub struct BlankInit {
 
 impl BlankInit {
     /// `ready` is the writing end of a pipe.
-    pub fn new(spec: Spec, ready: OwnedFd, cause: Cause) -> Self {
-        Self { spec: Rc::new(spec), ready: Rc::new(ready), cause }
+    pub fn new(mounts: Unfinished, ready: OwnedFd, cause: Cause) -> Self {
+        Self { mounts: Rc::new(mounts), ready: Rc::new(ready), cause }
     }
 }
 
 impl Executor for BlankInit {
     fn validate(&self, _: &Spec) -> Result<(), ExecutorValidationError> {
-        mounts::finish(&self.spec).map_err(|error| {
+        self.mounts.finish().map_err(|error| {
             let text = chain(&error);
             self.cause.tell(&text);
             ExecutorValidationError::ArgValidationError(text)

@@ -11,9 +11,11 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Mount, Spec};
-use rustix::fs::{AtFlags, Gid, Mode, OFlags, Uid};
+use oci_spec::runtime::Mount;
+use rustix::fs::{AtFlags, Gid, Mode, OFlags, ResolveFlags, Uid};
 use rustix::mount::{MountFlags, MountPropagationFlags, OpenTreeFlags};
+
+use crate::bundle::Bundle;
 
 /// runc's and crun's option: copy what the mount point holds into the new tmpfs.
 pub(crate) const COPY_UP: &str = "tmpcopyup";
@@ -43,24 +45,62 @@ pub(crate) fn propagation(option: &str) -> Option<MountPropagationFlags> {
     })
 }
 
-/// Finishes the mounts of `spec`.
-pub fn finish(spec: &Spec) -> Result<(), MountError> {
-    for mount in spec.mounts().iter().flatten() {
-        let destination = mount.destination();
-        let options = || mount.options().iter().flatten().map(String::as_str);
-        if options().any(|option| option == COPY_UP) && !mount_is_bind(mount) {
-            copy_up(destination)?;
+/// The mounts of a bundle, with what must be known of them before they are made.
+#[derive(Clone, Debug)]
+pub struct Unfinished(Vec<(Mount, Option<u32>)>);
+
+impl Unfinished {
+    /// Looks at the mount points of `bundle` before libcontainer makes those that are missing.
+    pub fn of(bundle: &Bundle) -> Self {
+        let mounts = bundle.spec.mounts().iter().flatten();
+        Self(mounts.map(|mount| (mount.clone(), covered_mode(&bundle.rootfs, mount))).collect())
+    }
+
+    /// Finishes the mounts, in the container.
+    pub fn finish(&self) -> Result<(), MountError> {
+        for (mount, covered_mode) in &self.0 {
+            finish(mount, *covered_mode)?;
         }
-        for flags in options().filter_map(propagation) {
-            rustix::mount::mount_change(destination, flags).map_err(|errno| MountError {
-                attempt: "set the propagation of",
-                path: destination.clone(),
-                source: errno.into(),
-            })?;
-        }
-        if mount.typ().as_deref() == Some("cgroup") && options().any(|option| option == "ro") {
-            make_cgroups_read_only(destination)?;
-        }
+        Ok(())
+    }
+}
+
+/// As in runc, a tmpfs without a mode of its own has that of the folder that it covers.
+fn covered_mode(rootfs: &Path, mount: &Mount) -> Option<u32> {
+    let own_mode = mount.options().iter().flatten().any(|option| option.starts_with("mode="));
+    if mount.typ().as_deref() != Some("tmpfs") || mount_is_bind(mount) || own_mode {
+        return None;
+    }
+    let root = rustix::fs::open(rootfs, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).ok()?;
+    let inside = mount.destination().strip_prefix("/").ok()?;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    // An image's symbolic links lead nowhere but into the image.
+    let folder =
+        rustix::fs::openat2(&root, inside, flags, Mode::empty(), ResolveFlags::IN_ROOT).ok()?;
+    let mode = rustix::fs::fstat(&folder).ok()?.st_mode;
+    Some(Mode::from_raw_mode(mode).as_raw_mode())
+}
+
+fn finish(mount: &Mount, covered_mode: Option<u32>) -> Result<(), MountError> {
+    let destination = mount.destination();
+    let error = |attempt| {
+        move |source: io::Error| MountError { attempt, path: destination.clone(), source }
+    };
+    let options = || mount.options().iter().flatten().map(String::as_str);
+    let read_only = options().any(|option| option == "ro");
+    if options().any(|option| option == COPY_UP) && !mount_is_bind(mount) {
+        copy_up(destination)?;
+    }
+    if let Some(mode) = covered_mode.filter(|_| !read_only) {
+        std::fs::set_permissions(destination, std::fs::Permissions::from_mode(mode))
+            .map_err(error("set the mode of"))?;
+    }
+    for flags in options().filter_map(propagation) {
+        rustix::mount::mount_change(destination, flags)
+            .map_err(|errno| error("set the propagation of")(errno.into()))?;
+    }
+    if mount.typ().as_deref() == Some("cgroup") {
+        finish_cgroups(destination, &options().collect::<Vec<_>>())?;
     }
     Ok(())
 }
@@ -72,23 +112,30 @@ fn mount_is_bind(mount: &Mount) -> bool {
 
 /// libcontainer mounts the hierarchies of cgroup v1 writable whatever the options say, and a
 /// container that can write there can allow itself every device.
-fn make_cgroups_read_only(destination: &Path) -> Result<(), MountError> {
+fn finish_cgroups(destination: &Path, options: &[&str]) -> Result<(), MountError> {
     let error = |path: &Path, source| MountError {
-        attempt: "make read-only",
+        attempt: "set the options of",
         path: path.to_owned(),
         source,
     };
-    let below = procfs::process::Process::myself()
+    let flag = |(name, flag): (&str, MountFlags)| {
+        if options.contains(&name) { flag } else { MountFlags::empty() }
+    };
+    let flags = [
+        ("ro", MountFlags::RDONLY),
+        ("nosuid", MountFlags::NOSUID),
+        ("nodev", MountFlags::NODEV),
+        ("noexec", MountFlags::NOEXEC),
+    ]
+    .into_iter()
+    .map(flag)
+    .fold(MountFlags::BIND, std::ops::BitOr::bitor);
+    let mounts = procfs::process::Process::myself()
         .and_then(|me| me.mountinfo())
         .map_err(|source| error(destination, io::Error::other(source)))?;
-    for mount in &below.0 {
+    for mount in &mounts.0 {
         let under = mount.mount_point.starts_with(destination);
         if under && matches!(mount.fs_type.as_str(), "cgroup" | "cgroup2") {
-            let flags = MountFlags::BIND
-                | MountFlags::RDONLY
-                | MountFlags::NOSUID
-                | MountFlags::NODEV
-                | MountFlags::NOEXEC;
             rustix::mount::mount_remount(&mount.mount_point, flags, c"")
                 .map_err(|errno| error(&mount.mount_point, errno.into()))?;
         }

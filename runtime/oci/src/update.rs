@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxPids, LinuxResources};
 
-use crate::bundle::{self, BundleError};
+use crate::bundle::{self, Bundle, BundleError};
 use crate::cgroup::CgroupError;
 use crate::command_line::{UpdateArgs, UpdateFlags};
 use crate::state_dir::{StateDir, StateError, Status};
@@ -45,7 +45,11 @@ pub fn update(dir: &StateDir, args: &UpdateArgs) -> Result<(), UpdateError> {
     // Which devices a container may use is settled when it is made.
     resources.set_devices(None);
     let resources = bundle::update_for_libcgroups(resources);
-    Ok(record.cgroup.update(&resources)?)
+    record.cgroup.update(&resources)?;
+    // libcgroups has set its own devices again.
+    let spec = Bundle::reload(&dir.config())?;
+    let made_with = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    Ok(record.cgroup.deny_host_console(made_with)?)
 }
 
 fn read(path: &Path) -> Result<LinuxResources, UpdateError> {

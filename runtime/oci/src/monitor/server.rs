@@ -287,6 +287,7 @@ impl Server {
             None => {
                 // Ended already: then so do we, after this answer.
                 self.init = Some(Init { identity, fd: identity.pidfd() });
+                self.creator = None;
                 Ok(())
             }
         }
