@@ -30,6 +30,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let store = Store::open(&Location::folder(Path::new(&folder))?, &config, true)?;
     let template = template();
 
+    let cpu_before = cpu()?;
     let start = Instant::now();
     let mut lease = store.take_epoch(&BTreeMap::new())?.lease;
     let mut writer = CapsuleWriter::new(&store)?;
@@ -59,8 +60,15 @@ fn main() -> Result<(), Box<dyn Error>> {
     let gigabytes = |bytes: u64| bytes as f64 / 1e9;
     let raw = gigabytes(committed.raw_bytes);
     let ratio = raw / gigabytes(committed.stored_bytes);
-    writeln!(out, "write: {raw:.2} GB in {wrote:.2} s, {:.2} GB/s, {ratio:.2}:1, peak {} MiB", raw / wrote, peak()?)?;
+    let cpu_wrote = cpu()? - cpu_before;
+    let rate = raw / wrote;
+    let (spent, peak_mib) = (cpu_wrote / raw, peak()?);
+    writeln!(
+        out,
+        "write: {raw:.2} GB in {wrote:.2} s, {rate:.2} GB/s, {ratio:.2}:1, {spent:.2} cpu s/GB, peak {peak_mib} MiB"
+    )?;
 
+    let cpu_before = cpu()?;
     let start = Instant::now();
     let reader = CapsuleReader::open_latest(&store)?;
     let placed = AtomicU64::new(0);
@@ -70,11 +78,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     })?;
     let read = start.elapsed().as_secs_f64();
     let raw = gigabytes(placed.into_inner());
-    writeln!(out, "read: {raw:.2} GB in {read:.2} s, {:.2} GB/s, peak {} MiB", raw / read, peak()?)?;
+    let rate = raw / read;
+    let (spent, peak_mib) = ((cpu()? - cpu_before) / raw, peak()?);
+    writeln!(out, "read: {raw:.2} GB in {read:.2} s, {rate:.2} GB/s, {spent:.2} cpu s/GB, peak {peak_mib} MiB")?;
     Ok(())
 }
 
-/// 64 MiB of which a third can't be compressed, in pieces of 16 to 64 bytes, as in a heap of small objects.
+/// 64 MiB of small objects: pointers, small numbers and values of which a third can't be compressed.
 fn template() -> Vec<u8> {
     let mut state = 1u64;
     let mut next = move || {
@@ -87,10 +97,19 @@ fn template() -> Vec<u8> {
         bytes.extend_from_slice(&(0x5555_0000_0000 + kind * 4096).to_le_bytes());
         bytes.extend_from_slice(&kind.to_le_bytes());
         bytes.extend_from_slice(&next().to_le_bytes());
+        bytes.extend_from_slice(&((next() << 32 | next()) & 0x00ff_ffff_ffff_ffff).to_le_bytes());
         bytes.extend_from_slice(&(0x7fff_0000_0000 + (next() & 0xffff) * 16).to_le_bytes());
-        bytes.extend_from_slice(&[0; 16]);
+        bytes.extend_from_slice(&[0; 8]);
     }
     bytes
+}
+
+/// Processor time of this process so far, in seconds. The kernel counts hundredths (`USER_HZ`).
+fn cpu() -> Result<f64, Box<dyn Error>> {
+    let stat = std::fs::read_to_string("/proc/self/stat")?;
+    let (_, fields) = stat.rsplit_once(") ").ok_or("no end of the name")?;
+    let times = fields.split(' ').skip(11).take(2).map(str::parse::<f64>).collect::<Result<Vec<_>, _>>()?;
+    Ok(times.iter().sum::<f64>() / 100.0)
 }
 
 /// Peak of this process's resident memory, in MiB.
