@@ -78,7 +78,7 @@ pub(crate) enum CapsuleError {
     Remove(#[from] RemoveError),
     #[error(transparent)]
     Layout(#[from] LayoutError),
-    #[error("{faults} faults in the capsule at {url}; it can't be restored")]
+    #[error("the capsule at {url} can't be restored: {faults} of its parts are damaged")]
     Faulty { url: String, faults: usize },
 }
 

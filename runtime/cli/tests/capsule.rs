@@ -96,7 +96,7 @@ fn damage_is_reported_and_fails() {
     let pack = manifest["layers"].as_array().unwrap().last().unwrap()["digest"].as_str().unwrap().to_owned();
     std::fs::write(root.path().join("blobs/sha256").join(pack.strip_prefix("sha256:").unwrap()), "x").unwrap();
 
-    assert!(bad(&["capsule", "verify", &url], 1).contains("1 faults"));
+    assert!(bad(&["capsule", "verify", &url], 1).contains("1 of its parts"));
     let output = samara(&["capsule", "verify", &url, "--json", "--digest", &digest]);
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(report["whole"], false);
