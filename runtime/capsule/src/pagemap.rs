@@ -19,7 +19,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 
-use crate::digest::Digest;
+use crate::digest::{Digest, FrameDigest};
 use crate::frame::{Codec, FRAME_PAGES_MAX, FrameError};
 use crate::transfer::{PageRun, SpaceId};
 use crate::{BLOB_BYTES_MAX, FORMAT_VERSION, varint};
@@ -76,7 +76,7 @@ pub struct MapFrame {
     pub pages: u16,
     pub codec: Codec,
     /// Digest of the stored bytes.
-    pub digest: Digest,
+    pub digest: FrameDigest,
 }
 
 /// One decoded segment. Its runs are in ascending order and don't overlap, and every index in it is valid.
@@ -189,7 +189,7 @@ impl Segment {
         let count = take_count(input, "packs")?;
         let mut packs = Vec::with_capacity(count);
         for _ in 0..count {
-            packs.push(take_digest(input, "packs")?);
+            packs.push(Digest::from_bytes(take_bytes(input, "packs")?));
         }
 
         let count = take_count(input, "frames")?;
@@ -227,10 +227,10 @@ fn take_count(input: &mut &[u8], table: &'static str) -> Result<usize, SegmentEr
     }
 }
 
-fn take_digest(input: &mut &[u8], table: &'static str) -> Result<Digest, SegmentError> {
-    let (digest, rest) = input.split_first_chunk::<{ Digest::BYTES }>().ok_or(SegmentError::Truncated { table })?;
+fn take_bytes(input: &mut &[u8], table: &'static str) -> Result<[u8; 32], SegmentError> {
+    let (bytes, rest) = input.split_first_chunk::<32>().ok_or(SegmentError::Truncated { table })?;
     *input = rest;
-    Ok(Digest::from_bytes(*digest))
+    Ok(*bytes)
 }
 
 fn take_frame(input: &mut &[u8], index: usize, packs: usize) -> Result<MapFrame, SegmentError> {
@@ -244,7 +244,7 @@ fn take_frame(input: &mut &[u8], index: usize, packs: usize) -> Result<MapFrame,
     let (&code, rest) = input.split_first().ok_or(SegmentError::Truncated { table })?;
     *input = rest;
     let codec = Codec::from_code(code).map_err(|source| SegmentError::Codec { frame: index, source })?;
-    let digest = take_digest(input, table)?;
+    let digest = FrameDigest::from_bytes(take_bytes(input, table)?);
 
     let end = u64::from(offset) + u64::from(stored_bytes);
     let valid = (pack as usize) < packs
@@ -490,7 +490,7 @@ mod tests {
             stored_bytes: 100,
             pages: 256,
             codec: Codec::Zstd,
-            digest: Digest::of(&pack.to_le_bytes()),
+            digest: FrameDigest::of(&pack.to_le_bytes()),
         }
     }
 

@@ -1,9 +1,10 @@
 //! Writes a capsule of synthetic pages and reads it back, and prints rates and the peak of memory.
 //!
-//! `cargo run --release -p samara-store --example throughput -- FOLDER GIB [THREADS]`
+//! `cargo run --release -p samara-store --example throughput -- FOLDER GIB [THREADS [MEMORY]]`
 //!
-//! The pages compress about three to one at zstd level 1. They are made before the clock runs, 64 MiB of them, and each
-//! batch differs in a few bytes of every page, so that no pack is stored twice.
+//! The pages are those of the file MEMORY, of which 64 MiB are used; without it, they are made up and compress 2.5 to one.
+//! Each batch differs in a few bytes of every page, so that no pack is stored twice. With `NO_SYNC` in the environment,
+//! nothing waits for the disk.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -28,8 +29,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut config = StoreConfig { threads, ..StoreConfig::default() };
     config.file.sync = sync;
     let store = Store::open(&Location::folder(Path::new(&folder))?, &config, true)?;
-    let template = template();
+    let template = match args.next() {
+        Some(path) => std::fs::read(path)?,
+        None => template(),
+    };
+    let template_batches = (template.len() / BATCH_BYTES_MAX).min(64);
 
+    let cpu_before = cpu()?;
     let start = Instant::now();
     let mut lease = store.take_epoch(&BTreeMap::new())?.lease;
     let mut writer = CapsuleWriter::new(&store)?;
@@ -38,7 +44,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let pages = (BATCH_BYTES_MAX / PAGE_BYTES) as u64;
     for number in 0..batches {
         let mut bytes = writer.buffer();
-        let at = (usize::try_from(number)? % 64) * BATCH_BYTES_MAX;
+        let at = (usize::try_from(number)? % template_batches) * BATCH_BYTES_MAX;
         bytes.extend_from_slice(template.get(at..at + BATCH_BYTES_MAX).ok_or("the template is too short")?);
         for page in bytes.chunks_exact_mut(PAGE_BYTES) {
             page[..8].copy_from_slice(&number.to_le_bytes());
@@ -59,8 +65,15 @@ fn main() -> Result<(), Box<dyn Error>> {
     let gigabytes = |bytes: u64| bytes as f64 / 1e9;
     let raw = gigabytes(committed.raw_bytes);
     let ratio = raw / gigabytes(committed.stored_bytes);
-    writeln!(out, "write: {raw:.2} GB in {wrote:.2} s, {:.2} GB/s, {ratio:.2}:1, peak {} MiB", raw / wrote, peak()?)?;
+    let cpu_wrote = cpu()? - cpu_before;
+    let rate = raw / wrote;
+    let (spent, peak_mib) = (cpu_wrote / raw, peak()?);
+    writeln!(
+        out,
+        "write: {raw:.2} GB in {wrote:.2} s, {rate:.2} GB/s, {ratio:.2}:1, {spent:.2} cpu s/GB, peak {peak_mib} MiB"
+    )?;
 
+    let cpu_before = cpu()?;
     let start = Instant::now();
     let reader = CapsuleReader::open_latest(&store)?;
     let placed = AtomicU64::new(0);
@@ -70,11 +83,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     })?;
     let read = start.elapsed().as_secs_f64();
     let raw = gigabytes(placed.into_inner());
-    writeln!(out, "read: {raw:.2} GB in {read:.2} s, {:.2} GB/s, peak {} MiB", raw / read, peak()?)?;
+    let rate = raw / read;
+    let (spent, peak_mib) = ((cpu()? - cpu_before) / raw, peak()?);
+    writeln!(out, "read: {raw:.2} GB in {read:.2} s, {rate:.2} GB/s, {spent:.2} cpu s/GB, peak {peak_mib} MiB")?;
     Ok(())
 }
 
-/// 64 MiB of which a third can't be compressed, in pieces of 16 to 64 bytes, as in a heap of small objects.
+/// 64 MiB of small objects: pointers, small numbers and values of which a third can't be compressed.
 fn template() -> Vec<u8> {
     let mut state = 1u64;
     let mut next = move || {
@@ -87,10 +102,19 @@ fn template() -> Vec<u8> {
         bytes.extend_from_slice(&(0x5555_0000_0000 + kind * 4096).to_le_bytes());
         bytes.extend_from_slice(&kind.to_le_bytes());
         bytes.extend_from_slice(&next().to_le_bytes());
+        bytes.extend_from_slice(&((next() << 32 | next()) & 0x00ff_ffff_ffff_ffff).to_le_bytes());
         bytes.extend_from_slice(&(0x7fff_0000_0000 + (next() & 0xffff) * 16).to_le_bytes());
-        bytes.extend_from_slice(&[0; 16]);
+        bytes.extend_from_slice(&[0; 8]);
     }
     bytes
+}
+
+/// Processor time of this process so far, in seconds. The kernel counts hundredths (`USER_HZ`).
+fn cpu() -> Result<f64, Box<dyn Error>> {
+    let stat = std::fs::read_to_string("/proc/self/stat")?;
+    let (_, fields) = stat.rsplit_once(") ").ok_or("no end of the name")?;
+    let times = fields.split(' ').skip(11).take(2).map(str::parse::<f64>).collect::<Result<Vec<_>, _>>()?;
+    Ok(times.iter().sum::<f64>() / 100.0)
 }
 
 /// Peak of this process's resident memory, in MiB.

@@ -98,7 +98,7 @@ pub fn export(
     let mut copied = Copied { manifest: digest, blobs: 0, bytes: 0 };
     store.block_on(async {
         let fetches = futures::stream::iter(&blobs).map(|&blob| async move {
-            Ok::<_, LayoutError>((blob, store.get_blob_unchecked(blob).await?))
+            Ok::<_, LayoutError>((blob, store.get_blob_unchecked(blob, Vec::new()).await?))
         });
         let mut fetches = fetches.buffered(BLOBS_MAX);
         while let Some((blob, content)) = fetches.try_next().await? {

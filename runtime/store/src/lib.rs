@@ -11,6 +11,7 @@ pub mod layout;
 pub mod list;
 pub mod location;
 pub mod log;
+mod pool;
 pub mod reader;
 pub mod remove;
 pub mod store;

@@ -23,6 +23,7 @@ use samara_capsule::transfer::{PAGE_BYTES, PageRun, Place, Source, SpaceId, Stre
 use tokio::task::JoinHandle;
 
 use crate::log::LogError;
+use crate::pool::Pool;
 use crate::store::{Store, StoreError, blob_path};
 
 /// Packs that are fetched at a time, at least two, less one for each thread that decodes.
@@ -137,7 +138,7 @@ impl CapsuleReader {
         let content = self.store.block_on(self.store.get_blob(blob))?;
         let damaged = |source| ReadError::Records { digest: blob.digest, source };
         let mut records = Vec::new();
-        let decoder = stream_decoder(content.as_ref()).map_err(damaged)?;
+        let decoder = stream_decoder(content.as_slice()).map_err(damaged)?;
         decoder.take(RECORDS_BYTES_MAX as u64 + 1).read_to_end(&mut records).map_err(damaged)?;
         match records.len() {
             0..=RECORDS_BYTES_MAX => Ok(records),
@@ -199,16 +200,17 @@ impl CapsuleReader {
             return Ok(());
         }
         // One pack's content waits here at most; the others that are in memory are being fetched or decoded.
-        let (fetched, queue) = crossbeam_channel::bounded::<(usize, Bytes)>(1);
+        let (fetched, queue) = crossbeam_channel::bounded::<(usize, Vec<u8>)>(1);
+        let pool = Pool::default();
         let failed = Mutex::new(None);
         let fail = |error: TransferError| {
             failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get_or_insert(error);
         };
         std::thread::scope(|scope| {
             for _ in 0..threads {
-                let (queue, plan, fail) = (queue.clone(), &plan, &fail);
+                let (queue, plan, pool, fail) = (queue.clone(), &plan, &pool, &fail);
                 scope.spawn(move || {
-                    if let Err(error) = self.decode_packs(&queue, plan, place) {
+                    if let Err(error) = self.decode_packs(&queue, plan, pool, place) {
                         fail(error);
                     }
                 });
@@ -219,8 +221,8 @@ impl CapsuleReader {
             let in_flight = FETCHES_MAX.saturating_sub(threads).max(2);
             let mut fetches = fetches
                 .map(|(index, &blob)| {
-                    let store = self.store.clone();
-                    let task = self.store.handle().spawn(async move { store.get_blob_unchecked(blob).await });
+                    let (store, buffer) = (self.store.clone(), pool.take());
+                    let task = self.store.handle().spawn(async move { store.get_blob_unchecked(blob, buffer).await });
                     let task = AbortOnDrop(task);
                     async move { (index, task.join().await) }
                 })
@@ -298,8 +300,9 @@ impl CapsuleReader {
 
     fn decode_packs(
         &self,
-        queue: &Receiver<(usize, Bytes)>,
+        queue: &Receiver<(usize, Vec<u8>)>,
         plan: &Plan,
+        pool: &Pool,
         place: &Place<'_>,
     ) -> Result<(), TransferError> {
         let mut decoder = FrameDecoder::new().map_err(ReadError::Decompress)?;
@@ -322,6 +325,7 @@ impl CapsuleReader {
                     place(space, &runs, bytes.ok_or_else(outside)?).map_err(TransferError::Place)?;
                 }
             }
+            pool.give(content);
         }
         Ok(())
     }
@@ -481,7 +485,7 @@ fn stream_decoder<R: io::BufRead>(input: R) -> io::Result<zstd::stream::read::De
 struct PartsReader<'a> {
     store: &'a Store,
     parts: std::slice::Iter<'a, BlobRef>,
-    next: Option<AbortOnDrop<Result<Bytes, StoreError>>>,
+    next: Option<AbortOnDrop<Result<Vec<u8>, StoreError>>>,
     current: Bytes,
     started: bool,
 }
@@ -503,7 +507,7 @@ impl Read for PartsReader<'_> {
         }
         while self.current.is_empty() {
             let Some(fetch) = self.next.take() else { return Ok(0) };
-            self.current = self.store.block_on(fetch.join()).map_err(io::Error::other)?;
+            self.current = self.store.block_on(fetch.join()).map_err(io::Error::other)?.into();
             self.fetch_next();
         }
         let bytes = self.current.len().min(buffer.len());

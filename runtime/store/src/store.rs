@@ -4,6 +4,7 @@
 //! say what was attempted on what, and what the reader can do about it.
 
 use std::fmt;
+use std::io::Read as _;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,10 +16,11 @@ use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as ObjectPath;
 use object_store::{
-    BackoffConfig, ClientOptions, ObjectMeta, ObjectStore, ObjectStoreExt as _, PutMode, PutOptions, PutPayload,
+    BackoffConfig, ClientOptions, GetResultPayload, ObjectMeta, ObjectStore, ObjectStoreExt as _, PutMode, PutOptions, PutPayload,
     RetryConfig,
 };
 use samara_capsule::digest::Digest;
+use samara_capsule::manifest::BlobRef;
 use tokio::runtime::{Handle, Runtime};
 
 use crate::config::{Settings, StoreConfig};
@@ -232,7 +234,12 @@ impl Store {
     }
 
     /// Reads an object of at most `bytes_max` bytes.
-    pub(crate) async fn get(&self, path: &str, bytes_max: usize) -> Result<Bytes, StoreError> {
+    pub(crate) async fn get(&self, path: &str, bytes_max: usize) -> Result<Vec<u8>, StoreError> {
+        self.get_into(path, bytes_max, Vec::new()).await
+    }
+
+    /// Like [`Store::get`], into the memory of `content`, which must be empty.
+    async fn get_into(&self, path: &str, bytes_max: usize, mut content: Vec<u8>) -> Result<Vec<u8>, StoreError> {
         let source = self.path(path);
         let too_large = |bytes| StoreError::TooLarge { object: self.describe(path), bytes, bytes_max: bytes_max as u64 };
         let call = async {
@@ -241,16 +248,32 @@ impl Store {
             if announced > bytes_max as u64 {
                 return Ok(Err(announced));
             }
-            // The announced size is only a claim.
-            let mut stream = result.into_stream();
-            let mut content = bytes::BytesMut::with_capacity(usize::try_from(announced).unwrap_or(0));
-            while let Some(piece) = stream.try_next().await? {
-                if piece.len() > bytes_max - content.len() {
-                    return Ok(Err((content.len() + piece.len()) as u64));
+            content.reserve_exact(usize::try_from(announced).unwrap_or(0));
+            match result.payload {
+                GetResultPayload::File(file, _) => {
+                    let read = tokio::task::spawn_blocking(move || {
+                        std::io::Read::take(file, bytes_max as u64 + 1).read_to_end(&mut content).map(|_| content)
+                    });
+                    let failed = |source: Box<dyn std::error::Error + Send + Sync>| object_store::Error::Generic {
+                        store: "LocalFileSystem",
+                        source,
+                    };
+                    content = read.await.map_err(|e| failed(e.into()))?.map_err(|e| failed(e.into()))?;
                 }
-                content.extend_from_slice(&piece);
+                GetResultPayload::Stream(mut stream) => {
+                    // The announced size is only a claim.
+                    while let Some(piece) = stream.try_next().await? {
+                        if piece.len() > bytes_max - content.len() {
+                            return Ok(Err((content.len() + piece.len()) as u64));
+                        }
+                        content.extend_from_slice(&piece);
+                    }
+                }
             }
-            Ok(Ok(content.freeze()))
+            match content.len() <= bytes_max {
+                true => Ok(Ok(content)),
+                false => Ok(Err(content.len() as u64)),
+            }
         };
         self.bounded("read", path, call).await?.map_err(too_large)
     }
@@ -441,20 +464,18 @@ pub(crate) fn blob_path(digest: &Digest) -> String {
 
 impl Store {
     /// Reads a blob and checks length and digest.
-    pub(crate) async fn get_blob(&self, blob: samara_capsule::manifest::BlobRef) -> Result<Bytes, StoreError> {
-        let content = self.get_blob_unchecked(blob).await?;
+    pub(crate) async fn get_blob(&self, blob: BlobRef) -> Result<Vec<u8>, StoreError> {
+        let content = self.get_blob_unchecked(blob, Vec::new()).await?;
         self.check_blob(blob, &content)?;
         Ok(content)
     }
 
-    /// Reads a blob. Its length is checked, its digest is not: [`Store::check_blob`] does that on any thread.
-    pub(crate) async fn get_blob_unchecked(
-        &self,
-        blob: samara_capsule::manifest::BlobRef,
-    ) -> Result<Bytes, StoreError> {
+    /// Reads a blob into the memory of `buffer`, which must be empty. Its length is checked, its digest is not:
+    /// [`Store::check_blob`] does that on any thread.
+    pub(crate) async fn get_blob_unchecked(&self, blob: BlobRef, buffer: Vec<u8>) -> Result<Vec<u8>, StoreError> {
         let path = blob_path(&blob.digest);
         let expected = usize::try_from(blob.bytes).expect("the size of a blob was bounded when it was read");
-        let content = match self.get(&path, expected).await {
+        let content = match self.get_into(&path, expected, buffer).await {
             Err(StoreError::TooLarge { object, bytes, .. }) => {
                 return Err(StoreError::Length { object, found: bytes, expected: blob.bytes });
             }
@@ -472,7 +493,7 @@ impl Store {
     /// Checks the content of a blob against its digest.
     pub(crate) fn check_blob(
         &self,
-        blob: samara_capsule::manifest::BlobRef,
+        blob: BlobRef,
         content: &[u8],
     ) -> Result<(), StoreError> {
         let found = Digest::of(content);

@@ -7,7 +7,7 @@ use std::io;
 
 use futures::StreamExt as _;
 use samara_capsule::cbor::{self, decode_record};
-use samara_capsule::digest::Digest;
+use samara_capsule::digest::{Digest, FrameDigest};
 use samara_capsule::frame::{FrameDecoder, FrameError};
 use samara_capsule::manifest::BlobRef;
 use samara_capsule::pack::{PackError, PackedFrame, read_pack};
@@ -54,7 +54,7 @@ pub struct Report {
 }
 
 /// The frames of a pack in order, with the digests of what they store.
-type Frames = Vec<(PackedFrame, Digest)>;
+type Frames = Vec<(PackedFrame, FrameDigest)>;
 
 impl CapsuleReader {
     /// Checks all blobs of this capsule. `progress` is told how many bytes are done, of how many.
@@ -98,7 +98,7 @@ impl CapsuleReader {
         let store = self.store();
         let checks = futures::stream::iter(&self.manifest().packs).map(|&pack| async move {
             let checking = store.clone();
-            let content = store.get_blob_unchecked(pack).await?;
+            let content = store.get_blob_unchecked(pack, Vec::new()).await?;
             let checked = tokio::task::spawn_blocking(move || check_pack(&checking, pack, &content));
             Ok((pack, checked.await.map_err(|_| Fault::Panicked)??))
         });
@@ -173,7 +173,7 @@ fn check_pack(store: &Store, pack: BlobRef, content: &[u8]) -> Result<Frames, Fa
         let stored = stored.expect("the frames of a pack that was read lie inside of it");
         let decoded = decoder.decode(frame.codec, stored, frame.raw_bytes as usize, &mut raw);
         decoded.map_err(|source| Fault::PackFrame { pack: pack.digest, frame: index, source })?;
-        frames.push((frame, Digest::of(stored)));
+        frames.push((frame, FrameDigest::of(stored)));
     }
     Ok(frames)
 }
