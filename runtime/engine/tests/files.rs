@@ -2,6 +2,12 @@
 //!
 //! What would be lost if these failed: a restored container would see other files than the saved one.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "this is all tests, with functions between them"
+)]
+
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::{self, File};
@@ -466,10 +472,13 @@ fn change(root: &Path, count: usize, rng: &mut Rng) {
     }
 }
 
+/// `SAMARA_TEST_SEED` repeats one tree, `SAMARA_TEST_ROUNDS` multiplies their number for a longer search.
 fn seeds(count: u64) -> Vec<u64> {
+    let times = std::env::var("SAMARA_TEST_ROUNDS")
+        .map_or(1, |n| n.parse().expect("SAMARA_TEST_ROUNDS is a number"));
     match std::env::var("SAMARA_TEST_SEED") {
         Ok(seed) => vec![seed.parse().expect("SAMARA_TEST_SEED is a number")],
-        Err(_) => (0..count).map(|_| fastrand::u64(..)).collect(),
+        Err(_) => (0..count * times).map(|_| fastrand::u64(..)).collect(),
     }
 }
 
@@ -494,11 +503,22 @@ fn image(scratch: &mut Scratch, options: &str, rng: &mut Rng) -> Vec<PathBuf> {
 
 /// Capture on an overlay; application on a fresh one, and on the same one after more changes.
 fn round_trip(options: &str, target_options: &str, rounds: u64) {
+    round_trip_on("", options, target_options, rounds);
+}
+
+/// With `uppers`, the containers' own layers are on another file system of that kind.
+fn round_trip_on(uppers: &str, options: &str, target_options: &str, rounds: u64) {
     for seed in seeds(rounds) {
         println!("SAMARA_TEST_SEED={seed} options {options:?} target {target_options:?}");
         let rng = &mut Rng::with_seed(seed);
         let mut scratch = Scratch::new();
         let lowers = image(&mut scratch, options, rng);
+        if !uppers.is_empty() {
+            for name in ["saved", "fresh", "other", "fresh-2"] {
+                let at = scratch.dir(name);
+                scratch.mount(uppers, &at, "");
+            }
+        }
         let merged = scratch.overlay("saved", &lowers, options);
         change(&merged, 40, rng);
         grow(&merged, 30, rng);
@@ -575,6 +595,12 @@ fn overlay_round_trip_with_index() {
 #[test]
 fn overlay_round_trip_with_user_attributes() {
     round_trip(",userxattr", ",userxattr", 3);
+}
+
+#[test]
+fn overlay_round_trip_over_two_file_systems() {
+    round_trip_on("tmpfs", "", "", 4);
+    round_trip_on("tmpfs", ",redirect_dir=on,xino=on", "", 2);
 }
 
 #[test]
@@ -914,6 +940,123 @@ fn names_that_look_like_whiteouts_are_names() {
     let (layer, _) = capture(&from);
     apply(&to, &layer);
     assert_same(&listing(&from), &listing(&to), "with `.wh.` names");
+}
+
+/// Calls `on_content` when bytes of a file's content come by.
+struct Watching<'a> {
+    on_content: &'a dyn Fn(),
+    seen: bool,
+}
+
+impl Write for Watching<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if !self.seen && bytes.len() > 100_000 {
+            self.seen = true;
+            (self.on_content)();
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_file_that_changes_its_size_ends_the_capture() {
+    let scratch = Scratch::new();
+    let root = scratch.dir("root");
+    for size in [0, 1 << 20] {
+        fs::write(root.join("f"), vec![1; 600_000]).unwrap();
+        let resize =
+            || File::options().write(true).open(root.join("f")).unwrap().set_len(size).unwrap();
+        let mut out = Watching { on_content: &resize, seen: false };
+        let result = capture_root(&locate(&root), &mut out);
+        assert!(
+            matches!(&result, Err(CaptureError::Changed { path, .. }) if path == Path::new("/f")),
+            "{size}: {result:?}"
+        );
+    }
+}
+
+#[test]
+fn a_writer_that_fails_ends_the_capture() {
+    let scratch = Scratch::new();
+    let root = scratch.dir("root");
+    fs::write(root.join("f"), vec![1; 100_000]).unwrap();
+    for room in [0, 511, 512, 2000, 50_000] {
+        let mut space = vec![0; room];
+        let mut out = &mut space[..];
+        let result = capture_root(&locate(&root), &mut out);
+        assert!(matches!(result, Err(CaptureError::Write(_))), "{room}: {result:?}");
+    }
+}
+
+/// Not a test of anything: prints how fast it is. `cargo test --release --test files -- --ignored --nocapture measure`
+#[test]
+#[ignore = "takes minutes and gigabytes; run by hand"]
+fn measure() {
+    let mut scratch = Scratch::new();
+    let lower = scratch.dir("lower");
+    let rng = &mut Rng::with_seed(1);
+    let report = |what: &str, start: std::time::Instant, amount: f64, unit: &str| {
+        let seconds = start.elapsed().as_secs_f64();
+        println!("{what}: {seconds:.2} s, {:.0} {unit}/s", amount / seconds);
+    };
+    let large = scratch.overlay("large", &[lower.clone()], "");
+    let mut block = vec![0; 64 << 20];
+    rng.fill(&mut block);
+    for i in 0..8 {
+        let mut file = File::create(large.join(format!("f{i}"))).unwrap();
+        for _ in 0..4 {
+            file.write_all(&block).unwrap();
+        }
+    }
+    let spool = scratch.folder.path().join("layer.tar");
+    let start = std::time::Instant::now();
+    capture_root(&locate(&large), &mut std::io::sink()).unwrap();
+    report("capture 2 GiB in 8 files", start, 2048.0, "MiB");
+    capture_root(&locate(&large), &mut File::create(&spool).unwrap()).unwrap();
+    let to = scratch.overlay("large-to", &[lower.clone()], "");
+    let start = std::time::Instant::now();
+    apply_root(&locate(&to), &mut File::open(&spool).unwrap()).unwrap();
+    report("apply 2 GiB in 8 files", start, 2048.0, "MiB");
+    fs::remove_file(&spool).unwrap();
+
+    let small = scratch.overlay("small", &[lower.clone()], "");
+    for i in 0..100_000 {
+        let dir = small.join(format!("d{}", i / 100));
+        if i % 100 == 0 {
+            fs::create_dir(&dir).unwrap();
+        }
+        fs::write(dir.join(format!("f{i}")), &block[..i % 4000]).unwrap();
+    }
+    let mut layer = Vec::new();
+    let start = std::time::Instant::now();
+    capture_root(&locate(&small), &mut layer).unwrap();
+    report("capture 100,000 small files", start, 100.0, "thousand");
+    let to = scratch.overlay("small-to", &[lower.clone()], "");
+    let start = std::time::Instant::now();
+    apply_root(&locate(&to), &mut &layer[..]).unwrap();
+    report("apply 100,000 small files", start, 100.0, "thousand");
+    let start = std::time::Instant::now();
+    apply_root(&locate(&small), &mut &layer[..]).unwrap();
+    report("apply 100,000 small files over themselves", start, 100.0, "thousand");
+    let start = std::time::Instant::now();
+    apply_root(&locate(&to), &mut &capture(&scratch.overlay("bare", &[lower], "")).0[..]).unwrap();
+    report("remove 100,000 small files", start, 100.0, "thousand");
+
+    let image = scratch.folder.path().join("small/upper");
+    let cache = scratch.folder.path().join("cache");
+    let merged = scratch.overlay("on-image", &[image], "");
+    for what in ["fingerprint of 100,000 files", "cached"] {
+        let start = std::time::Instant::now();
+        base_fingerprint(&locate(&merged), &cache).unwrap();
+        report(what, start, 100.0, "thousand");
+    }
+    let start = std::time::Instant::now();
+    capture(&merged);
+    report("capture of nothing over 100,000 files", start, 0.0, "");
 }
 
 // Archives of somebody who wants out.

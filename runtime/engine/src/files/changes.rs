@@ -582,16 +582,8 @@ impl<'a> Application<'a> {
         if top.mounted {
             return Ok(());
         }
-        let dir = self.top();
-        let made = make(self.tree, dir, &name, &path, &mut || {
-            rustix::fs::mknodat(dir, &name, FileType::Socket, Mode::empty(), 0)
-        })?;
-        match made {
-            Made::New(()) => {
-                metadata::set(Object::Named(dir, &name), Kind::Socket, metadata)
-                    .attempt("set metadata of", &path)?;
-            }
-            Made::Mounted => self.report.mounted.push(path.absolute()),
+        if !self.node(Kind::Socket, &name, &path, metadata, (0, 0))? {
+            self.report.mounted.push(path.absolute());
         }
         Ok(())
     }
@@ -602,9 +594,9 @@ impl<'a> Application<'a> {
         name: &OsStr,
         layer: &mut LayerReader<'_>,
     ) -> Result<(), ApplyError> {
-        let dir = self.top();
         let Entry { path, content, metadata } = entry;
-        let (kind, made) = match &content {
+        let dir = self.top();
+        let done = match &content {
             Content::Opaque => unreachable!("handled by the caller"),
             Content::Directory { .. } => {
                 let dir = enter(self.tree, dir, name, &path)?;
@@ -613,113 +605,117 @@ impl<'a> Application<'a> {
                 }
                 return self.push(path, dir, content, metadata);
             }
-            Content::Whiteout => {
-                if !remove(self.tree, dir, name, &path)? {
-                    self.report.mounted.push(path.absolute());
-                }
-                return Ok(());
-            }
+            Content::Whiteout => remove(self.tree, dir, name, &path)?,
             Content::File { size, segments } => {
-                let flags = OFlags::WRONLY
-                    | OFlags::CREATE
-                    | OFlags::EXCL
-                    | OFlags::NOFOLLOW
-                    | OFlags::CLOEXEC;
-                let made = make(self.tree, dir, name, &path, &mut || {
-                    rustix::fs::openat(dir, name, flags, Mode::RUSR | Mode::WUSR)
-                })?;
-                let Made::New(file) = made else {
-                    self.report.mounted.push(path.absolute());
-                    return Ok(());
-                };
-                let whole = [Segment { offset: 0, length: *size }];
-                if segments.is_some() {
-                    rustix::fs::ftruncate(&file, *size).attempt("size", &path)?;
-                }
-                for segment in segments.as_deref().unwrap_or(&whole) {
-                    write_segment(file.as_fd(), *segment, layer, &mut self.buffer).map_err(
-                        |e| match e {
-                            CopyError::From(source) => ApplyError::Read(source),
-                            CopyError::To(source) => {
-                                HostError { action: "write", path: (&path).into(), source }.into()
-                            }
-                            CopyError::Short => ApplyError::Corrupt {
-                                path: path.absolute(),
-                                why: "the stream ends early",
-                            },
-                        },
-                    )?;
-                    self.report.content_bytes += segment.length;
-                }
-                metadata::set(Object::Open(file.as_fd()), Kind::File, &metadata)
-                    .attempt("set metadata of", &path)?;
-                return Ok(());
+                self.file(name, &path, *size, segments.as_deref(), &metadata, layer)?
             }
-            Content::HardLink { target } => {
-                let corrupt = |why| ApplyError::Corrupt { path: path.absolute(), why };
-                let found = match self.tree.handle(target) {
-                    Ok(found) => found,
-                    Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {
-                        return Err(corrupt("it is another name of something that is not there"));
-                    }
-                    // Only where something is mounted over the first name.
-                    Err(Errno::XDEV) => {
-                        self.report.mounted.push(path.absolute());
-                        return Ok(());
-                    }
-                    Err(e) => {
-                        return Err(Err::<(), _>(e).attempt("open", target).unwrap_err().into());
-                    }
-                };
-                if stat_fd(&found).attempt("look up", target)?.kind == Kind::Directory {
-                    return Err(corrupt("it is another name of a directory"));
-                }
-                let made = make(self.tree, dir, name, &path, &mut || {
-                    rustix::fs::linkat(&found, "", dir, name, AtFlags::EMPTY_PATH)
-                })?;
-                if let Made::Mounted = made {
-                    self.report.mounted.push(path.absolute());
-                }
-                return Ok(());
-            }
-            Content::Symlink { target } => (
-                Kind::Symlink,
-                make(self.tree, dir, name, &path, &mut || {
+            Content::HardLink { target } => self.hard_link(name, &path, target)?,
+            Content::Symlink { target } => {
+                self.named(Kind::Symlink, name, &path, &metadata, &mut || {
                     rustix::fs::symlinkat(OsStr::from_bytes(target), dir, name)
-                })?,
-            ),
-            Content::Fifo => (Kind::Fifo, self.node(dir, name, &path, FileType::Fifo, (0, 0))?),
-            Content::CharDevice { major, minor } => (
-                Kind::CharDevice,
-                self.node(dir, name, &path, FileType::CharacterDevice, (*major, *minor))?,
-            ),
-            Content::BlockDevice { major, minor } => (
-                Kind::BlockDevice,
-                self.node(dir, name, &path, FileType::BlockDevice, (*major, *minor))?,
-            ),
-        };
-        match made {
-            Made::New(()) => {
-                metadata::set(Object::Named(dir, name), kind, &metadata)
-                    .attempt("set metadata of", &path)?;
+                })?
             }
-            Made::Mounted => self.report.mounted.push(path.absolute()),
+            Content::Fifo => self.node(Kind::Fifo, name, &path, &metadata, (0, 0))?,
+            Content::CharDevice { major, minor } => {
+                self.node(Kind::CharDevice, name, &path, &metadata, (*major, *minor))?
+            }
+            Content::BlockDevice { major, minor } => {
+                self.node(Kind::BlockDevice, name, &path, &metadata, (*major, *minor))?
+            }
+        };
+        if !done {
+            self.report.mounted.push(path.absolute());
         }
         Ok(())
     }
 
-    fn node(
-        &self,
-        dir: BorrowedFd<'_>,
+    // The following return false where something is mounted on the name, which they leave alone.
+
+    fn file(
+        &mut self,
         name: &OsStr,
         path: &TreePath,
-        kind: FileType,
-        (major, minor): (u32, u32),
-    ) -> Result<Made<()>, HostError> {
-        let device = rustix::fs::makedev(major, minor);
-        make(self.tree, dir, name, path, &mut || {
-            rustix::fs::mknodat(dir, name, kind, Mode::empty(), device)
-        })
+        size: u64,
+        segments: Option<&[Segment]>,
+        metadata: &Metadata,
+        layer: &mut LayerReader<'_>,
+    ) -> Result<bool, ApplyError> {
+        let made = make_file(self.tree, self.top(), name, path)?;
+        let Made::New(file) = made else { return Ok(false) };
+        if segments.is_some() {
+            rustix::fs::ftruncate(&file, size).attempt("size", path)?;
+        }
+        for segment in segments.unwrap_or(&[Segment { offset: 0, length: size }]) {
+            write_segment(file.as_fd(), *segment, layer, &mut self.buffer).map_err(
+                |e| match e {
+                    CopyError::From(source) => ApplyError::Read(source),
+                    CopyError::To(source) => {
+                        HostError { action: "write", path: path.into(), source }.into()
+                    }
+                    CopyError::Short => {
+                        ApplyError::Corrupt { path: path.absolute(), why: "the stream ends early" }
+                    }
+                },
+            )?;
+            self.report.content_bytes += segment.length;
+        }
+        metadata::set(Object::Open(file.as_fd()), Kind::File, metadata)
+            .attempt("set metadata of", path)?;
+        Ok(true)
+    }
+
+    fn hard_link(
+        &self,
+        name: &OsStr,
+        path: &TreePath,
+        target: &TreePath,
+    ) -> Result<bool, ApplyError> {
+        let corrupt = |why| ApplyError::Corrupt { path: path.absolute(), why };
+        let found = match self.tree.handle(target) {
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {
+                return Err(corrupt("it is another name of something that is not there"));
+            }
+            // Something is mounted over the first name.
+            Err(Errno::XDEV) => return Ok(false),
+            other => other.attempt("open", target)?,
+        };
+        if stat_fd(&found).attempt("look up", target)?.kind == Kind::Directory {
+            return Err(corrupt("it is another name of a directory"));
+        }
+        let dir = self.top();
+        let made = make(self.tree, dir, name, path, &mut || {
+            rustix::fs::linkat(&found, "", dir, name, AtFlags::EMPTY_PATH)
+        })?;
+        Ok(matches!(made, Made::New(())))
+    }
+
+    /// An object that is not opened to set its metadata.
+    fn named(
+        &self,
+        kind: Kind,
+        name: &OsStr,
+        path: &TreePath,
+        metadata: &Metadata,
+        create: &mut dyn FnMut() -> Result<(), Errno>,
+    ) -> Result<bool, HostError> {
+        let dir = self.top();
+        if let Made::Mounted = make(self.tree, dir, name, path, create)? {
+            return Ok(false);
+        }
+        metadata::set(Object::Named(dir, name), kind, metadata).attempt("set metadata of", path)?;
+        Ok(true)
+    }
+
+    fn node(
+        &self,
+        kind: Kind,
+        name: &OsStr,
+        path: &TreePath,
+        metadata: &Metadata,
+        device: (u32, u32),
+    ) -> Result<bool, HostError> {
+        let dir = self.top();
+        self.named(kind, name, path, metadata, &mut || make_node(dir, name, kind, device))
     }
 
     /// Puts right what is in the top directory and was not in the layer, then its own metadata.
@@ -779,6 +775,36 @@ pub(super) fn make<T>(
         return Ok(Made::Mounted);
     }
     create().map(Made::New).attempt("make", path)
+}
+
+/// Makes an empty file for writing, in place of whatever has its name.
+pub(super) fn make_file(
+    tree: &Tree,
+    dir: BorrowedFd<'_>,
+    name: &OsStr,
+    path: &TreePath,
+) -> Result<Made<OwnedFd>, HostError> {
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    make(tree, dir, name, path, &mut || {
+        rustix::fs::openat(dir, name, flags, Mode::RUSR | Mode::WUSR)
+    })
+}
+
+/// Makes a FIFO, socket or device node.
+pub(super) fn make_node(
+    dir: BorrowedFd<'_>,
+    name: &OsStr,
+    kind: Kind,
+    (major, minor): (u32, u32),
+) -> Result<(), Errno> {
+    let kind = match kind {
+        Kind::Fifo => FileType::Fifo,
+        Kind::Socket => FileType::Socket,
+        Kind::CharDevice => FileType::CharacterDevice,
+        Kind::BlockDevice => FileType::BlockDevice,
+        Kind::File | Kind::Directory | Kind::Symlink => unreachable!("made by other calls"),
+    };
+    rustix::fs::mknodat(dir, name, kind, Mode::empty(), rustix::fs::makedev(major, minor))
 }
 
 /// Opens the directory of that name, made in place of whatever else had the name. None if something is mounted on it.

@@ -849,3 +849,146 @@ fn decode_time(value: &[u8]) -> Result<Time, &'static str> {
         (true, _) => Time { seconds: -seconds - 1, nanoseconds: 1_000_000_000 - nanoseconds },
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn encoded(entry: &Entry, content: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let mut writer = LayerWriter::new(&mut bytes);
+        writer.entry(entry).unwrap();
+        writer.write_all(content).unwrap();
+        writer.pad().unwrap();
+        writer.end().unwrap();
+        bytes
+    }
+
+    fn decoded(bytes: &[u8]) -> Result<Entry, DecodeError> {
+        let mut stream = bytes;
+        let mut reader = LayerReader::new(&mut stream);
+        let entry = reader.entry()?.expect("one entry");
+        assert!(reader.entry()?.is_none());
+        Ok(entry)
+    }
+
+    fn path(text: &str) -> TreePath {
+        TreePath::parse(text.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn every_entry_comes_back_as_it_went() {
+        let metadata = |seconds, nanoseconds| Metadata {
+            mode: 0o6755,
+            uid: u32::MAX - 1,
+            gid: 2_097_152,
+            modified: Time { seconds, nanoseconds },
+            xattrs: vec![
+                (b"user.a=b%".to_vec(), b"\n\0".to_vec()),
+                (b"user.c".to_vec(), vec![7; 1000]),
+            ],
+        };
+        let socket = Socket { name: "s:;=\n".into(), metadata: metadata(-5, 7) };
+        let long = format!(".wh.d/{}", "long/".repeat(60));
+        let contents = [
+            Content::Directory { sockets: vec![socket.clone(), socket] },
+            Content::HardLink { target: path(&long) },
+            Content::Symlink { target: vec![b'x'; 4095] },
+            Content::Fifo,
+            Content::CharDevice { major: 4095, minor: 1_048_575 },
+            Content::BlockDevice { major: 0, minor: 0 },
+        ];
+        let times =
+            [(0, 0), (0, 1), (-1, 0), (-1, 999_999_999), (-7, 1), (1 << 40, 5), (i64::MIN + 1, 0)];
+        for content in contents {
+            for (seconds, nanoseconds) in times {
+                for name in ["a", ".wh.a", &long] {
+                    let metadata = metadata(seconds, nanoseconds);
+                    let entry = Entry { path: path(name), content: content.clone(), metadata };
+                    assert_eq!(decoded(&encoded(&entry, b"")).unwrap(), entry);
+                }
+            }
+        }
+        for content in [Content::Whiteout, Content::Opaque] {
+            for name in ["a", "d/a", ".wh.a", ".wh..wh..opq", ".wh.d/a", &long] {
+                let metadata = Metadata::default();
+                let entry = Entry { path: path(name), content: content.clone(), metadata };
+                assert_eq!(decoded(&encoded(&entry, b"")).unwrap(), entry);
+            }
+        }
+        let segments =
+            vec![Segment { offset: 4096, length: 3 }, Segment { offset: 1 << 50, length: 4 }];
+        let content = Content::File { size: 1 << 60, segments: Some(segments) };
+        let entry = Entry { path: path(&long), content, metadata: metadata(1, 2) };
+        assert_eq!(decoded(&encoded(&entry, b"1234567")).unwrap(), entry);
+    }
+
+    /// A sparse file with this map.
+    fn with_map(size: u64, map: &str, content: usize) -> Vec<u8> {
+        let segments = Some(Vec::new());
+        let entry = Entry {
+            path: path("f"),
+            content: Content::File { size, segments },
+            metadata: Metadata::default(),
+        };
+        let (mut header, pax, _) = encode(&entry).unwrap();
+        let mut map = map.as_bytes().to_vec();
+        map.resize(map.len().next_multiple_of(BLOCK_BYTES), 0);
+        header.set_size((map.len() + content) as u64);
+        header.set_cksum();
+        let mut bytes = Vec::new();
+        let mut writer = LayerWriter::new(&mut bytes);
+        let mut extension = Header::new_ustar();
+        extension.set_entry_type(EntryType::XHeader);
+        extension.set_size(pax.len() as u64);
+        extension.set_cksum();
+        writer.write_all(extension.as_bytes()).unwrap();
+        writer.write_all(&pax).unwrap();
+        writer.pad().unwrap();
+        writer.write_all(header.as_bytes()).unwrap();
+        writer.write_all(&map).unwrap();
+        writer.write_all(&vec![1; content]).unwrap();
+        writer.pad().unwrap();
+        writer.end().unwrap();
+        bytes
+    }
+
+    #[test]
+    fn maps_of_holes_that_lie_are_refused() {
+        assert!(decoded(&with_map(100, "1\n0\n10\n", 10)).is_ok());
+        for (size, map, content) in [
+            (100, "1\n0\n10\n", 9),
+            (100, "1\n0\n10\n", 11),
+            (100, "2\n0\n10\n5\n10\n", 20),
+            (100, "2\n50\n10\n0\n10\n", 20),
+            (100, "1\n95\n10\n", 10),
+            (100, "1\n18446744073709551615\n10\n", 10),
+            (100, "1\n99999999999999999999999\n10\n", 10),
+            (100, "4000000000\n0\n1\n", 1),
+            (100, "-1\n", 0),
+            (100, "\n\n\n", 0),
+            (100, "3\n", 0),
+            (100, "", 0),
+        ] {
+            assert!(decoded(&with_map(size, map, content)).is_err(), "{map:?}");
+        }
+    }
+
+    #[test]
+    fn records_that_lie_are_refused() {
+        for bad in [
+            "5 a=b\n",
+            "7 a=b\n",
+            "999999999999999999999999 path=x\n",
+            "0 \n",
+            "4 =\n",
+            "6 a=b",
+            "11 uid=-1a\n",
+            "14 mtime=1.x\n",
+            "26 SCHILY.xattr.evil.x=yy\n",
+            "12 unknown=\n",
+        ] {
+            assert!(Pax::decode(bad.as_bytes()).is_err(), "{bad:?}");
+        }
+    }
+}

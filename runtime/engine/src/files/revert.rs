@@ -12,10 +12,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use rustix::fs::AtFlags;
 use rustix::io::Errno;
 
-use super::changes::{Made, enter, make, remove};
+use super::changes::{Made, enter, make, make_file, make_node, remove};
 use super::content::copy_file;
 use super::metadata::{self, Metadata, Object};
 use super::root::{BaseView, NamesByDirectory, Overlay, each_name};
@@ -73,12 +73,11 @@ impl<'a> Base<'a> {
             {
                 found.extend(names(base_dir).attempt("list the base image's", path)?);
             }
-        } else if let Some(upper) = &self.upper {
-            if let Some(upper_dir) =
+        } else if let Some(upper) = &self.upper
+            && let Some(upper_dir) =
                 upper.dir_if_any(path).attempt("open the upper layer's", path)?
-            {
-                found.extend(names(upper_dir).attempt("list the upper layer's", path)?);
-            }
+        {
+            found.extend(names(upper_dir).attempt("list the upper layer's", path)?);
         }
         found.extend(self.indexed.get(path).into_iter().flatten().cloned());
         Ok(found)
@@ -171,11 +170,7 @@ impl Run<'_> {
             let from = open_file(&from_dir, name).attempt("open the base image's", path)?;
             let xattrs =
                 metadata::xattrs(Object::Open(from.as_fd())).attempt("read attributes of", path)?;
-            let flags =
-                OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let made = make(base.merged, dir.as_fd(), name, path, &mut || {
-                rustix::fs::openat(dir, name, flags, Mode::RUSR | Mode::WUSR)
-            })?;
+            let made = make_file(base.merged, dir.as_fd(), name, path)?;
             let Made::New(to) = made else { return Ok(()) };
             copy_file(from.as_fd(), to.as_fd(), stat.size, stat.blocks)
                 .attempt("copy from the base image", path)?;
@@ -188,28 +183,17 @@ impl Run<'_> {
         }
         let xattrs = metadata::xattrs(Object::Named(from_dir.as_fd(), name))
             .attempt("read attributes of", path)?;
-        let (major, minor) = stat.device;
-        let device = rustix::fs::makedev(major, minor);
-        let node = match stat.kind {
-            Kind::Symlink => None,
-            Kind::Fifo => Some(FileType::Fifo),
-            Kind::Socket => Some(FileType::Socket),
-            Kind::CharDevice => Some(FileType::CharacterDevice),
-            Kind::BlockDevice => Some(FileType::BlockDevice),
-            Kind::File | Kind::Directory => unreachable!("handled before"),
+        let target = match stat.kind {
+            Kind::Symlink => Some(
+                rustix::fs::readlinkat(&from_dir, name, Vec::new())
+                    .attempt("read the link", path)?,
+            ),
+            _ => None,
         };
-        let made = match node {
-            Some(kind) => make(base.merged, dir.as_fd(), name, path, &mut || {
-                rustix::fs::mknodat(dir, name, kind, Mode::empty(), device)
-            })?,
-            None => {
-                let target = rustix::fs::readlinkat(&from_dir, name, Vec::new())
-                    .attempt("read the link", path)?;
-                make(base.merged, dir.as_fd(), name, path, &mut || {
-                    rustix::fs::symlinkat(target.as_c_str(), dir, name)
-                })?
-            }
-        };
+        let made = make(base.merged, dir.as_fd(), name, path, &mut || match &target {
+            Some(target) => rustix::fs::symlinkat(target.as_c_str(), dir, name),
+            None => make_node(dir.as_fd(), name, stat.kind, stat.device),
+        })?;
         match made {
             Made::New(()) => metadata::set(named, stat.kind, &Metadata::of(stat, xattrs))
                 .attempt("set metadata of", path),
@@ -225,12 +209,12 @@ impl Run<'_> {
         let base = self.base;
         let mut names: HashMap<TreePath, Stat> = HashMap::new();
         each_name(&base.view.tree, &mut |dir, name, path, kind| {
-            if kind != Kind::Directory && !self.copied_names.contains(path) {
-                if let Some(stat) =
+            if kind != Kind::Directory
+                && !self.copied_names.contains(path)
+                && let Some(stat) =
                     stat_name(dir, name)?.filter(|s| self.copied.contains_key(&s.identity))
-                {
-                    names.insert(path.clone(), stat);
-                }
+            {
+                names.insert(path.clone(), stat);
             }
             Ok(())
         })?;
@@ -243,8 +227,8 @@ impl Run<'_> {
                 None => false,
             };
             let Some(shown) = base.merged.stat(&path).attempt("look up", &path)? else { continue };
-            let unchanged = (shown.kind, shown.size, shown.modified, shown.identity.2)
-                == (stat.kind, stat.size, stat.modified, stat.identity.2);
+            // Inode numbers can differ from mount to mount; no change leaves the time of change as it was.
+            let unchanged = (shown.kind, shown.changed) == (stat.kind, stat.changed);
             if in_upper || !unchanged {
                 continue;
             }

@@ -616,4 +616,33 @@ mod tests {
         assert_eq!(decode_octal(br"a\040b\134054c\012"), b"a b\\054c\n");
         assert_eq!(decode_octal(br"\9\04"), br"\9\04");
     }
+
+    /// The way for older kernels must show what the newer way shows, and leave no mount behind.
+    #[test]
+    fn both_ways_to_mount_a_base_image_show_the_same() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut layers = Vec::new();
+        for (layer, file) in [("one", "a"), ("two", "b")] {
+            let path = folder.path().join(layer);
+            fs::create_dir(&path).unwrap();
+            fs::write(path.join(file), layer).unwrap();
+            layers.push((path_handle(&path).unwrap(), false));
+        }
+        let overlay = Overlay {
+            lowers: Vec::new(),
+            upper: None,
+            userxattr: false,
+            index: false,
+            redirects: false,
+            reading_options: vec!["redirect_dir=on".into(), "metacopy=on".into()],
+        };
+        let spot = folder.path().join("spot");
+        fs::create_dir(&spot).unwrap();
+        for view in [overlay.mount_by_parts(&layers), overlay.mount_at_once(&layers, &spot)] {
+            let tree = Tree::at(view.unwrap()).unwrap();
+            assert_eq!(names(tree.dir(&TreePath::root()).unwrap()).unwrap(), ["a", "b"]);
+        }
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        assert!(!mounts.contains(folder.path().to_str().unwrap()));
+    }
 }

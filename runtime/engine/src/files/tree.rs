@@ -90,7 +90,7 @@ impl TreePath {
         PathBuf::from(OsString::from_vec(bytes))
     }
 
-    fn from_dir(&self) -> &Path {
+    fn lookup_path(&self) -> &Path {
         if self.is_root() { Path::new(".") } else { Path::new(OsStr::from_bytes(&self.0)) }
     }
 }
@@ -250,7 +250,7 @@ impl Tree {
     pub(super) fn dir(&self, path: &TreePath) -> Result<OwnedFd, Errno> {
         rustix::fs::openat2(
             &self.root,
-            path.from_dir(),
+            path.lookup_path(),
             OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOATIME,
             Mode::empty(),
             ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV,
@@ -271,7 +271,7 @@ impl Tree {
     pub(super) fn handle(&self, path: &TreePath) -> Result<OwnedFd, Errno> {
         rustix::fs::openat2(
             &self.root,
-            path.from_dir(),
+            path.lookup_path(),
             OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
             Mode::empty(),
             ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV,
