@@ -12,6 +12,16 @@ pub struct Instruction {
     pub value: u32,
 }
 
+impl Instruction {
+    /// As the kernel reads it from memory.
+    #[must_use]
+    pub fn to_bytes(self) -> [u8; 8] {
+        let [a, b] = self.code.to_le_bytes();
+        let [c, d, e, f] = self.value.to_le_bytes();
+        [a, b, self.jump_true, self.jump_false, c, d, e, f]
+    }
+}
+
 const _: () = assert!(size_of::<Instruction>() == size_of::<libc::sock_filter>());
 
 /// The kernel refuses longer programs (BPF_MAXINSNS in linux/bpf_common.h).

@@ -1,11 +1,10 @@
 //! `checkpoint` and `restore`: what their command lines say. Flags are runc's, and `--capsule URL`.
 //!
-//! What is not here: anything that acts. Until it is, the two verbs are not registered, and
-//! `features` does not name them.
+//! What is not here: anything that acts; see `capture` and `restore`.
 
 use std::path::PathBuf;
 
-use crate::command_line::{UsageError, at_most, id_of, path};
+use crate::command_line::{CreateArgs, RunArgs, UsageError, at_most, id_of, path};
 use crate::container_id::ContainerId;
 use crate::flags::{self, Flag, Order, Parsed, switch, value};
 
@@ -51,6 +50,26 @@ pub struct RestoreArgs {
     pub no_pivot: bool,
     pub lsm_profile: Option<String>,
     pub lsm_mount_context: Option<String>,
+}
+
+impl RestoreArgs {
+    /// A restore is a run that continues from a capsule.
+    pub fn as_run(&self) -> RunArgs {
+        RunArgs {
+            create: CreateArgs {
+                id: self.id.clone(),
+                bundle: self.bundle.clone(),
+                console_socket: self.console_socket.clone(),
+                pid_file: self.pid_file.clone(),
+                no_pivot: self.no_pivot,
+                no_new_keyring: false,
+                preserve_fds: 0,
+            },
+            detach: self.detach,
+            keep: false,
+            no_subreaper: self.no_subreaper,
+        }
+    }
 }
 
 macro_rules! image_flags {

@@ -114,11 +114,8 @@ impl Cgroup {
 
     pub fn is_frozen(&self) -> bool {
         let Some(folder) = self.folder("freezer") else { return false };
-        let (file, frozen) = if is_unified() {
-            ("cgroup.freeze", "1")
-        } else {
-            ("freezer.self_freezing", "1")
-        };
+        let (file, frozen) =
+            if is_unified() { ("cgroup.freeze", "1") } else { ("freezer.self_freezing", "1") };
         std::fs::read_to_string(folder.join(file)).is_ok_and(|text| text.trim() == frozen)
     }
 
@@ -131,9 +128,7 @@ impl Cgroup {
     }
 
     fn set_freezer(&self, state: FreezerState, attempt: &'static str) -> Result<(), CgroupError> {
-        self.manager()?
-            .freeze(state)
-            .map_err(|source| CgroupError::Library { attempt, source })
+        self.manager()?.freeze(state).map_err(|source| CgroupError::Library { attempt, source })
     }
 
     /// Every process in the container, those of cgroups below it included.
@@ -307,8 +302,18 @@ pub struct Elsewhere {
 
 /// The hierarchies that libcgroups' v1 manager joins by itself.
 const KNOWN_TO_LIBCGROUPS: &[&str] = &[
-    "cpu", "cpuacct", "cpuset", "devices", "hugetlb", "memory", "pids", "perf_event", "blkio",
-    "net_prio", "net_cls", "freezer",
+    "cpu",
+    "cpuacct",
+    "cpuset",
+    "devices",
+    "hugetlb",
+    "memory",
+    "pids",
+    "perf_event",
+    "blkio",
+    "net_prio",
+    "net_cls",
+    "freezer",
 ];
 
 impl Elsewhere {

@@ -171,6 +171,11 @@ impl Confinement {
     }
 }
 
+/// The bounding set that a process's specification allows, as the kernel's bit mask.
+pub(crate) fn bounding_mask(process: &Process) -> Result<u64, ConfineError> {
+    Ok(CapabilityPlan::new(process.capabilities().as_ref())?.bounding.bits())
+}
+
 impl CapabilityPlan {
     fn new(spec: Option<&LinuxCapabilities>) -> Result<Self, ConfineError> {
         let set = |names: Option<&Capabilities>| {

@@ -10,8 +10,11 @@ use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::error::LibcontainerError;
 use libcontainer::syscall::syscall::SyscallType;
 use oci_spec::runtime::{LinuxNamespaceType, Process};
+use samara_store::Location;
 
+use crate::address::{self, Node, RestorePolicy};
 use crate::bundle::{self, Bundle, BundleError};
+use crate::capture::Held;
 use crate::cause::Cause;
 use crate::cgroup::{Cgroup, CgroupError, Elsewhere};
 use crate::confine::{ConfineError, Confinement};
@@ -22,6 +25,7 @@ use crate::monitor::{self, MonitorError};
 use crate::mounts::Unfinished;
 use crate::process::ProcessIdentity;
 use crate::report::Log;
+use crate::restore::{Incoming, RestoreError};
 use crate::state_dir::{FileIdentity, Record, StateDir, StateError, record_version};
 
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +50,8 @@ pub enum CreateError {
     /// the way that they came, and so is no `source`.
     #[error("unable to start container process: {cause}")]
     Container { cause: String, error: Box<LibcontainerError> },
+    #[error(transparent)]
+    Restore(#[from] Box<RestoreError>),
     #[error("the container's init is gone before it could be recorded")]
     InitGone,
     #[error("cannot {attempt}")]
@@ -89,6 +95,8 @@ pub struct CreateRequest<'a> {
     pub preserve_fds: u32,
     pub systemd_cgroup: bool,
     pub init: Init,
+    /// Where to continue from; without it, the specification may name an address.
+    pub capsule: Option<&'a Location>,
     pub log: &'a Log,
     pub debug: bool,
 }
@@ -124,14 +132,19 @@ pub fn create(request: &CreateRequest<'_>) -> Result<Created, CreateError> {
 
     let dir = StateDir::claim(request.root, &request.id)?;
     let mut undo = Undo::new(dir.clone(), cgroup_path.clone());
+    // Before libcontainer forks: what reads a store has threads, and they have ended by then.
+    let (held, incoming) = look_for_capsule(request, &bundle)?;
+    let init = incoming
+        .as_ref()
+        .map_or(request.init, |incoming| Init::Blank { offsets: incoming.offsets });
     let monitor = monitor::spawn(&dir)?;
     std::fs::write(dir.config(), &bundle.config)
         .map_err(|source| io("keep the specification", source))?;
     let relay = Relay::keep(dir.hooks(), &bundle.path, bundle.spec.hooks().as_ref())?;
-    write_inner_bundle(&dir, &bundle, &cgroup_path, &relay, &request.init)?;
+    write_inner_bundle(&dir, &bundle, &cgroup_path, &relay, &init)?;
 
     let (init_pid, ready) =
-        build(request, &dir, &bundle, confinement.clone(), &cgroup_path, &cause)?;
+        build(request, &init, &dir, &bundle, confinement.clone(), &cgroup_path, &cause)?;
     undo.init = Some(init_pid);
     let record = Record {
         version: record_version(),
@@ -145,9 +158,10 @@ pub fn create(request: &CreateRequest<'_>) -> Result<Created, CreateError> {
         console: process.terminal().unwrap_or(false),
         stdio: [0, 1, 2].map(|fd| file_identity(init_pid, fd)),
         no_new_keyring: request.no_new_keyring,
-        seccomp_filters: match request.init {
-            Init::Program => confinement.seccomp_filters(),
-            Init::Blank { .. } => 0,
+        seccomp_filters: match &incoming {
+            Some(incoming) => incoming.seccomp_filters,
+            None if init == Init::Program => confinement.seccomp_filters(),
+            None => 0,
         },
         config_digest: bundle.config_digest(),
         cgroup: Cgroup::of_process(init_pid, cgroup_path, systemd, request.id.as_str())?,
@@ -157,6 +171,11 @@ pub fn create(request: &CreateRequest<'_>) -> Result<Created, CreateError> {
     }
     record.cgroup.deny_host_console(bundle.linux()?.resources().as_ref())?;
     dir.save(&record)?;
+    match (&incoming, &held) {
+        (Some(incoming), _) => incoming.keep(&dir).map_err(Box::new)?,
+        (None, Some(held)) => held.save(&dir).map_err(|source| io("keep the lease", source))?,
+        (None, None) => {}
+    }
     monitor.adopt(record.init)?;
     if let Some(pid_file) = request.pid_file {
         write_pid_file(pid_file, init_pid)?;
@@ -165,8 +184,31 @@ pub fn create(request: &CreateRequest<'_>) -> Result<Created, CreateError> {
     Ok(Created { dir, record, ready })
 }
 
+/// The capsule that the container will continue from, if there is one; its root is made equal to the saved one.
+fn look_for_capsule(
+    request: &CreateRequest<'_>,
+    bundle: &Bundle,
+) -> Result<(Option<Held>, Option<Incoming>), CreateError> {
+    let (location, policy, node) = match (request.init, request.capsule) {
+        (Init::Blank { .. }, _) => return Ok((None, None)),
+        (Init::Program, Some(location)) => {
+            let node = Node::load().map_err(|error| Box::new(RestoreError::from(error)))?;
+            (location.clone(), RestorePolicy::Require, node)
+        }
+        (Init::Program, None) => {
+            match address::of(&bundle.spec).map_err(|error| Box::new(RestoreError::from(error)))? {
+                None => return Ok((None, None)),
+                Some((address, node)) => (address.location, address.policy, node),
+            }
+        }
+    };
+    let (held, incoming) = Incoming::open(&location, &node, policy, bundle).map_err(Box::new)?;
+    Ok((Some(held), incoming))
+}
+
 fn build(
     request: &CreateRequest<'_>,
+    init: &Init,
     dir: &StateDir,
     bundle: &Bundle,
     confinement: Confinement,
@@ -184,8 +226,10 @@ fn build(
         .map_err(|error| failed(error, cause))?
         .with_console_socket(console)
         .with_preserved_fds(i32::try_from(request.preserve_fds).unwrap_or(i32::MAX));
-    let (builder, ready) = match request.init {
-        Init::Program => (builder.with_executor(program(request, bundle, confinement, cause)?), None),
+    let (builder, ready) = match init {
+        Init::Program => {
+            (builder.with_executor(program(request, bundle, confinement, cause)?), None)
+        }
         Init::Blank { .. } => {
             let (ours, theirs) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
                 .map_err(|errno| io("make a pipe", errno.into()))?;

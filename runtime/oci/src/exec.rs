@@ -196,8 +196,7 @@ fn read_process(path: &Path) -> Result<Process, ExecError> {
 
 /// The container's own process, changed by `flags`, as runc does it.
 fn from_flags(flags: &ExecFlags, spec: &Spec) -> Result<Process, ExecError> {
-    let mut process =
-        spec.process().clone().ok_or(BundleError::Missing { field: "process" })?;
+    let mut process = spec.process().clone().ok_or(BundleError::Missing { field: "process" })?;
     process.set_args(Some(flags.args.clone()));
     process.set_terminal(Some(flags.tty));
     process.set_console_size(None);

@@ -128,8 +128,11 @@ impl Program {
             match samara_kernel::keyctl::join_session_keyring(name) {
                 Ok(()) => {}
                 // A kernel without keyrings, and a user without quota: runc goes on as well.
-                Err(e) if matches!(e.raw_os_error(), Some(libc_errno::ENOSYS | libc_errno::EDQUOT)) => {
-                }
+                Err(e)
+                    if matches!(
+                        e.raw_os_error(),
+                        Some(libc_errno::ENOSYS | libc_errno::EDQUOT)
+                    ) => {}
                 Err(source) => {
                     return Err(InitError::Call { attempt: "join a session keyring", source });
                 }
@@ -324,11 +327,15 @@ impl Executor for BlankInit {
         let other = |attempt: &str, e: &dyn std::error::Error| {
             ExecutorError::Other(format!("cannot {attempt}: {e}"))
         };
+        // While SIGPIPE is still ignored: who made the container need not have waited for this.
+        match rustix::io::write(&*self.ready, b"r") {
+            Ok(_) | Err(Errno::PIPE) => {}
+            Err(errno) => return Err(other("report readiness", &errno)),
+        }
         samara_kernel::signal::reset_for_exec().map_err(|e| other("reset the signals", &e))?;
         // The engine attaches as a program's debugger would.
         rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::Dumpable)
             .map_err(|e| other("become traceable", &e))?;
-        rustix::io::write(&*self.ready, b"r").map_err(|e| other("report readiness", &e))?;
         samara_kernel::close_range::close_from(3).map_err(|e| other("close descriptors", &e))?;
         loop {
             nix::unistd::pause();
@@ -385,10 +392,9 @@ fn verify_working_directory() -> Result<(), InitError> {
     match rustix::process::getcwd(Vec::new()) {
         Ok(path) if path.to_bytes().starts_with(b"/") => Ok(()),
         Ok(_) | Err(Errno::NOENT) => Err(InitError::Breakout),
-        Err(errno) => Err(InitError::Call {
-            attempt: "read the working directory",
-            source: errno.into(),
-        }),
+        Err(errno) => {
+            Err(InitError::Call { attempt: "read the working directory", source: errno.into() })
+        }
     }
 }
 
@@ -466,7 +472,10 @@ mod tests {
     fn missing_programs_are_told_as_go_tells_them() {
         let text = |name| look_up(name, "/usr/bin:/bin").unwrap_err().to_string();
         assert_eq!(text("nosuch"), "exec: \"nosuch\": executable file not found in $PATH");
-        assert_eq!(text("/no/such"), "exec: \"/no/such\": stat /no/such: no such file or directory");
+        assert_eq!(
+            text("/no/such"),
+            "exec: \"/no/such\": stat /no/such: no such file or directory"
+        );
         assert_eq!(text("/etc"), "exec: \"/etc\": permission denied");
         assert_eq!(look_up("sh", "/nowhere:/bin").unwrap(), PathBuf::from("/bin/sh"));
     }

@@ -5,8 +5,10 @@
 //! What is absent: how memory is captured or restored (samara-engine), and where it goes
 //! (samara-store).
 
+pub mod address;
 pub mod bundle;
 pub mod capsule_verbs;
+pub mod capture;
 pub mod cause;
 pub mod cgroup;
 pub mod command_line;
@@ -27,7 +29,9 @@ pub mod output;
 pub mod process;
 pub mod protocol;
 pub mod report;
+pub mod restore;
 pub mod run;
+pub mod saved;
 pub mod sealed;
 pub mod seccomp;
 pub mod signal_name;

@@ -53,6 +53,8 @@ pub enum LifecycleError {
     Notify(#[source] libcontainer::notify_socket::NotifyListenerError),
     #[error("cannot keep libcontainer's state")]
     Libcontainer(#[source] Box<libcontainer::error::LibcontainerError>),
+    #[error(transparent)]
+    Restore(#[from] Box<crate::restore::RestoreError>),
     #[error("cannot write the output")]
     Output(#[source] std::io::Error),
     #[error("cannot run ps")]
@@ -72,6 +74,7 @@ pub fn start(dir: &StateDir) -> Result<(), LifecycleError> {
     NotifySocket::new(dir.libcontainer().join(NOTIFY_FILE))
         .notify_container_start()
         .map_err(LifecycleError::Notify)?;
+    crate::restore::finish(dir).map_err(Box::new)?;
     record.started = true;
     dir.save(&record)?;
     mark_running(dir)?;
@@ -136,7 +139,12 @@ pub fn state(dir: &StateDir, out: &mut impl Write) -> Result<(), LifecycleError>
 }
 
 /// Prints every container under `root`.
-pub fn list(root: &Path, json: bool, quiet: bool, out: &mut impl Write) -> Result<(), LifecycleError> {
+pub fn list(
+    root: &Path,
+    json: bool,
+    quiet: bool,
+    out: &mut impl Write,
+) -> Result<(), LifecycleError> {
     let records = state_dir::list(root)?;
     let write = |result: std::io::Result<()>| result.map_err(LifecycleError::Output);
     if quiet {

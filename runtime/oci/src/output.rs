@@ -3,9 +3,16 @@
 use std::io::{self, Write};
 
 /// Runs `print` on standard output. A reader that has gone away is no error.
-pub fn with_stdout<E>(print: impl FnOnce(&mut io::StdoutLock<'static>) -> Result<(), E>) -> Result<(), E> {
+pub fn with_stdout<E>(
+    print: impl FnOnce(&mut io::StdoutLock<'static>) -> Result<(), E>,
+) -> Result<(), E> {
     let mut out = io::stdout().lock();
     print(&mut out)?;
     let _ = out.flush();
     Ok(())
+}
+
+/// Shows on standard error what is being done, in place of what was shown before; nothing stays of it.
+pub fn transient(text: &str) {
+    let _ = write!(io::stderr(), "\r{text}\x1b[K");
 }

@@ -58,9 +58,13 @@ pub enum Message {
 pub enum Request {
     Status,
     /// The container's init, once there is one: the monitor ends when it does.
-    Adopt { init: ProcessIdentity },
+    Adopt {
+        init: ProcessIdentity,
+    },
     /// One capture; `args` is the worker's affair.
-    Checkpoint { args: serde_json::Value },
+    Checkpoint {
+        args: serde_json::Value,
+    },
     /// The monitor ends. A capture that is under way is told to give up.
     Shutdown,
 }
@@ -72,10 +76,16 @@ pub enum Answer {
     Adopted,
     ShuttingDown,
     /// From the worker; more follows.
-    Progress { progress: serde_json::Value },
+    Progress {
+        progress: serde_json::Value,
+    },
     /// From the worker: the capture is done.
-    Done { result: serde_json::Value },
-    Failed { error: Failure },
+    Done {
+        result: serde_json::Value,
+    },
+    Failed {
+        error: Failure,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -7,6 +7,8 @@ use crate::lifecycle::{self, LifecycleError};
 use crate::report::Log;
 use std::path::Path;
 
+use samara_store::Location;
+
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
     #[error(transparent)]
@@ -19,13 +21,14 @@ pub enum RunError {
     Bundle(#[from] crate::bundle::BundleError),
 }
 
-/// Runs a container. Returns its program's status, or 0 at once with `detach`.
+/// Runs a container, or with `capsule` one that continues from there. Returns its program's status, or 0 at once with `detach`.
 ///
 /// A container whose `start` fails is deleted.
 pub fn run(
     root: &Path,
     args: &RunArgs,
     systemd_cgroup: bool,
+    capsule: Option<&Location>,
     log: &Log,
     debug: bool,
 ) -> Result<u8, RunError> {
@@ -52,6 +55,7 @@ pub fn run(
         preserve_fds: create.preserve_fds,
         systemd_cgroup,
         init: Init::Program,
+        capsule,
         log,
         debug,
     })?;

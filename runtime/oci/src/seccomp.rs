@@ -263,7 +263,8 @@ fn audit_architecture(arch: ScmpArch) -> Option<u32> {
 
 /// Falls through to what follows it, except for calls newer than `newest` of their architecture.
 fn enosys_preamble(newest: &BTreeMap<u32, u32>) -> Vec<Instruction> {
-    let op = |code, jump_true, jump_false, value| Instruction { code, jump_true, jump_false, value };
+    let op =
+        |code, jump_true, jump_false, value| Instruction { code, jump_true, jump_false, value };
     let mut program = Vec::new();
     for (&audit, &number) in newest {
         program.extend([

@@ -1,7 +1,7 @@
 //! An OCI runtime with runc's command line.
 
 use std::error::Error;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use samara_oci::command_line::{self, CommandLine, Global, Verb};
@@ -9,7 +9,8 @@ use samara_oci::create::{self, CreateRequest, Init};
 use samara_oci::report::Log;
 use samara_oci::state_dir::StateDir;
 use samara_oci::{
-    events, exec, features, hooks, lifecycle, output, report, run, sealed, spec_template, update,
+    capture, events, exec, features, hooks, lifecycle, output, report, run, sealed, spec_template,
+    update,
 };
 
 fn main() -> ExitCode {
@@ -54,18 +55,41 @@ fn act(line: CommandLine, log: &Log) -> Result<u8, Box<dyn Error>> {
                 preserve_fds: args.preserve_fds,
                 systemd_cgroup: global.systemd_cgroup,
                 init: Init::Program,
+                capsule: None,
                 log,
                 debug: global.debug,
             })?;
         }
         Verb::Run(args) => {
             sealed::ensure()?;
-            return Ok(run::run(&root, &args, global.systemd_cgroup, log, global.debug)?);
+            return Ok(run::run(&root, &args, global.systemd_cgroup, None, log, global.debug)?);
         }
         Verb::Exec(args) => {
             sealed::ensure()?;
             return Ok(exec::exec(&dir(&args.id), &args, log, global.debug)?);
         }
+        Verb::Checkpoint(args) => {
+            let terminal = std::io::stderr().is_terminal();
+            let summary = capture::checkpoint(&dir(&args.id), &args, terminal)?;
+            if terminal {
+                output::transient("");
+            }
+            output::with_stdout(|out| writeln!(out, "{}", summary.line()))?;
+        }
+        Verb::Restore(args) => {
+            sealed::ensure()?;
+            let location = capture::target(&args.image)?;
+            let args = args.as_run();
+            return Ok(run::run(
+                &root,
+                &args,
+                global.systemd_cgroup,
+                Some(&location),
+                log,
+                global.debug,
+            )?);
+        }
+        Verb::CaptureWorker => capture::worker()?,
         Verb::Start { id } => lifecycle::start(&dir(&id))?,
         Verb::State { id } => output::with_stdout(|out| lifecycle::state(&dir(&id), out))?,
         Verb::Kill { id, signal, all } => lifecycle::kill(&dir(&id), &signal, all)?,

@@ -13,8 +13,8 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use super::client::worker_program;
 use super::MonitorError;
+use super::client::worker_program;
 use crate::process::ProcessIdentity;
 use crate::protocol::{
     Answer, Decoder, Failure, Message, MonitorStatus, Request, Versioned, WORKER_VERB,
@@ -240,9 +240,11 @@ impl Server {
             return;
         }
         let id = client.id;
-        let request = match client.decoder.next::<Versioned<Message>>().and_then(|message| {
-            message.map(unversioned).transpose()
-        }) {
+        let request = match client
+            .decoder
+            .next::<Versioned<Message>>()
+            .and_then(|message| message.map(unversioned).transpose())
+        {
             Ok(None) => return,
             Ok(Some(Message::Request(request))) => request,
             Ok(Some(Message::Answer(_))) => {
@@ -302,8 +304,7 @@ impl Server {
         }
         let init = self.init.as_ref().ok_or(Failure::NoContainer)?.identity;
         let task = WorkerTask { state_dir: self.dir.clone(), init, args };
-        let untold =
-            encode(&task).map_err(|e| Failure::BadRequest { message: e.to_string() })?;
+        let untold = encode(&task).map_err(|e| Failure::BadRequest { message: e.to_string() })?;
         let capture = Capture::spawn(&self.dir, client, untold)
             .map_err(|e| Failure::Spawn { message: e.to_string() })?;
         self.capture = Some(capture);

@@ -35,8 +35,11 @@ impl Sandbox {
         for applet in APPLETS {
             std::os::unix::fs::symlink("busybox", root.join("bin").join(applet)).unwrap();
         }
-        std::fs::write(root.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nu:x:5:5::/tmp:/bin/sh\n")
-            .unwrap();
+        std::fs::write(
+            root.join("etc/passwd"),
+            "root:x:0:0::/root:/bin/sh\nu:x:5:5::/tmp:/bin/sh\n",
+        )
+        .unwrap();
         Self { dir, containers: RefCell::new(Vec::new()) }
     }
 

@@ -1,0 +1,482 @@
+//! `checkpoint`: the verb, and the worker that the monitor starts for it.
+//!
+//! The verb asks the container's monitor, the monitor starts a worker, the worker captures and stores. The worker is a process
+//! of its own so that its memory goes when it ends, and so that whoever kills it harms nobody: the kernel lets the container
+//! go on.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::time::{Instant, SystemTime};
+
+use samara_capsule::cbor::{EncodeError, encode_record};
+use samara_capsule::config::{Provenance, Requirements};
+use samara_capsule::transfer::{Sink, StreamName};
+use samara_engine::capture::{CaptureError, CaptureRequest, Captured, OutsideStream, capture};
+use samara_engine::files::{self, Fingerprint, FingerprintError, LocateError, RootChanges};
+use samara_store::config::ConfigError;
+use samara_store::location::{Location, LocationError};
+use samara_store::log::LogError;
+use samara_store::store::StoreError;
+use samara_store::writer::{CapsuleFacts, WriteError};
+use samara_store::{CapsuleWriter, Lease, Store};
+use serde::{Deserialize, Serialize};
+
+use crate::address::Node;
+use crate::bundle::{Bundle, BundleError};
+use crate::capsule_verbs::{CheckpointArgs, ImageArgs};
+use crate::cgroup::CgroupError;
+use crate::monitor::{Client, MonitorError};
+use crate::protocol::{self, ProtocolError, WorkerReport, WorkerTask};
+use crate::saved::{Origin, ROOT_STREAM, Saved, SavedTree};
+use crate::state_dir::{Record, StateDir, StateError, Status};
+
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error("cannot checkpoint a container in the {0} state; it has to run")]
+    NotRunning(&'static str),
+    #[error("where to? give --capsule URL or --image-path DIR")]
+    NoTarget,
+    #[error("--capsule")]
+    Address(#[from] LocationError),
+    #[error(
+        "--{0} is not supported: Samara writes whole capsules, which need no parent and no second pass"
+    )]
+    Flag(&'static str),
+    #[error("a container with a terminal can't be saved yet; start it without -t")]
+    Terminal,
+    #[error(transparent)]
+    Monitor(#[from] MonitorError),
+    #[error("cannot tell the capture what to do")]
+    Arguments(#[source] serde_json::Error),
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Log(#[from] LogError),
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    #[error(transparent)]
+    Capture(#[from] CaptureError),
+    #[error(transparent)]
+    Files(#[from] files::CaptureError),
+    #[error(transparent)]
+    Locate(#[from] LocateError),
+    #[error(transparent)]
+    Fingerprint(#[from] FingerprintError),
+    #[error("cannot encode the records")]
+    Records(#[from] EncodeError),
+    #[error("cannot {attempt}")]
+    Io { attempt: &'static str, source: io::Error },
+    #[error("the capsule is stored, but the container could not be let go: {0}")]
+    Release(#[source] samara_engine::TraceeError),
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+}
+
+/// What the verb tells the worker.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Order {
+    /// The address, as a URL.
+    target: String,
+    /// The node's configuration; none for the default one, if it is there.
+    config: Option<PathBuf>,
+    leave_running: bool,
+}
+
+/// What the worker answers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Summary {
+    pub target: String,
+    pub manifest: String,
+    pub processes: usize,
+    pub threads: usize,
+    pub pause_ms: f64,
+    pub seconds: f64,
+    pub raw_bytes: u64,
+    pub stored_bytes: u64,
+    pub uploaded_bytes: u64,
+    /// Processes that had joined from outside (`exec`) and are not in the capsule.
+    pub left_out: Vec<String>,
+}
+
+/// The address that a container was started with, and the right to commit there.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Held {
+    pub(crate) address: String,
+    pub(crate) config: Option<PathBuf>,
+    pub(crate) lease: Lease,
+}
+
+impl Held {
+    fn path(dir: &StateDir) -> PathBuf {
+        dir.path().join("lease.json")
+    }
+
+    /// What was kept for a container; none for one without an address.
+    pub(crate) fn load(dir: &StateDir) -> Option<Held> {
+        serde_json::from_slice(&fs::read(Held::path(dir)).ok()?).ok()
+    }
+
+    pub(crate) fn save(&self, dir: &StateDir) -> io::Result<()> {
+        fs::write(Held::path(dir), serde_json::to_vec(self)?)
+    }
+}
+
+/// The address that a command line names.
+pub fn target(image: &ImageArgs) -> Result<Location, CheckpointError> {
+    match (&image.capsule, &image.image_path) {
+        (Some(url), _) => Ok(Location::parse(url)?),
+        (None, Some(folder)) => {
+            let folder =
+                std::path::absolute(folder).map_err(io("find the folder of --image-path"))?;
+            Ok(Location::folder(&folder)?)
+        }
+        (None, None) => Err(CheckpointError::NoTarget),
+    }
+}
+
+/// Saves a container.
+///
+/// Success: the capsule is in the store, whole; the container runs on if `leave_running`, else it has ended with status 143.
+/// Failure: no capsule is visible, and the container is as it was.
+pub fn checkpoint(
+    dir: &StateDir,
+    args: &CheckpointArgs,
+    terminal: bool,
+) -> Result<Summary, CheckpointError> {
+    if args.pre_dump {
+        return Err(CheckpointError::Flag("pre-dump"));
+    }
+    if args.page_server.is_some() {
+        return Err(CheckpointError::Flag("page-server"));
+    }
+    if args.image.lazy_pages {
+        return Err(CheckpointError::Flag("lazy-pages"));
+    }
+    let record = dir.load()?;
+    match record.status() {
+        Status::Running | Status::Paused => {}
+        other => return Err(CheckpointError::NotRunning(other.as_str())),
+    }
+    let order = Order {
+        target: target(&args.image)?.to_string(),
+        config: std::env::var_os(crate::address::CONFIG_VARIABLE).map(PathBuf::from),
+        leave_running: args.leave_running,
+    };
+    let order = serde_json::to_value(order).map_err(CheckpointError::Arguments)?;
+    let answer = Client::connect(dir)?.checkpoint(order, |progress| {
+        if terminal && let Some(text) = progress.as_str() {
+            crate::output::transient(text);
+        }
+    })?;
+    serde_json::from_value(answer).map_err(CheckpointError::Arguments)
+}
+
+impl Summary {
+    /// One line for a person.
+    pub fn line(&self) -> String {
+        let mib = |bytes: u64| bytes as f64 / f64::from(1u32 << 20);
+        let ratio = self.raw_bytes as f64 / (self.stored_bytes.max(1)) as f64;
+        let rate = mib(self.raw_bytes) / self.seconds.max(0.001);
+        let mut line = format!(
+            "saved to {}: paused {:.1} ms, {:.1} MiB stored as {:.1} MiB ({ratio:.1}x), {:.1} s, {rate:.0} MiB/s",
+            self.target,
+            self.pause_ms,
+            mib(self.raw_bytes),
+            mib(self.stored_bytes),
+            self.seconds
+        );
+        if !self.left_out.is_empty() {
+            line.push_str(&format!(
+                "; not saved, as they joined by exec: {}",
+                self.left_out.join(", ")
+            ));
+        }
+        line
+    }
+}
+
+/// The worker: one task from standard input, reports on standard output.
+///
+/// When standard input ends, nobody wants the capture any more, and the process ends; the kernel then lets the container go on.
+pub fn worker() -> Result<(), ProtocolError> {
+    let mut stdin = io::stdin();
+    let task: WorkerTask = protocol::receive(&mut stdin)?;
+    std::thread::spawn(move || {
+        let mut byte = [0];
+        while stdin.read(&mut byte).is_ok_and(|count| count > 0) {}
+        std::process::exit(1);
+    });
+    let report = match work(&task) {
+        Ok(summary) => WorkerReport::Done {
+            result: serde_json::to_value(summary).map_err(ProtocolError::Json)?,
+        },
+        Err(error) => WorkerReport::Failed { message: crate::report::chain(&error) },
+    };
+    protocol::send(&mut io::stdout(), &report)
+}
+
+fn progress(text: &str) {
+    // Progress that nobody hears is no failure; an end of the caller is seen on standard input.
+    let _ = protocol::send(&mut io::stdout(), &WorkerReport::Progress { progress: text.into() });
+}
+
+/// The protocol of a capture, in order.
+fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
+    let begun = Instant::now();
+    let order: Order =
+        serde_json::from_value(task.args.clone()).map_err(CheckpointError::Arguments)?;
+    let dir = dir_of(&task.state_dir)?;
+    let record = dir.load()?;
+    if record.console {
+        return Err(CheckpointError::Terminal);
+    }
+    let spec = Bundle::reload(&dir.config())?;
+
+    progress("preparing");
+    let node = match &order.config {
+        Some(path) => Node::load_from(path)?,
+        None => Node::load()?,
+    };
+    let location = Location::parse(&order.target)?;
+    let store = Store::open(&location, &node.config.store, true)?;
+    let mut held = lease(&dir, &order, &store)?;
+    let mountinfo = fs::read("/proc/self/mountinfo").map_err(io("read the mounts"))?;
+    let root = RootChanges::locate(&record.rootfs, &mountinfo)?;
+    let base = files::base_fingerprint(&root, Path::new(FINGERPRINT_CACHE))?;
+    let mut writer = CapsuleWriter::new(&store)?;
+
+    progress("stopping");
+    let paused = record.cgroup.is_frozen();
+    let request = CaptureRequest { init: record.init.pid, outside: outside(&record) };
+    let mut thaw = || match paused {
+        true => record.cgroup.thaw().map_err(io::Error::other),
+        false => Ok(()),
+    };
+    let stopped = Instant::now();
+    let captured = capture(&request, &mut thaw, &mut writer);
+    let refreeze = || {
+        if paused && let Err(error) = record.cgroup.freeze() {
+            tracing::warn!(%error, "the container was paused, and could not be paused again");
+        }
+    };
+    let Captured { container, frozen, report } = match captured {
+        Ok(captured) => captured,
+        Err(error) => {
+            refreeze();
+            return Err(error.into());
+        }
+    };
+    // An error from here on drops `frozen`, which lets the container go on.
+    progress("copying files");
+    files::capture_root(&root, &mut StreamWriter::new(&mut writer, ROOT_STREAM))?;
+    let trees = capture_trees(record.init.pid, &spec, &mut writer)?;
+    let saved =
+        Saved { container, origin: Origin::of(&spec, record.seccomp_filters), trees, root: true };
+    let records = encode_record(&saved)?;
+    let facts = CapsuleFacts {
+        created: SystemTime::now(),
+        parent: None,
+        provenance: provenance(&saved, &record),
+        requirements: requirements(&base),
+    };
+    let (committed, pause) = if order.leave_running {
+        frozen.thaw_into(&mut || refreeze()).map_err(CheckpointError::Release)?;
+        let pause = stopped.elapsed();
+        progress("storing");
+        (writer.commit(&mut held.lease, &records, facts)?, pause)
+    } else {
+        progress("storing");
+        let committed = writer.commit(&mut held.lease, &records, facts)?;
+        frozen.end(SAVED_STATUS).map_err(CheckpointError::Release)?;
+        (committed, stopped.elapsed())
+    };
+    if Held::load(&dir).is_some_and(|known| known.address == held.address) {
+        held.save(&dir).map_err(io("keep the lease"))?;
+    }
+    Ok(Summary {
+        target: order.target,
+        manifest: committed.capsule.digest.to_string(),
+        processes: report.processes,
+        threads: report.threads,
+        pause_ms: pause.as_secs_f64() * 1000.0,
+        seconds: begun.elapsed().as_secs_f64(),
+        raw_bytes: committed.raw_bytes,
+        stored_bytes: committed.stored_bytes,
+        uploaded_bytes: committed.uploaded_bytes,
+        left_out: report.sessions,
+    })
+}
+
+/// The exit status of a container that ended because it was saved, as if by SIGTERM.
+pub const SAVED_STATUS: u8 = 143;
+
+/// Where fingerprints of images are kept, so that they are computed once.
+pub(crate) const FINGERPRINT_CACHE: &str = "/var/cache/samara/fingerprints";
+
+fn dir_of(path: &Path) -> Result<StateDir, CheckpointError> {
+    let id = path
+        .file_name()
+        .and_then(|name| name.to_str())
+        .map(crate::container_id::ContainerId::parse);
+    match (path.parent(), id) {
+        (Some(root), Some(Ok(id))) => Ok(StateDir::new(root, &id)),
+        _ => Err(StateError::Missing.into()),
+    }
+}
+
+/// The right to commit at the target: the container's own, or a new epoch.
+fn lease(dir: &StateDir, order: &Order, store: &Store) -> Result<Held, CheckpointError> {
+    if let Some(held) = Held::load(dir).filter(|held| held.address == order.target) {
+        return Ok(held);
+    }
+    let facts = [("container".to_owned(), dir.id().to_string())].into();
+    let lease = store.take_epoch(&facts)?.lease;
+    Ok(Held { address: order.target.clone(), config: order.config.clone(), lease })
+}
+
+fn outside(record: &Record) -> Vec<OutsideStream> {
+    record
+        .stdio
+        .iter()
+        .map(|stream| match stream {
+            Some(file) => OutsideStream { device: file.device, inode: file.inode },
+            // No file has inode 0 on device 0.
+            None => OutsideStream { device: 0, inode: 0 },
+        })
+        .collect()
+}
+
+/// Saves what is in the container's own file systems in memory.
+fn capture_trees(
+    init: i32,
+    spec: &oci_spec::runtime::Spec,
+    writer: &mut CapsuleWriter,
+) -> Result<Vec<SavedTree>, CheckpointError> {
+    let mut trees = Vec::new();
+    for path in travelling_mounts(init, spec)? {
+        let stream = format!("tree-{}", trees.len());
+        let folder = open_inside(init, &path).map_err(io("open a mount of the container"))?;
+        files::capture_tree(folder, &mut StreamWriter::new(writer, &stream))?;
+        trees.push(SavedTree { path, stream });
+    }
+    Ok(trees)
+}
+
+/// The annotation that says which volumes travel: `PATH=include` or `PATH=external`, separated by commas.
+pub const VOLUMES_ANNOTATION: &str = "dev.samara.volumes";
+
+/// Mount points whose content travels: file systems in memory but /dev, and volumes for which it is asked.
+fn travelling_mounts(
+    init: i32,
+    spec: &oci_spec::runtime::Spec,
+) -> Result<Vec<String>, CheckpointError> {
+    let wish = spec
+        .annotations()
+        .as_ref()
+        .and_then(|all| all.get(VOLUMES_ANNOTATION))
+        .cloned()
+        .unwrap_or_default();
+    let wish = |path: &str| {
+        wish.split(',').rev().find_map(|entry| {
+            let (of, policy) = entry.trim().split_once('=')?;
+            (of == path).then_some(policy == "include")
+        })
+    };
+    let mounts = procfs::process::Process::new(init)
+        .and_then(|process| process.mountinfo())
+        .map_err(|error| CheckpointError::Io {
+            attempt: "read the container's mounts",
+            source: io::Error::other(error),
+        })?;
+    let specified: Vec<&Path> =
+        spec.mounts().iter().flatten().map(|mount| mount.destination().as_path()).collect();
+    let mut paths = Vec::new();
+    for mount in mounts.0 {
+        let Some(path) = mount.mount_point.to_str() else { continue };
+        let masked =
+            path.starts_with("/proc") || path.starts_with("/sys") || path == "/dev" || path == "/";
+        // A mount that the specification does not have hides something (a masked path), or was made by the program.
+        let known = specified.contains(&Path::new(path));
+        let in_memory = mount.fs_type == "tmpfs" && mount.root == "/";
+        if !masked && known && wish(path).unwrap_or(in_memory) {
+            paths.push(path.to_owned());
+        }
+    }
+    paths.sort();
+    paths.dedup();
+    Ok(paths)
+}
+
+/// Opens a folder as the container sees it; no link leads out of its root.
+pub(crate) fn open_inside(init: i32, path: &str) -> io::Result<OwnedFd> {
+    use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
+    let root = File::open(format!("/proc/{init}/root"))?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(openat2(&root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT)?)
+}
+
+fn provenance(saved: &Saved, record: &Record) -> Provenance {
+    let image = record.annotations.get("org.opencontainers.image.ref.name").cloned();
+    let mut workload = std::collections::BTreeMap::from([
+        ("id".to_owned(), record.id.clone()),
+        ("args".to_owned(), saved.origin.args.join(" ")),
+    ]);
+    workload.extend(image.map(|image| ("image".to_owned(), image)));
+    Provenance { producer: format!("samara {}", env!("CARGO_PKG_VERSION")), workload }
+}
+
+fn requirements(base: &Fingerprint) -> Requirements {
+    Requirements {
+        architecture: std::env::consts::ARCH.to_owned(),
+        cpu_features: cpu_features(),
+        base_image: match base {
+            Fingerprint::None => None,
+            Fingerprint::Sha256(_) => Some(base.to_string()),
+        },
+        ..Requirements::default()
+    }
+}
+
+/// What `/proc/cpuinfo` says of the processor.
+pub(crate) fn cpu_features() -> std::collections::BTreeSet<String> {
+    let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let flags = text.lines().find_map(|line| line.strip_prefix("flags")?.split_once(':'));
+    flags
+        .map(|(_, flags)| flags.split_ascii_whitespace().map(str::to_owned).collect())
+        .unwrap_or_default()
+}
+
+/// Writes one stream of a capsule.
+struct StreamWriter<'a> {
+    sink: &'a mut dyn Sink,
+    name: StreamName,
+}
+
+impl<'a> StreamWriter<'a> {
+    fn new(sink: &'a mut dyn Sink, name: &str) -> StreamWriter<'a> {
+        StreamWriter { sink, name: StreamName(name.to_owned()) }
+    }
+}
+
+impl Write for StreamWriter<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.sink.append(&self.name, bytes)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn io(attempt: &'static str) -> impl FnOnce(io::Error) -> CheckpointError {
+    move |source| CheckpointError::Io { attempt, source }
+}

@@ -1,0 +1,324 @@
+//! Bringing a container back: `restore`, and a start at an address where a capsule is.
+//!
+//! Both go the same way: [`Incoming::open`] reads the capsule and prepares the root, `create` makes the container with a blank
+//! init, and [`finish`] fills it once it has been started. Between `create` and `start` the capsule that was chosen stands in the
+//! container's folder.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use oci_spec::runtime::Spec;
+use samara_capsule::cbor::{DecodeError, decode_record};
+use samara_capsule::digest::Digest;
+use samara_capsule::transfer::{Source, StreamName};
+use samara_engine::clocks::offsets_to_continue;
+use samara_engine::files::{self, ApplyError, FingerprintError, LocateError, RootChanges};
+use samara_engine::restore::{RestoreError as EngineError, RestoreRequest, restore};
+use samara_engine::{Confinement as EngineConfinement, SeccompPolicy};
+use samara_store::config::ConfigError;
+use samara_store::location::Location;
+use samara_store::log::LogError;
+use samara_store::reader::ReadError;
+use samara_store::store::StoreError;
+use samara_store::{CapsuleReader, Store};
+use serde::{Deserialize, Serialize};
+
+use crate::address::{AddressError, Node, RestorePolicy};
+use crate::bundle::{Bundle, BundleError};
+use crate::capture::{CheckpointError, FINGERPRINT_CACHE, Held, cpu_features, open_inside};
+use crate::confine::ConfineError;
+use crate::create::{ClockOffset, TimeOffsets};
+use crate::saved::{Differs, Origin, ROOT_STREAM, Saved};
+use crate::seccomp::{Program, SeccompError};
+use crate::state_dir::{StateDir, StateError};
+
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error(transparent)]
+    Address(#[from] AddressError),
+    #[error(transparent)]
+    Target(#[from] Box<CheckpointError>),
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Log(#[from] LogError),
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    #[error("{address} has no capsule, and dev.samara.restore requires one")]
+    Required { address: String },
+    #[error(
+        "the capsule at {address} failed twice after it was resumed, and is not tried a third time; remove it with `samara capsule rm {address}` to begin anew"
+    )]
+    FailedTwice { address: String },
+    #[error("cannot read the capsule's records")]
+    Records(#[from] DecodeError),
+    #[error(transparent)]
+    Differs(#[from] Differs),
+    #[error("the capsule at {address} does not fit this host: {}", reasons.join("; "))]
+    Incompatible { address: String, reasons: Vec<String> },
+    #[error(transparent)]
+    Locate(#[from] LocateError),
+    #[error(transparent)]
+    Fingerprint(#[from] FingerprintError),
+    #[error("cannot bring back the container's files")]
+    Apply(#[from] ApplyError),
+    #[error("the capsule has no stream {0}, which its records name")]
+    NoStream(String),
+    #[error(transparent)]
+    Confine(#[from] ConfineError),
+    #[error(transparent)]
+    Seccomp(#[from] SeccompError),
+    #[error("cannot bring the container back")]
+    Engine(#[from] EngineError),
+    #[error("the container's blank init does not answer")]
+    NoInit,
+    #[error("cannot {attempt}")]
+    Io { attempt: &'static str, source: io::Error },
+}
+
+/// A capsule that a container will continue from. Its root has been prepared.
+#[derive(Debug)]
+pub struct Incoming {
+    pub offsets: TimeOffsets,
+    pub seccomp_filters: u32,
+    held: Held,
+    manifest: Digest,
+}
+
+/// What stands in the container's folder between `create` and `start`.
+#[derive(Debug, Serialize, Deserialize)]
+struct Waiting {
+    manifest: Digest,
+}
+
+impl Incoming {
+    /// Looks for a capsule to continue from, takes the next epoch of the address, and makes the container's root as it was saved.
+    ///
+    /// `Ok(None)`: there is none, or it is not wanted; the container begins anew, and `dir` will hold the lease.
+    ///
+    /// # Errors
+    /// Nothing has been made; the root may have to be discarded.
+    pub(crate) fn open(
+        location: &Location,
+        node: &Node,
+        policy: RestorePolicy,
+        bundle: &Bundle,
+    ) -> Result<(Held, Option<Incoming>), RestoreError> {
+        let address = location.to_string();
+        let store = Store::open(location, &node.config.store, true)?;
+        let started = store.take_epoch(&[("container".to_owned(), String::new())].into())?;
+        let config = std::env::var_os(crate::address::CONFIG_VARIABLE).map(PathBuf::from);
+        let held = Held { address: address.clone(), config, lease: started.lease };
+        let latest = match (policy, started.latest) {
+            (RestorePolicy::Never, _) | (RestorePolicy::Auto, None) => return Ok((held, None)),
+            (RestorePolicy::Require, None) => return Err(RestoreError::Required { address }),
+            (RestorePolicy::Auto | RestorePolicy::Require, Some(latest)) => latest,
+        };
+        /// A capsule that failed this often is not tried again.
+        const FAILED_RESUMES_MAX: u32 = 2;
+        if started.failed_resumes >= FAILED_RESUMES_MAX {
+            return Err(RestoreError::FailedTwice { address });
+        }
+        let reader = CapsuleReader::open(&store, &latest)?;
+        let saved: Saved = decode_record(&reader.records()?)?;
+        saved.origin.continues_as(&Origin::of(&bundle.spec, 0))?;
+        let mountinfo = fs::read("/proc/self/mountinfo").map_err(io("read the mounts"))?;
+        let root = RootChanges::locate(&bundle.rootfs, &mountinfo)?;
+        check_host(&reader, &address, &root)?;
+        if saved.root {
+            let name = StreamName(ROOT_STREAM.to_owned());
+            let mut stream = reader
+                .stream(&name)
+                .map_err(io("read the container's files"))?
+                .ok_or_else(|| RestoreError::NoStream(ROOT_STREAM.to_owned()))?;
+            files::apply_root(&root, &mut stream)?;
+        }
+        let offsets =
+            offsets_to_continue(&saved.container.clocks).map_err(io("read the clocks"))?;
+        let offset = |ns: i64| ClockOffset {
+            seconds: ns.div_euclid(1_000_000_000),
+            nanoseconds: u32::try_from(ns.rem_euclid(1_000_000_000)).expect("less than a second"),
+        };
+        let incoming = Incoming {
+            offsets: TimeOffsets {
+                monotonic: offset(offsets.monotonic_ns),
+                boottime: offset(offsets.boottime_ns),
+            },
+            seccomp_filters: saved.origin.seccomp_filters,
+            held: held.clone(),
+            manifest: latest.digest,
+        };
+        Ok((held, Some(incoming)))
+    }
+
+    /// Notes in the container's folder what it will be filled with.
+    pub(crate) fn keep(&self, dir: &StateDir) -> Result<(), RestoreError> {
+        let waiting = serde_json::to_vec(&Waiting { manifest: self.manifest })
+            .map_err(|error| io("note the capsule")(error.into()))?;
+        fs::write(Waiting::path(dir), waiting).map_err(io("note the capsule"))?;
+        self.held.save(dir).map_err(io("keep the lease"))
+    }
+}
+
+impl Waiting {
+    fn path(dir: &StateDir) -> PathBuf {
+        dir.path().join("capsule.json")
+    }
+}
+
+/// All that the capsule requires of this host and does not find.
+fn check_host(
+    reader: &CapsuleReader,
+    address: &str,
+    root: &RootChanges,
+) -> Result<(), RestoreError> {
+    let wanted = &reader.config().requirements;
+    let mut reasons = Vec::new();
+    if wanted.architecture != std::env::consts::ARCH {
+        reasons.push(format!(
+            "it was saved on {}, and this is {}: restore it on a machine of that architecture",
+            wanted.architecture,
+            std::env::consts::ARCH
+        ));
+    } else {
+        let here = cpu_features();
+        let missing: Vec<&str> =
+            wanted.cpu_features.difference(&here).map(String::as_str).collect();
+        if !missing.is_empty() {
+            reasons.push(format!(
+                "this processor lacks {}: choose one that has them",
+                missing.join(", ")
+            ));
+        }
+    }
+    let base = files::base_fingerprint(root, Path::new(FINGERPRINT_CACHE))?;
+    let base = match &base {
+        files::Fingerprint::None => None,
+        files::Fingerprint::Sha256(_) => Some(base.to_string()),
+    };
+    if base != wanted.base_image {
+        reasons.push(
+            "its image is another one: start it with the image that the container was saved from"
+                .to_owned(),
+        );
+    }
+    for (name, value) in &wanted.other {
+        reasons.push(format!("it requires {name} = {value}, which this version does not know"));
+    }
+    if reasons.is_empty() {
+        Ok(())
+    } else {
+        Err(RestoreError::Incompatible { address: address.to_owned(), reasons })
+    }
+}
+
+/// How long the blank init may take from `start` until it waits: it has some mounts to finish.
+const BLANK_MAX: Duration = Duration::from_secs(20);
+
+/// Fills a container whose blank init has been started, if it waits for a capsule. `Ok(false)`: it does not.
+///
+/// # Errors
+/// The container has been killed; its folder is still there.
+pub fn finish(dir: &StateDir) -> Result<bool, RestoreError> {
+    let path = Waiting::path(dir);
+    let waiting = match fs::read(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(source) => return Err(RestoreError::Io { attempt: "read the capsule's note", source }),
+    };
+    let waiting: Waiting = serde_json::from_slice(&waiting)
+        .map_err(|error| io("read the capsule's note")(error.into()))?;
+    let record = dir.load()?;
+    let filled = fill(dir, &waiting);
+    if filled.is_err() {
+        // A container that is not what was saved must not run.
+        let _ = record.init.signal(crate::signal_name::SignalNumber::KILL);
+    }
+    filled?;
+    fs::remove_file(path).map_err(io("remove the capsule's note"))?;
+    Ok(true)
+}
+
+fn fill(dir: &StateDir, waiting: &Waiting) -> Result<(), RestoreError> {
+    let record = dir.load()?;
+    let spec = Bundle::reload(&dir.config())?;
+    let held = Held::load(dir).ok_or(RestoreError::State(StateError::Missing))?;
+    let node = match &held.config {
+        Some(path) => Node::load_from(path)?,
+        None => Node::load()?,
+    };
+    let location =
+        Location::parse(&held.address).map_err(|error| Box::new(CheckpointError::from(error)))?;
+    let store = Store::open(&location, &node.config.store, false)?;
+    let reader = CapsuleReader::open_digest(&store, waiting.manifest)?;
+    let saved: Saved = decode_record(&reader.records()?)?;
+    let init = record.init.pid;
+    wait_for_blank(init)?;
+    for tree in &saved.trees {
+        let mut stream = reader
+            .stream(&StreamName(tree.stream.clone()))
+            .map_err(io("read the container's files"))?
+            .ok_or_else(|| RestoreError::NoStream(tree.stream.clone()))?;
+        let folder = open_inside(init, &tree.path).map_err(io("open a mount of the container"))?;
+        files::apply_tree(folder, &mut stream)?;
+    }
+    let confinement = confinement(&spec, &saved.origin)?;
+    let request = RestoreRequest { init, container: &saved.container, confinement };
+    restore(&request, &reader)?;
+    Ok(())
+}
+
+/// Waits until the blank init does nothing but wait.
+fn wait_for_blank(init: i32) -> Result<(), RestoreError> {
+    /// `pause`, as `/proc/PID/syscall` shows it.
+    const PAUSE: &str = "34 ";
+    let deadline = Instant::now() + BLANK_MAX;
+    while Instant::now() < deadline {
+        match fs::read_to_string(format!("/proc/{init}/syscall")) {
+            Ok(call) if call.starts_with(PAUSE) => return Ok(()),
+            Ok(_) => std::thread::sleep(Duration::from_micros(200)),
+            Err(_) => break,
+        }
+    }
+    Err(RestoreError::NoInit)
+}
+
+/// What the new container's specification allows.
+fn confinement(spec: &Spec, saved: &Origin) -> Result<EngineConfinement, RestoreError> {
+    let now = Origin::of(spec, 0);
+    let process = spec.process().as_ref();
+    let profile = spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref());
+    let seccomp = if now.seccomp == saved.seccomp {
+        SeccompPolicy::AsSaved
+    } else {
+        let program = match profile {
+            None => Vec::new(),
+            Some(profile) => Program::compile(profile)?
+                .instructions()
+                .iter()
+                .flat_map(|i| i.to_bytes())
+                .collect(),
+        };
+        SeccompPolicy::Replace { drop: saved.seccomp_filters as usize, program }
+    };
+    Ok(EngineConfinement {
+        bounding: match process {
+            Some(process) => crate::confine::bounding_mask(process)?,
+            None => 0,
+        },
+        no_new_privileges: process.and_then(|process| process.no_new_privileges()).unwrap_or(false),
+        seccomp,
+    })
+}
+
+fn io(attempt: &'static str) -> impl FnOnce(io::Error) -> RestoreError {
+    move |source| RestoreError::Io { attempt, source }
+}
