@@ -41,7 +41,9 @@ pub struct Location {
 /// The text is no address.
 #[derive(Debug, thiserror::Error)]
 pub enum LocationError {
-    #[error("{text:?} is no capsule address; use file:///dir, s3://bucket/path, gs://bucket/path or az://container/path")]
+    #[error(
+        "{text:?} is no capsule address; use file:///dir, s3://bucket/path, gs://bucket/path or az://container/path"
+    )]
     Scheme { text: String },
     #[error("{text:?} names no bucket; write {scheme}://bucket/path")]
     Bucket { text: String, scheme: &'static str },
@@ -49,7 +51,9 @@ pub enum LocationError {
     Relative { text: String },
     #[error("{text:?} is longer than {LOCATION_BYTES_MAX} bytes")]
     Long { text: String },
-    #[error("{text:?} has an empty, '.' or '..' part, or a character that is not allowed (only printable ASCII without space and any of \\ % ? # * \" < > |)")]
+    #[error(
+        "{text:?} has an empty, '.' or '..' part, or a character that is not allowed (only printable ASCII without space and any of \\ % ? # * \" < > |)"
+    )]
     Segment { text: String },
     #[error("the folder {text:?} has no absolute path that is valid text")]
     Folder { text: String },
@@ -62,7 +66,8 @@ impl Location {
         if text.len() > LOCATION_BYTES_MAX {
             return Err(LocationError::Long { text: quoted() });
         }
-        let (scheme, rest) = text.split_once("://").ok_or_else(|| LocationError::Scheme { text: quoted() })?;
+        let (scheme, rest) =
+            text.split_once("://").ok_or_else(|| LocationError::Scheme { text: quoted() })?;
         let scheme = match scheme {
             "file" => Scheme::File,
             "s3" => Scheme::S3,
@@ -72,7 +77,9 @@ impl Location {
         };
         let (bucket, path) = match scheme {
             Scheme::File => {
-                let path = rest.strip_prefix('/').ok_or_else(|| LocationError::Relative { text: quoted() })?;
+                let path = rest
+                    .strip_prefix('/')
+                    .ok_or_else(|| LocationError::Relative { text: quoted() })?;
                 ("", path)
             }
             Scheme::S3 | Scheme::Gs | Scheme::Az => rest.split_once('/').unwrap_or((rest, "")),
@@ -106,7 +113,9 @@ impl Location {
         for component in absolute.components() {
             match component {
                 std::path::Component::RootDir | std::path::Component::CurDir => {}
-                std::path::Component::Normal(name) => segments.push(name.to_str().ok_or_else(error)?.to_owned()),
+                std::path::Component::Normal(name) => {
+                    segments.push(name.to_str().ok_or_else(error)?.to_owned())
+                }
                 // The folder that `..` leads to depends on symbolic links before it.
                 std::path::Component::ParentDir => return Err(error()),
                 std::path::Component::Prefix(_) => return Err(error()),
@@ -136,7 +145,9 @@ impl Location {
 
     /// Whether this place is `prefix` or lies under it.
     pub fn is_under(&self, prefix: &Location) -> bool {
-        self.scheme == prefix.scheme && self.bucket == prefix.bucket && self.segments.starts_with(&prefix.segments)
+        self.scheme == prefix.scheme
+            && self.bucket == prefix.bucket
+            && self.segments.starts_with(&prefix.segments)
     }
 
     /// The number of parts of the path, by which one of two prefixes of the same place is the longer one.
@@ -168,18 +179,44 @@ mod tests {
 
     #[test]
     fn addresses_come_back_as_text() {
-        for text in ["file:///a/b", "file:///", "s3://bucket", "s3://bucket/jobs/42", "gs://b/x", "az://c/x_y=1"] {
+        for text in [
+            "file:///a/b",
+            "file:///",
+            "s3://bucket",
+            "s3://bucket/jobs/42",
+            "gs://b/x",
+            "az://c/x_y=1",
+        ] {
             assert_eq!(Location::parse(text).unwrap().to_string(), text);
         }
         assert_eq!(Location::parse("s3://bucket/jobs/").unwrap().to_string(), "s3://bucket/jobs");
-        assert_eq!(Location::folder(Path::new("/x y/é")).unwrap().as_folder().unwrap(), Path::new("/x y/é"));
+        assert_eq!(
+            Location::folder(Path::new("/x y/é")).unwrap().as_folder().unwrap(),
+            Path::new("/x y/é")
+        );
     }
 
     #[test]
     fn what_could_mean_another_place_is_refused() {
         for text in [
-            "", "jobs", "http://x/y", "s3:/b/x", "s3://", "s3:///x", "s3://user:pw@host/x", "file://a/b", "file://", "s3://b//x",
-            "s3://b/../x", "s3://b/./x", "s3://b/a%2e%2e/x", "s3://b/x?y", "s3://b/x#y", "s3://b/x y", "s3://b/\u{e9}", "s3://b/x//",
+            "",
+            "jobs",
+            "http://x/y",
+            "s3:/b/x",
+            "s3://",
+            "s3:///x",
+            "s3://user:pw@host/x",
+            "file://a/b",
+            "file://",
+            "s3://b//x",
+            "s3://b/../x",
+            "s3://b/./x",
+            "s3://b/a%2e%2e/x",
+            "s3://b/x?y",
+            "s3://b/x#y",
+            "s3://b/x y",
+            "s3://b/\u{e9}",
+            "s3://b/x//",
         ] {
             assert!(Location::parse(text).is_err(), "{text}");
         }
