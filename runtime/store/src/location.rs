@@ -4,7 +4,7 @@
 //! comparing places, and an address under an allowed prefix can't leave it.
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Component, Path};
 
 /// An address takes at most this many bytes: the limit of S3 for a key, less what we append.
 pub const LOCATION_BYTES_MAX: usize = 900;
@@ -55,7 +55,7 @@ pub enum LocationError {
         "{text:?} has an empty, '.' or '..' part, or a character that is not allowed (only printable ASCII without space and any of \\ % ? # * \" < > |)"
     )]
     Segment { text: String },
-    #[error("the folder {text:?} has no absolute path that is valid text")]
+    #[error("the folder {text:?} is not there, or has no absolute path that is valid text")]
     Folder { text: String },
 }
 
@@ -103,22 +103,25 @@ impl Location {
         }
     }
 
-    /// The address of a plain folder, for `--image-path`. A relative path counts from the working directory.
+    /// The address of a plain folder, for `--image-path`. A relative path counts from the working directory; one with
+    /// `..` in it must exist.
     ///
     /// The folder's name may have any characters, unlike that of a `file://` address.
     pub fn folder(path: &Path) -> Result<Location, LocationError> {
         let error = || LocationError::Folder { text: path.display().to_string() };
-        let absolute = std::path::absolute(path).map_err(|_| error())?;
+        let absolute = match path.components().any(|part| part == Component::ParentDir) {
+            // Where `..` leads to depends on symbolic links before it.
+            true => path.canonicalize(),
+            false => std::path::absolute(path),
+        };
         let mut segments = Vec::new();
-        for component in absolute.components() {
+        for component in absolute.map_err(|_| error())?.components() {
             match component {
-                std::path::Component::RootDir | std::path::Component::CurDir => {}
-                std::path::Component::Normal(name) => {
-                    segments.push(name.to_str().ok_or_else(error)?.to_owned())
+                Component::RootDir | Component::CurDir => {}
+                Component::Normal(name) => {
+                    segments.push(name.to_str().ok_or_else(error)?.to_owned());
                 }
-                // The folder that `..` leads to depends on symbolic links before it.
-                std::path::Component::ParentDir => return Err(error()),
-                std::path::Component::Prefix(_) => return Err(error()),
+                Component::ParentDir | Component::Prefix(_) => return Err(error()),
             }
         }
         Ok(Location { scheme: Scheme::File, bucket: String::new(), segments })
@@ -221,7 +224,8 @@ mod tests {
             assert!(Location::parse(text).is_err(), "{text}");
         }
         assert!(Location::parse(&format!("s3://b/{}", "a".repeat(1000))).is_err());
-        assert!(Location::folder(Path::new("/a/../b")).is_err());
+        assert!(Location::folder(Path::new("/no-such-folder/../b")).is_err());
+        assert_eq!(Location::folder(Path::new("/usr/../")).unwrap().to_string(), "file:///");
     }
 
     #[test]

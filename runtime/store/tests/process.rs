@@ -90,6 +90,9 @@ fn a_killed_writer_leaves_nothing_visible() {
         writer.commit(&mut lease, &[0xf6], facts()).unwrap();
         let report = CapsuleReader::open_latest(&store).unwrap().verify(&|_, _| ());
         assert!(report.faults.is_empty(), "{:?}", report.faults);
+        store.remove(&|_, _| ()).unwrap();
+        let left = std::fs::read_dir(folder.path()).unwrap().count();
+        assert_eq!(left, 0, "removal leaves nothing, not even what the kill left");
     }
 }
 
