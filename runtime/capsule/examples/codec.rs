@@ -14,7 +14,8 @@ use samara_capsule::transfer::PAGE_BYTES;
 
 /// Processor time of this thread so far.
 fn cpu() -> Duration {
-    let text = std::fs::read_to_string("/proc/thread-self/schedstat").expect("the kernel has schedstat");
+    let text =
+        std::fs::read_to_string("/proc/thread-self/schedstat").expect("the kernel has schedstat");
     let nanoseconds = text.split_whitespace().next().and_then(|first| first.parse().ok());
     Duration::from_nanos(nanoseconds.expect("schedstat begins with a number"))
 }
@@ -51,7 +52,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn codec(out: &mut impl std::io::Write, input: &[u8], level: i32, frame_bytes: usize) -> Result<(), Box<dyn Error>> {
+fn codec(
+    out: &mut impl std::io::Write,
+    input: &[u8],
+    level: i32,
+    frame_bytes: usize,
+) -> Result<(), Box<dyn Error>> {
     let mut compressor = zstd::bulk::Compressor::new(level)?;
     let mut decompressor = zstd::bulk::Decompressor::new()?;
     let mut frames = Vec::new();

@@ -55,12 +55,11 @@ pub fn decode_record<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, DecodeError
         return Err(DecodeError::TooLarge { bytes: bytes.len() });
     }
     let mut rest = bytes;
-    let value = ciborium::de::from_reader_with_recursion_limit(&mut rest, RECORDS_DEPTH_MAX).map_err(|error| {
-        match error {
+    let value = ciborium::de::from_reader_with_recursion_limit(&mut rest, RECORDS_DEPTH_MAX)
+        .map_err(|error| match error {
             ciborium::de::Error::RecursionLimitExceeded => DecodeError::TooDeep,
             error => DecodeError::Malformed(error),
-        }
-    })?;
+        })?;
     match rest.len() {
         0 => Ok(value),
         bytes => Err(DecodeError::Trailing { bytes }),

@@ -90,7 +90,9 @@ pub struct Statistics {
 pub enum ConfigError {
     #[error("the capsule's config takes {bytes} bytes, of at most {CONFIG_BYTES_MAX}")]
     TooLarge { bytes: usize },
-    #[error("the capsule has format version {found}, this samara reads up to {FORMAT_VERSION}; use a newer one")]
+    #[error(
+        "the capsule has format version {found}, this samara reads up to {FORMAT_VERSION}; use a newer one"
+    )]
     Version { found: u64 },
     #[error("the capsule's config is malformed")]
     Malformed(#[source] serde_json::Error),
@@ -157,7 +159,9 @@ mod tests {
         let text = String::from_utf8(sample().encode().unwrap()).unwrap();
         let text = text.replacen("\"created\"", "\"hostname\":\"h\",\"created\"", 1);
         let refused = CapsuleConfig::decode(text.as_bytes()).unwrap_err();
-        assert!(matches!(&refused, ConfigError::Malformed(error) if error.to_string().contains("hostname")));
+        assert!(
+            matches!(&refused, ConfigError::Malformed(error) if error.to_string().contains("hostname"))
+        );
     }
 
     proptest! {

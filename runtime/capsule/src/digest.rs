@@ -66,7 +66,10 @@ impl Digest {
         let mut hex = String::with_capacity(64);
         for byte in self.0 {
             for digit in [byte >> 4, byte & 15] {
-                hex.push(char::from_digit(u32::from(digit), 16).expect("a nibble is a hexadecimal digit"));
+                hex.push(
+                    char::from_digit(u32::from(digit), 16)
+                        .expect("a nibble is a hexadecimal digit"),
+                );
             }
         }
         hex
@@ -140,7 +143,13 @@ mod tests {
     #[test]
     fn other_notations_are_refused() {
         let hex = Digest::of(b"").hex();
-        for text in ["", "sha256:", &hex, &format!("sha512:{hex}"), &format!("sha256:{}", hex.to_uppercase())] {
+        for text in [
+            "",
+            "sha256:",
+            &hex,
+            &format!("sha512:{hex}"),
+            &format!("sha256:{}", hex.to_uppercase()),
+        ] {
             assert!(text.parse::<Digest>().is_err(), "{text}");
         }
     }

@@ -28,7 +28,9 @@ pub enum Codec {
 /// Why a frame could not be decoded.
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {
-    #[error("a frame is stored with the codec {name} ({code}), which this version doesn't read; use a newer samara")]
+    #[error(
+        "a frame is stored with the codec {name} ({code}), which this version doesn't read; use a newer samara"
+    )]
     UnknownCodec { code: u8, name: &'static str },
     #[error("a frame declares {bytes} bytes, which is not one to {FRAME_PAGES_MAX} whole pages")]
     Length { bytes: usize },
@@ -125,7 +127,10 @@ impl FrameDecoder {
         match codec {
             Codec::Raw => {
                 if stored.len() != raw_bytes {
-                    return Err(FrameError::LengthDiffers { declared: raw_bytes, found: stored.len() });
+                    return Err(FrameError::LengthDiffers {
+                        declared: raw_bytes,
+                        found: stored.len(),
+                    });
                 }
                 raw.extend_from_slice(stored);
             }
@@ -182,10 +187,16 @@ mod tests {
         let mut stored = Vec::new();
         FrameEncoder::new().unwrap().compress(&vec![0; BATCH_BYTES_MAX], &mut stored).unwrap();
         let mut raw = Vec::new();
-        assert!(FrameDecoder::new().unwrap().decode(Codec::Zstd, &stored, PAGE_BYTES, &mut raw).is_err());
+        assert!(
+            FrameDecoder::new()
+                .unwrap()
+                .decode(Codec::Zstd, &stored, PAGE_BYTES, &mut raw)
+                .is_err()
+        );
         // A buffer recycled from a larger frame has the room, and the length still has to be right.
         let mut roomy = Vec::with_capacity(BATCH_BYTES_MAX);
-        let refused = FrameDecoder::new().unwrap().decode(Codec::Zstd, &stored, PAGE_BYTES, &mut roomy);
+        let refused =
+            FrameDecoder::new().unwrap().decode(Codec::Zstd, &stored, PAGE_BYTES, &mut roomy);
         assert!(matches!(refused, Err(FrameError::LengthDiffers { .. })));
     }
 
@@ -203,7 +214,7 @@ mod tests {
 
         #[test]
         fn mutated_frames_never_panic(at in 0usize..400, flip in 1u8..) {
-            let raw: Vec<u8> = (0..4 * PAGE_BYTES).map(|i| (i / 64 % 251) as u8).collect();
+            let raw: Vec<u8> = (0..4 * PAGE_BYTES).map(|i| u8::try_from(i / 64 % 251).unwrap()).collect();
             let mut stored = Vec::new();
             FrameEncoder::new().unwrap().compress(&raw, &mut stored).unwrap();
             let at = at % stored.len();

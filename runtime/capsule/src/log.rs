@@ -80,7 +80,9 @@ pub struct LogState {
 /// Why an event can't happen.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum EventRefused {
-    #[error("epoch {ours} can't commit: epoch {newest} was taken since, another copy of this container runs")]
+    #[error(
+        "epoch {ours} can't commit: epoch {newest} was taken since, another copy of this container runs"
+    )]
     Fenced { ours: u64, newest: u64 },
     #[error("epoch {ours} can't commit: the job of this generation has ended with success")]
     Closed { ours: u64 },
@@ -91,7 +93,9 @@ pub enum EventRefused {
 pub enum SlotError {
     #[error("a slot of the log takes {bytes} bytes, of at most {SLOT_BYTES_MAX}")]
     TooLarge { bytes: usize },
-    #[error("the log has format version {found}, this samara reads up to {FORMAT_VERSION}; use a newer one")]
+    #[error(
+        "the log has format version {found}, this samara reads up to {FORMAT_VERSION}; use a newer one"
+    )]
     Version { found: u64 },
     #[error("a slot of the log is malformed")]
     Malformed(#[source] serde_json::Error),
@@ -104,7 +108,12 @@ impl LogState {
     }
 
     /// The state after `epoch` committed `capsule` in the generation that it started in.
-    pub fn committed(&self, epoch: u64, generation: u64, capsule: CapsuleRef) -> Result<LogState, EventRefused> {
+    pub fn committed(
+        &self,
+        epoch: u64,
+        generation: u64,
+        capsule: CapsuleRef,
+    ) -> Result<LogState, EventRefused> {
         self.check(epoch, generation)?;
         Ok(LogState { latest: Some(capsule), failed_resumes: 0, ..*self })
     }
@@ -112,11 +121,21 @@ impl LogState {
     /// The state after the program of `epoch` ended by itself with success.
     pub fn closed(&self, epoch: u64, generation: u64) -> Result<LogState, EventRefused> {
         self.check(epoch, generation)?;
-        Ok(LogState { epoch, generation: generation.saturating_add(1), latest: None, failed_resumes: 0 })
+        Ok(LogState {
+            epoch,
+            generation: generation.saturating_add(1),
+            latest: None,
+            failed_resumes: 0,
+        })
     }
 
     /// The state after resuming from `capsule` failed in `epoch`. A capsule that is no longer the newest is not counted.
-    pub fn resume_failed(&self, epoch: u64, generation: u64, capsule: Digest) -> Result<LogState, EventRefused> {
+    pub fn resume_failed(
+        &self,
+        epoch: u64,
+        generation: u64,
+        capsule: Digest,
+    ) -> Result<LogState, EventRefused> {
         self.check(epoch, generation)?;
         let counts = self.latest.is_some_and(|latest| latest.digest == capsule);
         Ok(LogState { failed_resumes: self.failed_resumes.saturating_add(counts.into()), ..*self })
@@ -184,7 +203,10 @@ mod tests {
         let running = LogState::default().started().committed(1, 0, capsule(2)).unwrap();
         let closed = running.closed(1, 0).unwrap();
         assert_eq!(closed.latest, None);
-        assert_eq!(closed.committed(1, 0, capsule(4)).unwrap_err(), EventRefused::Closed { ours: 1 });
+        assert_eq!(
+            closed.committed(1, 0, capsule(4)).unwrap_err(),
+            EventRefused::Closed { ours: 1 }
+        );
         assert_eq!(closed.started().committed(2, 1, capsule(5)).unwrap().latest, Some(capsule(5)));
     }
 
@@ -204,7 +226,12 @@ mod tests {
             nonce: "0123456789abcdef".into(),
             created: "2026-01-02T03:04:05Z".into(),
             event: Event::Capsule { manifest: capsule(3) },
-            state: LogState { epoch: 2, generation: 1, latest: Some(capsule(3)), failed_resumes: 0 },
+            state: LogState {
+                epoch: 2,
+                generation: 1,
+                latest: Some(capsule(3)),
+                failed_resumes: 0,
+            },
         }
     }
 

@@ -7,7 +7,8 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::str::FromStr;
 
 use oci_spec::image::{
-    Descriptor, DescriptorBuilder, Digest as OciDigest, ImageManifest, ImageManifestBuilder, MediaType,
+    Descriptor, DescriptorBuilder, Digest as OciDigest, ImageManifest, ImageManifestBuilder,
+    MediaType,
 };
 
 use crate::config::CONFIG_BYTES_MAX;
@@ -93,9 +94,13 @@ pub enum ManifestError {
     TooLarge { bytes: usize },
     #[error("the manifest is no OCI image manifest")]
     Malformed(#[source] serde_json::Error),
-    #[error("the manifest is not that of a capsule: its artifact type is {found:?}, not {ARTIFACT_TYPE}")]
+    #[error(
+        "the manifest is not that of a capsule: its artifact type is {found:?}, not {ARTIFACT_TYPE}"
+    )]
     ArtifactType { found: String },
-    #[error("the manifest's config has the media type {found}, this samara reads format version {FORMAT_VERSION}")]
+    #[error(
+        "the manifest's config has the media type {found}, this samara reads format version {FORMAT_VERSION}"
+    )]
     ConfigType { found: String },
     #[error("the manifest names a blob of an unknown kind, {found}; use a newer samara")]
     LayerType { found: String },
@@ -128,7 +133,12 @@ impl Manifest {
 
     /// Bytes of all blobs, each counted once.
     pub fn stored_bytes(&self) -> u64 {
-        self.blobs().map(|(_, blob)| blob).collect::<HashSet<_>>().iter().map(|blob| blob.bytes).sum()
+        self.blobs()
+            .map(|(_, blob)| blob)
+            .collect::<HashSet<_>>()
+            .iter()
+            .map(|blob| blob.bytes)
+            .sum()
     }
 
     /// The manifest's bytes. Equal manifests are equal bytes.
@@ -136,13 +146,15 @@ impl Manifest {
         let mut layers = vec![descriptor(RECORDS_MEDIA_TYPE, self.records, [])];
         for (space, segments) in &self.maps {
             let space = space.0.to_string();
-            let segment = |&blob| descriptor(MAP_MEDIA_TYPE, blob, [(SPACE_ANNOTATION, space.clone())]);
+            let segment =
+                |&blob| descriptor(MAP_MEDIA_TYPE, blob, [(SPACE_ANNOTATION, space.clone())]);
             layers.extend(segments.iter().map(segment));
         }
         layers.extend(self.packs.iter().map(|&blob| descriptor(PACK_MEDIA_TYPE, blob, [])));
         for (name, parts) in &self.streams {
             layers.extend(parts.iter().enumerate().map(|(part, &blob)| {
-                let annotations = [(STREAM_ANNOTATION, name.0.clone()), (PART_ANNOTATION, part.to_string())];
+                let annotations =
+                    [(STREAM_ANNOTATION, name.0.clone()), (PART_ANNOTATION, part.to_string())];
                 descriptor(STREAM_MEDIA_TYPE, blob, annotations)
             }));
         }
@@ -173,7 +185,8 @@ impl Manifest {
         if bytes.len() > MANIFEST_BYTES_MAX {
             return Err(ManifestError::TooLarge { bytes: bytes.len() });
         }
-        let manifest: ImageManifest = serde_json::from_slice(bytes).map_err(ManifestError::Malformed)?;
+        let manifest: ImageManifest =
+            serde_json::from_slice(bytes).map_err(ManifestError::Malformed)?;
         match manifest.artifact_type() {
             Some(found) if found.as_ref() == ARTIFACT_TYPE => {}
             found => {
@@ -182,7 +195,9 @@ impl Manifest {
             }
         }
         if manifest.config().media_type().as_ref() != CONFIG_MEDIA_TYPE {
-            return Err(ManifestError::ConfigType { found: manifest.config().media_type().to_string() });
+            return Err(ManifestError::ConfigType {
+                found: manifest.config().media_type().to_string(),
+            });
         }
         let annotations = manifest.annotations().as_ref();
         let annotation = |name| annotations.and_then(|all| all.get(name));
@@ -208,12 +223,14 @@ impl Manifest {
                     let space = layer_annotation(layer, SPACE_ANNOTATION)?;
                     let space = number(space).filter(|&space| space < u64::from(SPACES_MAX));
                     let space = space.and_then(|space| u32::try_from(space).ok());
-                    let space = space.ok_or(ManifestError::Annotation { name: SPACE_ANNOTATION })?;
+                    let space =
+                        space.ok_or(ManifestError::Annotation { name: SPACE_ANNOTATION })?;
                     result.maps.entry(SpaceId(space)).or_default().push(read(BlobKind::PageMap)?);
                 }
                 STREAM_MEDIA_TYPE => {
                     let name = StreamName(layer_annotation(layer, STREAM_ANNOTATION)?.clone());
-                    check_name(&name).map_err(|_| ManifestError::Annotation { name: STREAM_ANNOTATION })?;
+                    check_name(&name)
+                        .map_err(|_| ManifestError::Annotation { name: STREAM_ANNOTATION })?;
                     let part = number(layer_annotation(layer, PART_ANNOTATION)?);
                     let parts = result.streams.entry(name.clone()).or_default();
                     if part != Some(parts.len() as u64) {
@@ -235,8 +252,13 @@ impl Manifest {
     }
 }
 
-fn descriptor<const N: usize>(media_type: &str, blob: BlobRef, annotations: [(&str, String); N]) -> Descriptor {
-    let digest = OciDigest::from_str(&blob.digest.to_string()).expect("our notation of digests is OCI's");
+fn descriptor<const N: usize>(
+    media_type: &str,
+    blob: BlobRef,
+    annotations: [(&str, String); N],
+) -> Descriptor {
+    let digest =
+        OciDigest::from_str(&blob.digest.to_string()).expect("our notation of digests is OCI's");
     let mut builder = DescriptorBuilder::default()
         .media_type(MediaType::Other(media_type.to_owned()))
         .digest(digest)
@@ -248,7 +270,11 @@ fn descriptor<const N: usize>(media_type: &str, blob: BlobRef, annotations: [(&s
     builder.build().expect("all required parts of the descriptor are set")
 }
 
-fn blob(descriptor: &Descriptor, kind: BlobKind, bytes_max: usize) -> Result<BlobRef, ManifestError> {
+fn blob(
+    descriptor: &Descriptor,
+    kind: BlobKind,
+    bytes_max: usize,
+) -> Result<BlobRef, ManifestError> {
     let found = descriptor.digest().as_ref();
     let digest = found.parse().map_err(|_| ManifestError::Digest { found: found.to_owned() })?;
     let bytes = descriptor.size();
@@ -258,7 +284,10 @@ fn blob(descriptor: &Descriptor, kind: BlobKind, bytes_max: usize) -> Result<Blo
     }
 }
 
-fn layer_annotation<'a>(layer: &'a Descriptor, name: &'static str) -> Result<&'a String, ManifestError> {
+fn layer_annotation<'a>(
+    layer: &'a Descriptor,
+    name: &'static str,
+) -> Result<&'a String, ManifestError> {
     let value = layer.annotations().as_ref().and_then(|all| all.get(name));
     value.ok_or(ManifestError::Annotation { name })
 }
@@ -280,7 +309,10 @@ mod tests {
             epoch: 7,
             config: blob("config"),
             records: blob("records"),
-            maps: BTreeMap::from([(SpaceId(0), vec![blob("m0"), blob("m1")]), (SpaceId(12), vec![blob("m2")])]),
+            maps: BTreeMap::from([
+                (SpaceId(0), vec![blob("m0"), blob("m1")]),
+                (SpaceId(12), vec![blob("m2")]),
+            ]),
             packs: vec![blob("p0"), blob("p1")],
             streams: BTreeMap::from([(StreamName("root".into()), vec![blob("s0"), blob("s1")])]),
         }
@@ -299,7 +331,8 @@ mod tests {
         let text = String::from_utf8(sample().encode().unwrap()).unwrap();
         let check = |from: &str, to: &str, expected: &str| {
             assert!(text.contains(from), "{from} is not in {text}");
-            let found = format!("{:?}", Manifest::decode(text.replace(from, to).as_bytes()).unwrap_err());
+            let found =
+                format!("{:?}", Manifest::decode(text.replace(from, to).as_bytes()).unwrap_err());
             assert!(found.contains(expected), "{found}");
         };
         check("samara.capsule.v1", "samara.capsule.v2", "ArtifactType");

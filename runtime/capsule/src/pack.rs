@@ -27,11 +27,15 @@ pub struct PackedFrame {
 /// Why bytes are no pack.
 #[derive(Debug, thiserror::Error)]
 pub enum PackError {
-    #[error("a pack of {bytes} bytes is shorter than its fixed parts, or longer than {BLOB_BYTES_MAX}")]
+    #[error(
+        "a pack of {bytes} bytes is shorter than its fixed parts, or longer than {BLOB_BYTES_MAX}"
+    )]
     Size { bytes: usize },
     #[error("the blob is no pack")]
     Magic,
-    #[error("the pack has format version {found}, this samara reads up to {FORMAT_VERSION}; use a newer one")]
+    #[error(
+        "the pack has format version {found}, this samara reads up to {FORMAT_VERSION}; use a newer one"
+    )]
     Version { found: u32 },
     #[error("the pack's seek table is damaged at frame {frame}")]
     Table { frame: usize },
@@ -140,7 +144,8 @@ pub fn read_pack(pack: &[u8]) -> Result<Vec<PackedFrame>, PackError> {
             offset: u32::from_le_bytes([o0, o1, o2, o3]),
             stored_bytes: u32::from_le_bytes([s0, s1, s2, s3]),
             raw_bytes: u32::from_le_bytes([r0, r1, r2, r3]),
-            codec: Codec::from_code(codec).map_err(|source| PackError::Frame { frame: index, source })?,
+            codec: Codec::from_code(codec)
+                .map_err(|source| PackError::Frame { frame: index, source })?,
         };
         if usize::try_from(frame.offset).map_err(|_| damaged())? != end {
             return Err(damaged());
@@ -164,7 +169,8 @@ mod tests {
 
     fn sample() -> (Vec<PackedFrame>, Vec<u8>) {
         let mut pack = PackBuilder::new(vec![1, 2, 3]);
-        let frames = vec![pack.push(Codec::Raw, &[5; 4096], 4096), pack.push(Codec::Zstd, &[6; 100], 8192)];
+        let frames =
+            vec![pack.push(Codec::Raw, &[5; 4096], 4096), pack.push(Codec::Zstd, &[6; 100], 8192)];
         let finished = pack.finished_bytes();
         let bytes = pack.finish();
         assert_eq!(bytes.len(), finished);

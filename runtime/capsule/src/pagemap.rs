@@ -90,11 +90,15 @@ pub struct Segment {
 /// Why bytes are no segment of a page map.
 #[derive(Debug, thiserror::Error)]
 pub enum SegmentError {
-    #[error("a page-map segment of {bytes} bytes is shorter than its fixed parts, or longer than {BLOB_BYTES_MAX}")]
+    #[error(
+        "a page-map segment of {bytes} bytes is shorter than its fixed parts, or longer than {BLOB_BYTES_MAX}"
+    )]
     Size { bytes: usize },
     #[error("the blob is no page-map segment")]
     Magic,
-    #[error("the page-map segment has format version {found}, this samara reads up to {FORMAT_VERSION}; use a newer one")]
+    #[error(
+        "the page-map segment has format version {found}, this samara reads up to {FORMAT_VERSION}; use a newer one"
+    )]
     Version { found: u32 },
     #[error("the page-map segment declares a body of {bytes} bytes, of at most {BODY_BYTES_MAX}")]
     BodySize { bytes: usize },
@@ -104,7 +108,9 @@ pub enum SegmentError {
     Truncated { table: &'static str },
     #[error("the page-map segment declares too many entries in its {table}")]
     Count { table: &'static str },
-    #[error("frame {frame} of the page-map segment lies outside of a pack, or has no valid number of pages")]
+    #[error(
+        "frame {frame} of the page-map segment lies outside of a pack, or has no valid number of pages"
+    )]
     Frame { frame: usize },
     #[error("frame {frame} of the page-map segment")]
     Codec { frame: usize, source: FrameError },
@@ -152,7 +158,9 @@ impl Segment {
 
         let mut bytes = MAGIC.to_vec();
         bytes.extend_from_slice(&FORMAT_VERSION.to_le_bytes());
-        bytes.extend_from_slice(&u32::try_from(body.len()).expect("a segment's body is small").to_le_bytes());
+        bytes.extend_from_slice(
+            &u32::try_from(body.len()).expect("a segment's body is small").to_le_bytes(),
+        );
         bytes.extend_from_slice(&zstd::bulk::compress(&body, crate::frame::ZSTD_LEVEL)?);
         Ok(bytes)
     }
@@ -207,7 +215,9 @@ impl Segment {
                 RunError::Invalid => SegmentError::Run { run: index },
             })?;
             let frame = usize::try_from(run.frame).ok().and_then(|frame| frames.get(frame));
-            if frame.is_none_or(|frame| u32::from(run.page) + u32::from(run.count) > u32::from(frame.pages)) {
+            if frame.is_none_or(|frame| {
+                u32::from(run.page) + u32::from(run.count) > u32::from(frame.pages)
+            }) {
                 return Err(SegmentError::Run { run: index });
             }
             runs.push(run);
@@ -243,7 +253,8 @@ fn take_frame(input: &mut &[u8], index: usize, packs: usize) -> Result<MapFrame,
     let pages = u16::try_from(number()?).map_err(|_| invalid())?;
     let (&code, rest) = input.split_first().ok_or(SegmentError::Truncated { table })?;
     *input = rest;
-    let codec = Codec::from_code(code).map_err(|source| SegmentError::Codec { frame: index, source })?;
+    let codec =
+        Codec::from_code(code).map_err(|source| SegmentError::Codec { frame: index, source })?;
     let digest = FrameDigest::from_bytes(take_bytes(input, table)?);
 
     let end = u64::from(offset) + u64::from(stored_bytes);
@@ -291,7 +302,8 @@ impl RunCoder {
             0 => (self.frame, self.page_end),
             difference => {
                 let frame = varint::unzigzag(difference - 1).checked_add(i64::from(self.frame));
-                let frame = frame.and_then(|frame| u32::try_from(frame).ok()).ok_or(RunError::Invalid)?;
+                let frame =
+                    frame.and_then(|frame| u32::try_from(frame).ok()).ok_or(RunError::Invalid)?;
                 let page = u16::try_from(number()?).map_err(|_| RunError::Invalid)?;
                 // The long form of what the short one says is refused: equal maps are equal bytes.
                 if frame == self.frame && page == self.page_end {
@@ -303,7 +315,10 @@ impl RunCoder {
         let first = self.end.checked_add(gap).ok_or(RunError::Invalid)?;
         let end = first.checked_add(count).ok_or(RunError::Invalid)?;
         let count = u16::try_from(count).map_err(|_| RunError::Invalid)?;
-        if end > PAGE_NUMBER_END || count == 0 || usize::from(page) + usize::from(count) > FRAME_PAGES_MAX {
+        if end > PAGE_NUMBER_END
+            || count == 0
+            || usize::from(page) + usize::from(count) > FRAME_PAGES_MAX
+        {
             return Err(RunError::Invalid);
         }
         let run = MapRun { first, frame, count, page };
@@ -341,7 +356,9 @@ struct SpaceRuns {
 pub enum MapError {
     #[error("{space}: pages from {first:#x} on were passed after pages that lie behind them")]
     Unordered { space: SpaceId, first: u64 },
-    #[error("{space}: pages from {first:#x} on are empty, too many for a frame, or beyond the last page number")]
+    #[error(
+        "{space}: pages from {first:#x} on are empty, too many for a frame, or beyond the last page number"
+    )]
     Range { space: SpaceId, first: u64 },
     #[error("{space}: spaces are numbered below {SPACES_MAX}")]
     Space { space: SpaceId },
@@ -367,13 +384,20 @@ impl MapBuilder {
     }
 
     /// Appends pages of a space, which lie behind all that the space has; `frame` is a number from [`MapBuilder::add_frame`].
-    pub fn add_run(&mut self, space: SpaceId, run: PageRun, frame: u32, page: u16) -> Result<(), MapError> {
+    pub fn add_run(
+        &mut self,
+        space: SpaceId,
+        run: PageRun,
+        frame: u32,
+        page: u16,
+    ) -> Result<(), MapError> {
         let PageRun { first, count } = run;
         let range = || MapError::Range { space, first };
         if space.0 >= SPACES_MAX {
             return Err(MapError::Space { space });
         }
-        let end = first.checked_add(count).filter(|&end| end <= PAGE_NUMBER_END).ok_or_else(range)?;
+        let end =
+            first.checked_add(count).filter(|&end| end <= PAGE_NUMBER_END).ok_or_else(range)?;
         let count = u16::try_from(count).map_err(|_| range())?;
         if count == 0 || usize::from(page) + usize::from(count) > FRAME_PAGES_MAX {
             return Err(range());
@@ -404,7 +428,10 @@ impl MapBuilder {
     ///
     /// # Panics
     /// If the digest of a pack was not set.
-    pub fn finish<E>(self, mut emit: impl FnMut(SpaceId, Segment) -> Result<(), E>) -> Result<(), E> {
+    pub fn finish<E>(
+        self,
+        mut emit: impl FnMut(SpaceId, Segment) -> Result<(), E>,
+    ) -> Result<(), E> {
         let (frames, packs) = (&self.frames, &self.packs);
         for (space, runs) in self.spaces {
             let runs = runs.expand();
@@ -460,7 +487,8 @@ fn cut(mut runs: Vec<MapRun>, all_frames: &[MapFrame], all_packs: &[Option<Diges
     let mut pack_numbers = HashMap::new();
     for run in &mut runs {
         run.frame = *frame_numbers.entry(run.frame).or_insert_with_key(|&frame| {
-            let mut frame = *all_frames.get(frame as usize).expect("the frame was numbered by add_frame");
+            let mut frame =
+                *all_frames.get(frame as usize).expect("the frame was numbered by add_frame");
             frame.pack = *pack_numbers.entry(frame.pack).or_insert_with_key(|&pack| {
                 let digest = all_packs.get(pack as usize).copied().flatten();
                 segment.packs.push(digest.expect("the digest of every pack was set"));
@@ -535,7 +563,8 @@ mod tests {
 
     #[test]
     fn a_change_in_one_place_leaves_other_segments_as_they_were() {
-        let scattered = |skip: u64| (0..400_000u64).map(|i| i * 3).filter(move |&page| page != skip);
+        let scattered =
+            |skip: u64| (0..400_000u64).map(|i| i * 3).filter(move |&page| page != skip);
         let before = build(SpaceId(0), scattered(u64::MAX));
         let after = build(SpaceId(7), scattered(300_000));
         assert!(before.len() > 20);
@@ -566,9 +595,15 @@ mod tests {
         for index in 0..1_000_000u64 {
             let frame = match index % 256 {
                 0 => map.add_frame(frame(pack)),
-                _ => map.frames.len() as u32 - 1,
+                _ => number(map.frames.len() - 1),
             };
-            map.add_run(SpaceId(0), PageRun { first: index * 2, count: 1 }, frame, (index % 256) as u16).unwrap();
+            map.add_run(
+                SpaceId(0),
+                PageRun { first: index * 2, count: 1 },
+                frame,
+                (index % 256) as u16,
+            )
+            .unwrap();
         }
         let bytes = map.spaces.values().map(|runs| runs.bytes.len()).sum::<usize>();
         assert!(bytes < 4_000_000, "{bytes}");

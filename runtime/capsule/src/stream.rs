@@ -26,9 +26,15 @@ pub struct StreamNameError {
 
 /// Checks the name of a stream.
 pub fn check_name(name: &StreamName) -> Result<(), StreamNameError> {
-    let allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-' || byte == b'.';
+    let allowed = |byte: u8| {
+        byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-' || byte == b'.'
+    };
     match name.0.as_bytes() {
-        bytes if bytes.is_empty() || bytes.len() > STREAM_NAME_BYTES_MAX || !bytes.iter().copied().all(allowed) => {
+        bytes
+            if bytes.is_empty()
+                || bytes.len() > STREAM_NAME_BYTES_MAX
+                || !bytes.iter().copied().all(allowed) =>
+        {
             Err(StreamNameError { name: name.0.chars().take(STREAM_NAME_BYTES_MAX).collect() })
         }
         _ => Ok(()),
@@ -41,7 +47,9 @@ mod tests {
 
     #[test]
     fn names_are_plain() {
-        for (name, valid) in [("root", true), ("volume-0.tar", true), ("", false), ("A", false), ("a/b", false)] {
+        for (name, valid) in
+            [("root", true), ("volume-0.tar", true), ("", false), ("A", false), ("a/b", false)]
+        {
             assert_eq!(check_name(&StreamName(name.into())).is_ok(), valid, "{name}");
         }
         assert!(check_name(&StreamName("a".repeat(129))).is_err());

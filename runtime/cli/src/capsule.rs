@@ -83,7 +83,11 @@ pub(crate) enum CapsuleError {
 }
 
 /// Runs one verb. On error nothing was printed, except by `verify`, which prints the faults that it found.
-pub(crate) fn run(verb: Verb, config: Option<&Path>, output: &mut Output) -> Result<(), CapsuleError> {
+pub(crate) fn run(
+    verb: Verb,
+    config: Option<&Path>,
+    output: &mut Output,
+) -> Result<(), CapsuleError> {
     let config = match config {
         Some(path) => NodeConfig::load_from(path)?,
         None => NodeConfig::load()?,
@@ -204,7 +208,10 @@ fn verify(url: &str, reader: &CapsuleReader, output: &mut Output) -> Result<(), 
         let mut text: String = verified.faults.iter().map(|fault| format!("{fault}\n")).collect();
         if verified.whole {
             let (blobs, bytes, pages) = (verified.blobs, size(verified.bytes), verified.pages);
-            text += &format!("{url} is whole: {blobs} blobs, {bytes}, {pages} pages, {}\n", verified.digest);
+            text += &format!(
+                "{url} is whole: {blobs} blobs, {bytes}, {pages} pages, {}\n",
+                verified.digest
+            );
         }
         text
     });
@@ -223,7 +230,9 @@ fn remove(url: &str, store: &Store, output: &mut Output) -> Result<(), CapsuleEr
     }
     let removed = store.remove(&output.progress("removing", false))?;
     let gone = Gone { url: url.to_owned(), objects: removed.objects, bytes: removed.bytes };
-    output.result(&gone, |gone| format!("removed {url}: {} objects, {}\n", gone.objects, size(gone.bytes)));
+    output.result(&gone, |gone| {
+        format!("removed {url}: {} objects, {}\n", gone.objects, size(gone.bytes))
+    });
     Ok(())
 }
 
@@ -236,10 +245,16 @@ struct Copied {
     bytes: u64,
 }
 
-fn export(url: &str, reader: &CapsuleReader, folder: &Path, output: &mut Output) -> Result<(), CapsuleError> {
+fn export(
+    url: &str,
+    reader: &CapsuleReader,
+    folder: &Path,
+    output: &mut Output,
+) -> Result<(), CapsuleError> {
     let layout::Copied { manifest, blobs, bytes } =
         layout::export(reader, folder, &output.progress("exporting", true))?;
-    let copied = Copied { url: url.to_owned(), folder: folder.to_owned(), digest: manifest, blobs, bytes };
+    let copied =
+        Copied { url: url.to_owned(), folder: folder.to_owned(), digest: manifest, blobs, bytes };
     output.result(&copied, |copied| {
         let folder = folder.display();
         format!("exported {url} to {folder}: {blobs} blobs, {}, {}\n", size(bytes), copied.digest)
@@ -247,10 +262,16 @@ fn export(url: &str, reader: &CapsuleReader, folder: &Path, output: &mut Output)
     Ok(())
 }
 
-fn import(folder: &Path, url: &str, store: &Store, output: &mut Output) -> Result<(), CapsuleError> {
+fn import(
+    folder: &Path,
+    url: &str,
+    store: &Store,
+    output: &mut Output,
+) -> Result<(), CapsuleError> {
     let (_, layout::Copied { manifest, blobs, bytes }) =
         layout::import(folder, store, &output.progress("importing", true))?;
-    let copied = Copied { url: url.to_owned(), folder: folder.to_owned(), digest: manifest, blobs, bytes };
+    let copied =
+        Copied { url: url.to_owned(), folder: folder.to_owned(), digest: manifest, blobs, bytes };
     output.result(&copied, |copied| {
         let folder = folder.display();
         format!("imported {folder} to {url}: {blobs} blobs, {}, {}\n", size(bytes), copied.digest)

@@ -2,7 +2,6 @@
 //!
 //! Results go to standard output, as text or as one JSON value. Progress and errors go to standard error; progress only
 //! if that is a terminal.
-#![expect(clippy::print_stdout, reason = "this is the module that prints")]
 
 use std::error::Error;
 use std::io::{IsTerminal as _, Write as _};
@@ -24,7 +23,10 @@ impl Output {
     /// Prints a result: `value` as JSON, or what `text` makes of it.
     pub(crate) fn result<T: Serialize>(&mut self, value: &T, text: impl FnOnce(&T) -> String) {
         let text = match self.json {
-            true => serde_json::to_string_pretty(value).expect("our results are maps with text keys") + "\n",
+            true => {
+                serde_json::to_string_pretty(value).expect("our results are maps with text keys")
+                    + "\n"
+            }
             false => text(value),
         };
         // A reader that has gone away, such as `head`, is no error.
@@ -42,15 +44,22 @@ impl Output {
 
     /// A bar for `verb`, hidden unless standard error is a terminal. The function that is returned takes how much is done,
     /// of how much.
-    pub(crate) fn progress(&self, verb: &'static str, bytes: bool) -> impl Fn(u64, u64) + Sync + use<> {
+    pub(crate) fn progress(
+        &self,
+        verb: &'static str,
+        bytes: bool,
+    ) -> impl Fn(u64, u64) + Sync + use<> {
         let visible = !self.json && std::io::stderr().is_terminal();
-        let target = if visible { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        let target =
+            if visible { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
         let style = match bytes {
             true => "{msg} {wide_bar} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec}",
             false => "{msg} {wide_bar} {pos}/{len}",
         };
         let style = ProgressStyle::with_template(style).expect("the template is valid");
-        let bar = Cleared(ProgressBar::with_draw_target(None, target).with_style(style).with_message(verb));
+        let bar = Cleared(
+            ProgressBar::with_draw_target(None, target).with_style(style).with_message(verb),
+        );
         move |done, total| {
             bar.0.set_length(total);
             bar.0.set_position(done);
@@ -85,7 +94,10 @@ pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
 pub(crate) fn table(headings: &[&str], rows: &[Vec<String>]) -> String {
     let width = |column: usize| {
         let cells = rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count());
-        cells.chain([headings.get(column).map_or(0, |heading| heading.trim_end().len())]).max().unwrap_or(0)
+        cells
+            .chain([headings.get(column).map_or(0, |heading| heading.trim_end().len())])
+            .max()
+            .unwrap_or(0)
     };
     let widths: Vec<usize> = (0..headings.len()).map(width).collect();
     let mut text = String::new();
@@ -127,7 +139,13 @@ mod tests {
 
     #[test]
     fn sizes_read_well() {
-        for (bytes, text) in [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1 << 20, "1.0 MiB"), (3 << 29, "1.5 GiB")] {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1.0 KiB"),
+            (1 << 20, "1.0 MiB"),
+            (3 << 29, "1.5 GiB"),
+        ] {
             assert_eq!(size(bytes), text);
         }
         assert_eq!(size(u64::MAX), "16.0 EiB");

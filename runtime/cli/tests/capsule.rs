@@ -1,4 +1,5 @@
 //! `samara capsule` as its user calls it.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, and tells what it measured")]
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,7 +15,8 @@ use samara_store::{CapsuleWriter, Location, Store};
 use serde_json::Value;
 
 fn write(folder: &Path) {
-    let store = Store::open(&Location::folder(folder).unwrap(), &StoreConfig::default(), true).unwrap();
+    let store =
+        Store::open(&Location::folder(folder).unwrap(), &StoreConfig::default(), true).unwrap();
     let mut lease = store.take_epoch(&BTreeMap::new()).unwrap().lease;
     let mut writer = CapsuleWriter::new(&store).unwrap();
     let runs = vec![PageRun { first: 16, count: 2 }];
@@ -22,7 +24,10 @@ fn write(folder: &Path) {
     let facts = CapsuleFacts {
         created: SystemTime::UNIX_EPOCH,
         parent: None,
-        provenance: Provenance { producer: "test 1".into(), workload: BTreeMap::from([("image".into(), "bwa".into())]) },
+        provenance: Provenance {
+            producer: "test 1".into(),
+            workload: BTreeMap::from([("image".into(), "bwa".into())]),
+        },
         requirements: Requirements { architecture: "x86_64".into(), ..Requirements::default() },
     };
     let record = BTreeMap::from([("processes", vec![BTreeMap::from([("pid", 17)])])]);
@@ -31,7 +36,11 @@ fn write(folder: &Path) {
 
 fn samara(args: &[&str]) -> Output {
     let config = tempfile::NamedTempFile::new().unwrap();
-    let output = Command::new(env!("CARGO_BIN_EXE_samara")).args(args).arg("--config").arg(config.path()).output();
+    let output = Command::new(env!("CARGO_BIN_EXE_samara"))
+        .args(args)
+        .arg("--config")
+        .arg(config.path())
+        .output();
     output.unwrap()
 }
 
@@ -63,7 +72,10 @@ fn a_capsule_from_list_to_removal() {
 
     let list = good(&["capsule", "ls", &root_url]);
     assert_eq!(list.lines().count(), 2);
-    assert!(list.lines().nth(1).unwrap().starts_with(&format!("{url}  capsule  1970-01-01T00:00:00Z")), "{list}");
+    assert!(
+        list.lines().nth(1).unwrap().starts_with(&format!("{url}  capsule  1970-01-01T00:00:00Z")),
+        "{list}"
+    );
 
     let text = good(&["capsule", "inspect", &url]);
     for part in ["x86_64", "image bwa", "processes", "pid 17", "page map"] {
@@ -93,8 +105,15 @@ fn damage_is_reported_and_fails() {
     let digest = json["digest"].as_str().unwrap().to_owned();
     let manifest = root.path().join("blobs/sha256").join(digest.strip_prefix("sha256:").unwrap());
     let manifest: Value = serde_json::from_slice(&std::fs::read(manifest).unwrap()).unwrap();
-    let pack = manifest["layers"].as_array().unwrap().last().unwrap()["digest"].as_str().unwrap().to_owned();
-    std::fs::write(root.path().join("blobs/sha256").join(pack.strip_prefix("sha256:").unwrap()), "x").unwrap();
+    let pack = manifest["layers"].as_array().unwrap().last().unwrap()["digest"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    std::fs::write(
+        root.path().join("blobs/sha256").join(pack.strip_prefix("sha256:").unwrap()),
+        "x",
+    )
+    .unwrap();
 
     assert!(bad(&["capsule", "verify", &url], 1).contains("1 of its parts"));
     let output = samara(&["capsule", "verify", &url, "--json", "--digest", &digest]);
@@ -117,7 +136,10 @@ fn mistakes_get_one_clear_line() {
     check(&["capsule", "inspect", &url], "there is no capsule at");
     check(&["capsule", "rm", &url], "there is no capsule at");
     check(&["capsule", "ls", &format!("{url}/none")], "none is not there");
-    check(&["capsule", "import", &root.path().display().to_string(), &url], "is no OCI image layout");
+    check(
+        &["capsule", "import", &root.path().display().to_string(), &url],
+        "is no OCI image layout",
+    );
     check(&["capsule", "import", "/nowhere", &url], "is no OCI image layout");
     write(root.path());
     check(&["capsule", "export", &url, &root.path().display().to_string()], "is not empty");

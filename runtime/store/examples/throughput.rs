@@ -15,7 +15,9 @@ use std::time::{Instant, SystemTime};
 
 use samara_capsule::cbor::encode_record;
 use samara_capsule::config::{Provenance, Requirements};
-use samara_capsule::transfer::{BATCH_BYTES_MAX, PAGE_BYTES, PageBatch, PageRun, Sink as _, Source as _, SpaceId};
+use samara_capsule::transfer::{
+    BATCH_BYTES_MAX, PAGE_BYTES, PageBatch, PageRun, Sink as _, Source as _, SpaceId,
+};
 use samara_store::config::StoreConfig;
 use samara_store::writer::CapsuleFacts;
 use samara_store::{CapsuleReader, CapsuleWriter, Location, Store};
@@ -39,13 +41,19 @@ fn main() -> Result<(), Box<dyn Error>> {
     let start = Instant::now();
     let mut lease = store.take_epoch(&BTreeMap::new())?.lease;
     let mut writer = CapsuleWriter::new(&store)?;
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a count of batches is small")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a count of batches is small"
+    )]
     let batches = (gib * 1024.0) as u64;
     let pages = (BATCH_BYTES_MAX / PAGE_BYTES) as u64;
     for number in 0..batches {
         let mut bytes = writer.buffer();
         let at = (usize::try_from(number)? % template_batches) * BATCH_BYTES_MAX;
-        bytes.extend_from_slice(template.get(at..at + BATCH_BYTES_MAX).ok_or("the template is too short")?);
+        bytes.extend_from_slice(
+            template.get(at..at + BATCH_BYTES_MAX).ok_or("the template is too short")?,
+        );
         for page in bytes.chunks_exact_mut(PAGE_BYTES) {
             page[..8].copy_from_slice(&number.to_le_bytes());
         }
@@ -85,7 +93,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let raw = gigabytes(placed.into_inner());
     let rate = raw / read;
     let (spent, peak_mib) = ((cpu()? - cpu_before) / raw, peak()?);
-    writeln!(out, "read: {raw:.2} GB in {read:.2} s, {rate:.2} GB/s, {spent:.2} cpu s/GB, peak {peak_mib} MiB")?;
+    writeln!(
+        out,
+        "read: {raw:.2} GB in {read:.2} s, {rate:.2} GB/s, {spent:.2} cpu s/GB, peak {peak_mib} MiB"
+    )?;
     Ok(())
 }
 
@@ -113,7 +124,8 @@ fn template() -> Vec<u8> {
 fn cpu() -> Result<f64, Box<dyn Error>> {
     let stat = std::fs::read_to_string("/proc/self/stat")?;
     let (_, fields) = stat.rsplit_once(") ").ok_or("no end of the name")?;
-    let times = fields.split(' ').skip(11).take(2).map(str::parse::<f64>).collect::<Result<Vec<_>, _>>()?;
+    let times =
+        fields.split(' ').skip(11).take(2).map(str::parse::<f64>).collect::<Result<Vec<_>, _>>()?;
     Ok(times.iter().sum::<f64>() / 100.0)
 }
 

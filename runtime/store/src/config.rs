@@ -218,7 +218,11 @@ impl NodeConfig {
         let config: NodeConfig = toml::from_str(text).map_err(|error: toml::de::Error| {
             let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
             let line = 1 + before.matches('\n').count();
-            ConfigError::Malformed { path: path.to_owned(), line, message: error.message().to_owned() }
+            ConfigError::Malformed {
+                path: path.to_owned(),
+                line,
+                message: error.message().to_owned(),
+            }
         })?;
         config.store.check(path)?;
         Ok(config)
@@ -251,7 +255,8 @@ pub fn read_protected(path: &Path) -> Result<String, ConfigError> {
 impl StoreConfig {
     fn check(&self, path: &Path) -> Result<(), ConfigError> {
         let parse = |text: &String| {
-            let failed = |source| ConfigError::Prefix { path: path.to_owned(), text: text.clone(), source };
+            let failed =
+                |source| ConfigError::Prefix { path: path.to_owned(), text: text.clone(), source };
             Location::parse(text).map_err(failed)
         };
         self.allowed_prefixes.iter().try_for_each(|prefix| parse(prefix).map(drop))?;
@@ -259,7 +264,12 @@ impl StoreConfig {
             let scheme = parse(&prefix.url)?.scheme();
             if let Some(key) = prefix.meaningless(scheme) {
                 let (prefix, scheme) = (prefix.url.clone(), scheme.name());
-                return Err(ConfigError::Meaningless { path: path.to_owned(), prefix, key, scheme });
+                return Err(ConfigError::Meaningless {
+                    path: path.to_owned(),
+                    prefix,
+                    key,
+                    scheme,
+                });
             }
         }
         let range = |key, max| ConfigError::Range { path: path.to_owned(), key, max };
@@ -274,7 +284,8 @@ impl StoreConfig {
 
     /// Whether a container may name this address.
     pub fn allows(&self, location: &Location) -> bool {
-        let prefixes = self.allowed_prefixes.iter().filter_map(|prefix| Location::parse(prefix).ok());
+        let prefixes =
+            self.allowed_prefixes.iter().filter_map(|prefix| Location::parse(prefix).ok());
         prefixes.into_iter().any(|prefix| location.is_under(&prefix))
     }
 
@@ -285,7 +296,10 @@ impl StoreConfig {
 
     /// The settings that apply to an address.
     pub fn settings(&self, location: &Location) -> Settings {
-        let parsed = self.prefix.iter().filter_map(|prefix| Some((Location::parse(&prefix.url).ok()?, prefix)));
+        let parsed = self
+            .prefix
+            .iter()
+            .filter_map(|prefix| Some((Location::parse(&prefix.url).ok()?, prefix)));
         let matching = parsed.filter(|(prefix, _)| location.is_under(prefix));
         let longest = matching.max_by_key(|(prefix, _)| prefix.depth());
         match (location.scheme(), longest) {
@@ -293,7 +307,9 @@ impl StoreConfig {
             (Scheme::S3, None) => Settings::S3(self.s3.clone()),
             (Scheme::Gs, None) => Settings::Gs(self.gs.clone()),
             (Scheme::Az, None) => Settings::Az(self.az.clone()),
-            (Scheme::File, Some((_, p))) => Settings::File(FileSettings { sync: p.sync.unwrap_or(true) }),
+            (Scheme::File, Some((_, p))) => {
+                Settings::File(FileSettings { sync: p.sync.unwrap_or(true) })
+            }
             (Scheme::S3, Some((_, p))) => Settings::S3(S3Settings {
                 endpoint: p.endpoint.clone(),
                 region: p.region.clone(),
@@ -335,7 +351,9 @@ impl PrefixSettings {
             ("allow_http", self.allow_http, &[S3, Gs, Az]),
             ("virtual_hosted", self.virtual_hosted, &[S3]),
         ];
-        keys.into_iter().find(|(_, set, schemes)| *set && !schemes.contains(&scheme)).map(|(key, _, _)| key)
+        keys.into_iter()
+            .find(|(_, set, schemes)| *set && !schemes.contains(&scheme))
+            .map(|(key, _, _)| key)
     }
 }
 
@@ -367,7 +385,9 @@ mod tests {
             "#,
         )
         .unwrap();
-        for (place, region) in [("s3://b", "scheme"), ("s3://b/x/z", "short"), ("s3://b/x/y/1", "long")] {
+        for (place, region) in
+            [("s3://b", "scheme"), ("s3://b/x/z", "short"), ("s3://b/x/y/1", "long")]
+        {
             let Settings::S3(settings) = config.store.settings(&location(place)) else { panic!() };
             assert_eq!(settings.region.as_deref(), Some(region));
         }
@@ -399,9 +419,14 @@ mod tests {
     #[test]
     fn a_file_that_others_can_read_is_refused() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let mode = |mode| std::fs::set_permissions(file.path(), std::fs::Permissions::from_mode(mode)).unwrap();
+        let mode = |mode| {
+            std::fs::set_permissions(file.path(), std::fs::Permissions::from_mode(mode)).unwrap()
+        };
         mode(0o640);
-        assert!(matches!(NodeConfig::load_from(file.path()), Err(ConfigError::Exposed { mode: 0o640, .. })));
+        assert!(matches!(
+            NodeConfig::load_from(file.path()),
+            Err(ConfigError::Exposed { mode: 0o640, .. })
+        ));
         mode(0o600);
         assert_eq!(NodeConfig::load_from(file.path()).unwrap(), NodeConfig::default());
     }

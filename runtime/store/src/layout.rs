@@ -12,7 +12,9 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use samara_capsule::config::CapsuleConfig;
 use samara_capsule::digest::Digest;
 use samara_capsule::log::CapsuleRef;
-use samara_capsule::manifest::{ARTIFACT_TYPE, BlobRef, MANIFEST_BYTES_MAX, MANIFEST_MEDIA_TYPE, Manifest, ManifestError};
+use samara_capsule::manifest::{
+    ARTIFACT_TYPE, BlobRef, MANIFEST_BYTES_MAX, MANIFEST_MEDIA_TYPE, Manifest, ManifestError,
+};
 use serde_json::{Value, json};
 
 use crate::log::LogError;
@@ -93,7 +95,8 @@ pub fn export(
     let digest = reader.digest();
     let manifest = store.block_on(store.get(&blob_path(&digest), MANIFEST_BYTES_MAX))?;
     let manifest_blob = BlobRef { digest, bytes: manifest.len() as u64 };
-    let blobs: HashSet<BlobRef> = reader.manifest().blobs().map(|(_, blob)| blob).chain([manifest_blob]).collect();
+    let blobs: HashSet<BlobRef> =
+        reader.manifest().blobs().map(|(_, blob)| blob).chain([manifest_blob]).collect();
     let total = blobs.iter().map(|blob| blob.bytes).sum();
     let mut copied = Copied { manifest: digest, blobs: 0, bytes: 0 };
     store.block_on(async {
@@ -148,12 +151,14 @@ pub fn import(
     if found != digest {
         return Err(LayoutError::Damaged { path, found });
     }
-    let manifest =
-        Manifest::decode(&content).map_err(|source| LayoutError::Manifest { path: folder.to_owned(), source })?;
+    let manifest = Manifest::decode(&content)
+        .map_err(|source| LayoutError::Manifest { path: folder.to_owned(), source })?;
     let config = read_blob(folder, manifest.config)?;
-    CapsuleConfig::decode(&config).map_err(|source| LayoutError::Config { path: folder.to_owned(), source })?;
+    CapsuleConfig::decode(&config)
+        .map_err(|source| LayoutError::Config { path: folder.to_owned(), source })?;
 
-    let started = store.take_epoch(&BTreeMap::from([("purpose".to_owned(), "import".to_owned())]))?;
+    let started =
+        store.take_epoch(&BTreeMap::from([("purpose".to_owned(), "import".to_owned())]))?;
     let mut lease = started.lease;
     let blobs: HashSet<BlobRef> = manifest.blobs().map(|(_, blob)| blob).collect();
     let total = blobs.iter().map(|blob| blob.bytes).sum();
@@ -200,7 +205,8 @@ fn find_capsule(folder: &Path) -> Result<Digest, LayoutError> {
         let is_capsule = match kind {
             Some(kind) => kind == ARTIFACT_TYPE,
             None => {
-                let content = read_file(&folder.join(blob_path(&digest)), MANIFEST_BYTES_MAX as u64)?;
+                let content =
+                    read_file(&folder.join(blob_path(&digest)), MANIFEST_BYTES_MAX as u64)?;
                 Manifest::decode(&content).is_ok()
             }
         };
@@ -227,7 +233,11 @@ fn read_blob(folder: &Path, blob: BlobRef) -> Result<Vec<u8>, LayoutError> {
 fn read_file(path: &Path, bytes_max: u64) -> Result<Vec<u8>, LayoutError> {
     let failed = |source| LayoutError::File { path: path.to_owned(), source };
     let mut content = Vec::new();
-    fs::File::open(path).map_err(failed)?.take(bytes_max + 1).read_to_end(&mut content).map_err(failed)?;
+    fs::File::open(path)
+        .map_err(failed)?
+        .take(bytes_max + 1)
+        .read_to_end(&mut content)
+        .map_err(failed)?;
     match content.len() as u64 <= bytes_max {
         true => Ok(content),
         false => {

@@ -48,7 +48,9 @@ pub enum ListError {
     Store(#[from] StoreError),
     #[error(transparent)]
     Read(#[from] ReadError),
-    #[error("there are more than {ADDRESSES_MAX} capsules or {FOLDERS_MAX} folders under {location}; use a longer prefix")]
+    #[error(
+        "there are more than {ADDRESSES_MAX} capsules or {FOLDERS_MAX} folders under {location}; use a longer prefix"
+    )]
     Crowded { location: Location },
 }
 
@@ -59,8 +61,10 @@ impl Store {
     pub fn addresses(&self) -> Result<Vec<Address>, ListError> {
         self.block_on(async {
             let found = self.find_addresses().await?;
-            let described = futures::stream::iter(found).map(|parts| self.at(&parts).describe_address());
-            let mut addresses: Vec<Address> = described.buffered(REQUESTS_MAX).try_collect().await?;
+            let described =
+                futures::stream::iter(found).map(|parts| self.at(&parts).describe_address());
+            let mut addresses: Vec<Address> =
+                described.buffered(REQUESTS_MAX).try_collect().await?;
             addresses.sort_by_key(|address| address.location.to_string());
             Ok(addresses)
         })
@@ -109,10 +113,12 @@ impl Store {
         let state = self.read_head().await.map_err(ReadError::Log)?.state;
         let capsule = match state.latest {
             None => None,
-            Some(latest) => Some(CapsuleReader::load(&self, latest.digest).await.map(|reader| Summary {
-                config: reader.config().clone(),
-                stored_bytes: reader.manifest().stored_bytes(),
-            })),
+            Some(latest) => {
+                Some(CapsuleReader::load(&self, latest.digest).await.map(|reader| Summary {
+                    config: reader.config().clone(),
+                    stored_bytes: reader.manifest().stored_bytes(),
+                }))
+            }
         };
         Ok(Address { location: self.location().clone(), state, capsule })
     }

@@ -4,7 +4,7 @@
 //! comparing places, and an address under an allowed prefix can't leave it.
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Component, Path};
 
 /// An address takes at most this many bytes: the limit of S3 for a key, less what we append.
 pub const LOCATION_BYTES_MAX: usize = 900;
@@ -41,7 +41,9 @@ pub struct Location {
 /// The text is no address.
 #[derive(Debug, thiserror::Error)]
 pub enum LocationError {
-    #[error("{text:?} is no capsule address; use file:///dir, s3://bucket/path, gs://bucket/path or az://container/path")]
+    #[error(
+        "{text:?} is no capsule address; use file:///dir, s3://bucket/path, gs://bucket/path or az://container/path"
+    )]
     Scheme { text: String },
     #[error("{text:?} names no bucket; write {scheme}://bucket/path")]
     Bucket { text: String, scheme: &'static str },
@@ -49,9 +51,11 @@ pub enum LocationError {
     Relative { text: String },
     #[error("{text:?} is longer than {LOCATION_BYTES_MAX} bytes")]
     Long { text: String },
-    #[error("{text:?} has an empty, '.' or '..' part, or a character that is not allowed (only printable ASCII without space and any of \\ % ? # * \" < > |)")]
+    #[error(
+        "{text:?} has an empty, '.' or '..' part, or a character that is not allowed (only printable ASCII without space and any of \\ % ? # * \" < > |)"
+    )]
     Segment { text: String },
-    #[error("the folder {text:?} has no absolute path that is valid text")]
+    #[error("the folder {text:?} is not there, or has no absolute path that is valid text")]
     Folder { text: String },
 }
 
@@ -62,7 +66,8 @@ impl Location {
         if text.len() > LOCATION_BYTES_MAX {
             return Err(LocationError::Long { text: quoted() });
         }
-        let (scheme, rest) = text.split_once("://").ok_or_else(|| LocationError::Scheme { text: quoted() })?;
+        let (scheme, rest) =
+            text.split_once("://").ok_or_else(|| LocationError::Scheme { text: quoted() })?;
         let scheme = match scheme {
             "file" => Scheme::File,
             "s3" => Scheme::S3,
@@ -72,7 +77,9 @@ impl Location {
         };
         let (bucket, path) = match scheme {
             Scheme::File => {
-                let path = rest.strip_prefix('/').ok_or_else(|| LocationError::Relative { text: quoted() })?;
+                let path = rest
+                    .strip_prefix('/')
+                    .ok_or_else(|| LocationError::Relative { text: quoted() })?;
                 ("", path)
             }
             Scheme::S3 | Scheme::Gs | Scheme::Az => rest.split_once('/').unwrap_or((rest, "")),
@@ -96,20 +103,25 @@ impl Location {
         }
     }
 
-    /// The address of a plain folder, for `--image-path`. A relative path counts from the working directory.
+    /// The address of a plain folder, for `--image-path`. A relative path counts from the working directory; one with
+    /// `..` in it must exist.
     ///
     /// The folder's name may have any characters, unlike that of a `file://` address.
     pub fn folder(path: &Path) -> Result<Location, LocationError> {
         let error = || LocationError::Folder { text: path.display().to_string() };
-        let absolute = std::path::absolute(path).map_err(|_| error())?;
+        let absolute = match path.components().any(|part| part == Component::ParentDir) {
+            // Where `..` leads to depends on symbolic links before it.
+            true => path.canonicalize(),
+            false => std::path::absolute(path),
+        };
         let mut segments = Vec::new();
-        for component in absolute.components() {
+        for component in absolute.map_err(|_| error())?.components() {
             match component {
-                std::path::Component::RootDir | std::path::Component::CurDir => {}
-                std::path::Component::Normal(name) => segments.push(name.to_str().ok_or_else(error)?.to_owned()),
-                // The folder that `..` leads to depends on symbolic links before it.
-                std::path::Component::ParentDir => return Err(error()),
-                std::path::Component::Prefix(_) => return Err(error()),
+                Component::RootDir | Component::CurDir => {}
+                Component::Normal(name) => {
+                    segments.push(name.to_str().ok_or_else(error)?.to_owned());
+                }
+                Component::ParentDir | Component::Prefix(_) => return Err(error()),
             }
         }
         Ok(Location { scheme: Scheme::File, bucket: String::new(), segments })
@@ -136,7 +148,9 @@ impl Location {
 
     /// Whether this place is `prefix` or lies under it.
     pub fn is_under(&self, prefix: &Location) -> bool {
-        self.scheme == prefix.scheme && self.bucket == prefix.bucket && self.segments.starts_with(&prefix.segments)
+        self.scheme == prefix.scheme
+            && self.bucket == prefix.bucket
+            && self.segments.starts_with(&prefix.segments)
     }
 
     /// The number of parts of the path, by which one of two prefixes of the same place is the longer one.
@@ -168,23 +182,50 @@ mod tests {
 
     #[test]
     fn addresses_come_back_as_text() {
-        for text in ["file:///a/b", "file:///", "s3://bucket", "s3://bucket/jobs/42", "gs://b/x", "az://c/x_y=1"] {
+        for text in [
+            "file:///a/b",
+            "file:///",
+            "s3://bucket",
+            "s3://bucket/jobs/42",
+            "gs://b/x",
+            "az://c/x_y=1",
+        ] {
             assert_eq!(Location::parse(text).unwrap().to_string(), text);
         }
         assert_eq!(Location::parse("s3://bucket/jobs/").unwrap().to_string(), "s3://bucket/jobs");
-        assert_eq!(Location::folder(Path::new("/x y/é")).unwrap().as_folder().unwrap(), Path::new("/x y/é"));
+        assert_eq!(
+            Location::folder(Path::new("/x y/é")).unwrap().as_folder().unwrap(),
+            Path::new("/x y/é")
+        );
     }
 
     #[test]
     fn what_could_mean_another_place_is_refused() {
         for text in [
-            "", "jobs", "http://x/y", "s3:/b/x", "s3://", "s3:///x", "s3://user:pw@host/x", "file://a/b", "file://", "s3://b//x",
-            "s3://b/../x", "s3://b/./x", "s3://b/a%2e%2e/x", "s3://b/x?y", "s3://b/x#y", "s3://b/x y", "s3://b/\u{e9}", "s3://b/x//",
+            "",
+            "jobs",
+            "http://x/y",
+            "s3:/b/x",
+            "s3://",
+            "s3:///x",
+            "s3://user:pw@host/x",
+            "file://a/b",
+            "file://",
+            "s3://b//x",
+            "s3://b/../x",
+            "s3://b/./x",
+            "s3://b/a%2e%2e/x",
+            "s3://b/x?y",
+            "s3://b/x#y",
+            "s3://b/x y",
+            "s3://b/\u{e9}",
+            "s3://b/x//",
         ] {
             assert!(Location::parse(text).is_err(), "{text}");
         }
         assert!(Location::parse(&format!("s3://b/{}", "a".repeat(1000))).is_err());
-        assert!(Location::folder(Path::new("/a/../b")).is_err());
+        assert!(Location::folder(Path::new("/no-such-folder/../b")).is_err());
+        assert_eq!(Location::folder(Path::new("/usr/../")).unwrap().to_string(), "file:///");
     }
 
     #[test]

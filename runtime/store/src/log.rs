@@ -10,7 +10,8 @@ use bytes::Bytes;
 use samara_capsule::FORMAT_VERSION;
 use samara_capsule::digest::Digest;
 use samara_capsule::log::{
-    CapsuleRef, Event, EventRefused, FACTS_MAX, LogState, SLOT_BYTES_MAX, SLOT_TEXT_BYTES_MAX, Slot, SlotError,
+    CapsuleRef, Event, EventRefused, FACTS_MAX, LogState, SLOT_BYTES_MAX, SLOT_TEXT_BYTES_MAX,
+    Slot, SlotError,
 };
 
 use crate::store::{Store, StoreError};
@@ -111,7 +112,8 @@ impl Store {
     pub(crate) async fn read_slot(&self, slot: u64) -> Result<Slot, LogError> {
         let path = slot_path(slot);
         let content = self.get(&path, SLOT_BYTES_MAX).await?;
-        Slot::decode(&content).map_err(|source| LogError::Slot { object: self.describe(&path), source })
+        Slot::decode(&content)
+            .map_err(|source| LogError::Slot { object: self.describe(&path), source })
     }
 
     /// Reads the newest state.
@@ -122,7 +124,9 @@ impl Store {
     pub(crate) async fn read_head(&self) -> Result<LogHead, LogError> {
         match self.list_slots().await?.last() {
             None => Ok(LogHead { slot: None, state: LogState::default() }),
-            Some(&slot) => Ok(LogHead { slot: Some(slot), state: self.read_slot(slot).await?.state }),
+            Some(&slot) => {
+                Ok(LogHead { slot: Some(slot), state: self.read_slot(slot).await?.state })
+            }
         }
     }
 
@@ -133,8 +137,11 @@ impl Store {
     ///
     /// `facts` describe who starts, for people; at most [`FACTS_MAX`] are kept.
     pub fn take_epoch(&self, facts: &BTreeMap<String, String>) -> Result<Started, LogError> {
-        let facts: BTreeMap<_, _> =
-            facts.iter().take(FACTS_MAX).map(|(name, fact)| (shorten(name), shorten(fact))).collect();
+        let facts: BTreeMap<_, _> = facts
+            .iter()
+            .take(FACTS_MAX)
+            .map(|(name, fact)| (shorten(name), shorten(fact)))
+            .collect();
         let head = self.head()?;
         let next = head.slot.map_or(0, |slot| slot + 1);
         let (slot, state) = self.append(next, head.state, |state, _| {
@@ -149,7 +156,12 @@ impl Store {
     ///
     /// On success the capsule is the newest of its generation. [`LogError::is_fenced`] tells that a newer epoch was taken;
     /// then, and after other errors, it is not visible, except where the store did not answer: then it may be.
-    pub(crate) fn commit(&self, lease: &mut Lease, digest: Digest, bytes: u64) -> Result<CapsuleRef, LogError> {
+    pub(crate) fn commit(
+        &self,
+        lease: &mut Lease,
+        digest: Digest,
+        bytes: u64,
+    ) -> Result<CapsuleRef, LogError> {
         let (epoch, generation) = (lease.epoch, lease.generation);
         let slot = self.append_as(lease, |state, slot| {
             let manifest = CapsuleRef { digest, bytes, slot };
@@ -166,7 +178,12 @@ impl Store {
     }
 
     /// Notes that the container that was resumed from `manifest` failed.
-    pub fn note_failed_resume(&self, lease: &mut Lease, manifest: Digest, reason: &str) -> Result<(), LogError> {
+    pub fn note_failed_resume(
+        &self,
+        lease: &mut Lease,
+        manifest: Digest,
+        reason: &str,
+    ) -> Result<(), LogError> {
         let (epoch, generation) = (lease.epoch, lease.generation);
         let reason = shorten(reason);
         self.append_as(lease, |state, _| {
@@ -208,7 +225,8 @@ impl Store {
         event: impl Fn(&LogState, u64) -> Result<(Event, LogState), EventRefused>,
     ) -> Result<(u64, LogState), LogError> {
         for _ in 0..RACES_MAX {
-            let refused = |source| LogError::Refused { address: self.location().to_string(), source };
+            let refused =
+                |source| LogError::Refused { address: self.location().to_string(), source };
             let (event, next) = event(&state, slot).map_err(refused)?;
             let nonce = nonce()?;
             let record = Slot {
@@ -219,7 +237,9 @@ impl Store {
                 state: next,
             };
             let path = slot_path(slot);
-            let content = record.encode().map_err(|source| LogError::Slot { object: self.describe(&path), source })?;
+            let content = record
+                .encode()
+                .map_err(|source| LogError::Slot { object: self.describe(&path), source })?;
             let Err(error) = self.block_on(self.create(&path, Bytes::from(content))) else {
                 return Ok((slot, next));
             };

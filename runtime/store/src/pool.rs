@@ -60,7 +60,7 @@ mod tests {
     #[test]
     fn a_buffer_comes_back_empty() {
         let pool = Pool::default();
-        let buffer = Vec::from([7; BLOB_BYTES_MAX]);
+        let buffer = vec![7; BLOB_BYTES_MAX];
         let place = buffer.as_ptr();
         let lent = pool.lend(buffer);
         assert_eq!(lent.len(), BLOB_BYTES_MAX);

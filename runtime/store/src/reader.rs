@@ -55,7 +55,9 @@ pub enum ReadError {
     Segment { space: SpaceId, digest: Digest, source: SegmentError },
     #[error("the page map of {space} is damaged: its segments are out of order")]
     SegmentOrder { space: SpaceId },
-    #[error("the page map of {space} is damaged: it names the pack {pack}, which the manifest does not")]
+    #[error(
+        "the page map of {space} is damaged: it names the pack {pack}, which the manifest does not"
+    )]
     UnknownPack { space: SpaceId, pack: Digest },
     #[error("the pack {pack} is damaged: a frame at {offset} lies outside of it")]
     Frame { pack: Digest, offset: u32 },
@@ -101,11 +103,13 @@ impl CapsuleReader {
     pub(crate) async fn load(store: &Store, digest: Digest) -> Result<CapsuleReader, ReadError> {
         let content = store.get(&blob_path(&digest), MANIFEST_BYTES_MAX).await?;
         store.check_blob(BlobRef { digest, bytes: content.len() as u64 }, &content)?;
-        let manifest = Manifest::decode(&content).map_err(|source| ReadError::Manifest { digest, source })?;
+        let manifest =
+            Manifest::decode(&content).map_err(|source| ReadError::Manifest { digest, source })?;
         let digest_of_config = manifest.config.digest;
         let config = store.get_blob(manifest.config).await?;
         let config = CapsuleConfig::decode(&config);
-        let config = config.map_err(|source| ReadError::Config { digest: digest_of_config, source })?;
+        let config =
+            config.map_err(|source| ReadError::Config { digest: digest_of_config, source })?;
         let pack_bytes = manifest.packs.iter().map(|pack| (pack.digest, pack.bytes)).collect();
         Ok(CapsuleReader { store: store.clone(), digest, manifest, config, pack_bytes })
     }
@@ -163,12 +167,17 @@ impl CapsuleReader {
         self.store.block_on(async {
             while let Some(segment) = segments.next().await {
                 let segment = segment?;
-                let (Some(first), Some(last)) = (segment.runs().first(), segment.runs().last()) else { continue };
+                let (Some(first), Some(last)) = (segment.runs().first(), segment.runs().last())
+                else {
+                    continue;
+                };
                 if first.first < end {
                     return Err(ReadError::SegmentOrder { space });
                 }
                 end = last.first + u64::from(last.count);
-                if let Some(&pack) = segment.packs().iter().find(|pack| !self.pack_bytes.contains_key(pack)) {
+                if let Some(&pack) =
+                    segment.packs().iter().find(|pack| !self.pack_bytes.contains_key(pack))
+                {
                     return Err(ReadError::UnknownPack { space, pack });
                 }
                 take(segment)?;
@@ -222,7 +231,10 @@ impl CapsuleReader {
             let mut fetches = fetches
                 .map(|(index, &blob)| {
                     let (store, buffer) = (self.store.clone(), pool.take());
-                    let task = self.store.handle().spawn(async move { store.get_blob_unchecked(blob, buffer).await });
+                    let task = self
+                        .store
+                        .handle()
+                        .spawn(async move { store.get_blob_unchecked(blob, buffer).await });
                     let task = AbortOnDrop(task);
                     async move { (index, task.join().await) }
                 })
@@ -271,7 +283,8 @@ impl CapsuleReader {
                 }
                 let mut frames = Vec::with_capacity(segment.frames().len());
                 for frame in segment.frames() {
-                    let pack = *packs.get(frame.pack as usize).expect("a segment's indices were checked");
+                    let pack =
+                        *packs.get(frame.pack as usize).expect("a segment's indices were checked");
                     let number = *frame_numbers.entry((pack, frame.offset)).or_insert_with(|| {
                         plan.frames.push(MapFrame { pack, ..*frame });
                         count(plan.frames.len() - 1)
@@ -279,7 +292,8 @@ impl CapsuleReader {
                     frames.push(number);
                 }
                 for run in segment.runs() {
-                    let frame = *frames.get(run.frame as usize).expect("a segment's indices were checked");
+                    let frame =
+                        *frames.get(run.frame as usize).expect("a segment's indices were checked");
                     plan.wanted.push(Wanted::new(run, frame, space_index));
                 }
                 Ok(())
@@ -287,13 +301,18 @@ impl CapsuleReader {
         }
         // By frame, and within a frame by space and page: what lies together is placed together.
         let frames = &plan.frames;
-        let pack_of = |wanted: &Wanted| frames.get(wanted.frame as usize).map_or(0, |frame| frame.pack);
-        plan.wanted.sort_unstable_by_key(|wanted| (pack_of(wanted), wanted.frame, wanted.space(), wanted.first()));
+        let pack_of =
+            |wanted: &Wanted| frames.get(wanted.frame as usize).map_or(0, |frame| frame.pack);
+        plan.wanted.sort_unstable_by_key(|wanted| {
+            (pack_of(wanted), wanted.frame, wanted.space(), wanted.first())
+        });
         plan.starts = plan
             .packs
             .iter()
             .enumerate()
-            .map(|(pack, _)| plan.wanted.partition_point(|wanted| (pack_of(wanted) as usize) < pack))
+            .map(|(pack, _)| {
+                plan.wanted.partition_point(|wanted| (pack_of(wanted) as usize) < pack)
+            })
             .collect();
         Ok(plan)
     }
@@ -312,17 +331,23 @@ impl CapsuleReader {
             self.store.check_blob(pack, &content).map_err(ReadError::Store)?;
             for wanted in plan.of_pack(index).chunk_by(|a, b| a.frame == b.frame) {
                 let [first, ..] = wanted else { continue };
-                let frame = plan.frames.get(first.frame as usize).expect("the plan's indices are its own");
+                let frame =
+                    plan.frames.get(first.frame as usize).expect("the plan's indices are its own");
                 decode_frame(&mut decoder, pack.digest, frame, &content, &mut raw)?;
                 for wanted in wanted.chunk_by(Wanted::is_followed_by) {
                     let [first, ..] = wanted else { continue };
-                    let space = *plan.spaces.get(first.space() as usize).expect("the plan's indices are its own");
+                    let space = *plan
+                        .spaces
+                        .get(first.space() as usize)
+                        .expect("the plan's indices are its own");
                     let runs: Vec<PageRun> = wanted.iter().map(Wanted::run).collect();
-                    let pages: usize = wanted.iter().map(|wanted| usize::from(wanted.count())).sum();
+                    let pages: usize =
+                        wanted.iter().map(|wanted| usize::from(wanted.count())).sum();
                     let start = usize::from(first.page()) * PAGE_BYTES;
                     let bytes = raw.get(start..start + pages * PAGE_BYTES);
                     let outside = || ReadError::Frame { pack: pack.digest, offset: frame.offset };
-                    place(space, &runs, bytes.ok_or_else(outside)?).map_err(TransferError::Place)?;
+                    place(space, &runs, bytes.ok_or_else(outside)?)
+                        .map_err(TransferError::Place)?;
                 }
             }
             pool.give(content);
@@ -341,7 +366,8 @@ pub(crate) fn decode_frame(
 ) -> Result<(), ReadError> {
     let offset = frame.offset;
     let end = offset.checked_add(frame.stored_bytes).ok_or(ReadError::Frame { pack, offset })?;
-    let stored = content.get(offset as usize..end as usize).ok_or(ReadError::Frame { pack, offset })?;
+    let stored =
+        content.get(offset as usize..end as usize).ok_or(ReadError::Frame { pack, offset })?;
     let raw_bytes = usize::from(frame.pages) * PAGE_BYTES;
     let decoded = decoder.decode(frame.codec, stored, raw_bytes, raw);
     decoded.map_err(|source| ReadError::FrameContent { pack, offset, source })
@@ -512,7 +538,10 @@ impl Read for PartsReader<'_> {
         }
         let bytes = self.current.len().min(buffer.len());
         let now = self.current.split_to(bytes);
-        buffer.get_mut(..bytes).expect("no more than the buffer has room for").copy_from_slice(&now);
+        buffer
+            .get_mut(..bytes)
+            .expect("no more than the buffer has room for")
+            .copy_from_slice(&now);
         Ok(bytes)
     }
 }
@@ -533,7 +562,10 @@ impl<R: io::BufRead> Read for StreamReader<R> {
             Some(left) if !ended || left == 0 => self.left = left,
             _ => {
                 let source = io::Error::other("its length is not the one that the config tells");
-                return Err(io::Error::other(ReadError::Stream { name: self.name.0.clone(), source }));
+                return Err(io::Error::other(ReadError::Stream {
+                    name: self.name.0.clone(),
+                    source,
+                }));
             }
         }
         Ok(bytes)

@@ -70,6 +70,17 @@ impl Store {
             }
             Ok::<_, StoreError>(())
         })?;
+        if let Some(folder) = self.location().as_folder() {
+            // What an interrupted write leaves in a folder is in no listing.
+            let blobs = folder.join("blobs");
+            match std::fs::remove_dir_all(&blobs) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    let location = self.location().clone();
+                    return Err(StoreError::Folder { location, source: error }.into());
+                }
+                _ => {}
+            }
+        }
         for slot in keepers {
             self.block_on(self.delete(&slot_path(slot)))?;
             removed.objects += 1;

@@ -16,8 +16,8 @@ use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as ObjectPath;
 use object_store::{
-    BackoffConfig, ClientOptions, GetResultPayload, ObjectMeta, ObjectStore, ObjectStoreExt as _, PutMode, PutOptions, PutPayload,
-    RetryConfig,
+    BackoffConfig, ClientOptions, GetResultPayload, ObjectMeta, ObjectStore, ObjectStoreExt as _,
+    PutMode, PutOptions, PutPayload, RetryConfig,
 };
 use samara_capsule::digest::Digest;
 use samara_capsule::manifest::BlobRef;
@@ -77,13 +77,17 @@ pub enum StoreError {
     Folder { location: Location, source: std::io::Error },
     #[error("can't start the threads that talk to the store")]
     Threads { source: std::io::Error },
-    #[error("can't {action} {object}: the store did not answer within {seconds} s; check its address and the network, or raise timeout_seconds in the node's configuration")]
+    #[error(
+        "can't {action} {object}: the store did not answer within {seconds} s; check its address and the network, or raise timeout_seconds in the node's configuration"
+    )]
     Stalled { action: &'static str, object: String, seconds: u64 },
     #[error("{object} is not there")]
     NotFound { object: String },
     #[error("can't {action} {object}: there is no such bucket; create it, or check the address")]
     NoBucket { action: &'static str, object: String },
-    #[error("can't {action} {object}: the store refuses the credentials; check the keys for this address in the node's configuration")]
+    #[error(
+        "can't {action} {object}: the store refuses the credentials; check the keys for this address in the node's configuration"
+    )]
     Denied { action: &'static str, object: String, source: Cause },
     #[error("{object} exists already")]
     Exists { object: String },
@@ -135,7 +139,11 @@ impl Cause {
 impl Store {
     /// Prepares access to a place. Nothing is fetched or written, except that the folder of a `file://` address is made
     /// (for its owner only) if `create` is set; without it, a missing folder is an error.
-    pub fn open(location: &Location, config: &StoreConfig, create: bool) -> Result<Store, StoreError> {
+    pub fn open(
+        location: &Location,
+        config: &StoreConfig,
+        create: bool,
+    ) -> Result<Store, StoreError> {
         let timeout = config.timeout();
         let settings = config.settings(location);
         let objects = connect(location, &settings, timeout, create)?;
@@ -159,7 +167,8 @@ impl Store {
 
     /// A place under this one, which shares its connections. `parts` come from a listing of this place.
     pub(crate) fn at(&self, parts: &[String]) -> Store {
-        let prefix = parts.iter().fold(self.0.prefix.clone(), |parent, part| parent.join(part.as_str()));
+        let prefix =
+            parts.iter().fold(self.0.prefix.clone(), |parent, part| parent.join(part.as_str()));
         Store(Arc::new(Inner {
             runtime: self.0.runtime.clone(),
             objects: self.0.objects.clone(),
@@ -211,14 +220,19 @@ impl Store {
         match tokio::time::timeout(self.0.timeout, call).await {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(source)) => Err(sort(action, object(), source, self.0.timeout)),
-            Err(_) => Err(StoreError::Stalled { action, object: object(), seconds: self.0.timeout.as_secs() }),
+            Err(_) => Err(StoreError::Stalled {
+                action,
+                object: object(),
+                seconds: self.0.timeout.as_secs(),
+            }),
         }
     }
 
     /// Writes an object whose name is derived from its content.
     pub(crate) async fn put(&self, path: &str, content: Bytes) -> Result<(), StoreError> {
         let target = self.path(path);
-        self.bounded("write", path, self.0.objects.put(&target, PutPayload::from_bytes(content))).await?;
+        self.bounded("write", path, self.0.objects.put(&target, PutPayload::from_bytes(content)))
+            .await?;
         Ok(())
     }
 
@@ -239,9 +253,18 @@ impl Store {
     }
 
     /// Like [`Store::get`], into the memory of `content`, which must be empty.
-    async fn get_into(&self, path: &str, bytes_max: usize, mut content: Vec<u8>) -> Result<Vec<u8>, StoreError> {
+    async fn get_into(
+        &self,
+        path: &str,
+        bytes_max: usize,
+        mut content: Vec<u8>,
+    ) -> Result<Vec<u8>, StoreError> {
         let source = self.path(path);
-        let too_large = |bytes| StoreError::TooLarge { object: self.describe(path), bytes, bytes_max: bytes_max as u64 };
+        let too_large = |bytes| StoreError::TooLarge {
+            object: self.describe(path),
+            bytes,
+            bytes_max: bytes_max as u64,
+        };
         let call = async {
             let result = self.0.objects.get(&source).await?;
             let announced = result.meta.size;
@@ -252,13 +275,15 @@ impl Store {
             match result.payload {
                 GetResultPayload::File(file, _) => {
                     let read = tokio::task::spawn_blocking(move || {
-                        std::io::Read::take(file, bytes_max as u64 + 1).read_to_end(&mut content).map(|_| content)
+                        std::io::Read::take(file, bytes_max as u64 + 1)
+                            .read_to_end(&mut content)
+                            .map(|_| content)
                     });
-                    let failed = |source: Box<dyn std::error::Error + Send + Sync>| object_store::Error::Generic {
-                        store: "LocalFileSystem",
-                        source,
+                    let failed = |source: Box<dyn std::error::Error + Send + Sync>| {
+                        object_store::Error::Generic { store: "LocalFileSystem", source }
                     };
-                    content = read.await.map_err(|e| failed(e.into()))?.map_err(|e| failed(e.into()))?;
+                    content =
+                        read.await.map_err(|e| failed(e.into()))?.map_err(|e| failed(e.into()))?;
                 }
                 GetResultPayload::Stream(mut stream) => {
                     // The announced size is only a claim.
@@ -304,10 +329,13 @@ impl Store {
         let mut found = Vec::new();
         // The bound in time is for each thousand: a large folder is not a stalled one.
         loop {
-            let page = self.bounded("list", path, async { stream.next().await.map(sorted_page).transpose() }).await?;
+            let page = self
+                .bounded("list", path, async { stream.next().await.map(sorted_page).transpose() })
+                .await?;
             let Some(page) = page else { return Ok(found) };
             for object in page {
-                let name: Vec<_> = object.location.prefix_match(&folder).into_iter().flatten().collect();
+                let name: Vec<_> =
+                    object.location.prefix_match(&folder).into_iter().flatten().collect();
                 let name: Vec<&str> = name.iter().map(AsRef::as_ref).collect();
                 found.push((name.join("/"), object.size));
             }
@@ -318,17 +346,24 @@ impl Store {
     }
 
     /// Names of the folders directly under `path`, and of the objects.
-    pub(crate) async fn list_folder(&self, path: &str) -> Result<(Vec<String>, Vec<String>), StoreError> {
+    pub(crate) async fn list_folder(
+        &self,
+        path: &str,
+    ) -> Result<(Vec<String>, Vec<String>), StoreError> {
         let folder = self.path(path);
-        let listing = self.bounded("list", path, self.0.objects.list_with_delimiter(Some(&folder))).await?;
-        let last = |path: &ObjectPath| path.parts().next_back().map(|part| part.as_ref().to_owned());
+        let listing =
+            self.bounded("list", path, self.0.objects.list_with_delimiter(Some(&folder))).await?;
+        let last =
+            |path: &ObjectPath| path.parts().next_back().map(|part| part.as_ref().to_owned());
         let folders = listing.common_prefixes.iter().filter_map(last).collect();
         let objects = listing.objects.iter().filter_map(|object| last(&object.location)).collect();
         Ok((folders, objects))
     }
 }
 
-fn sorted_page(page: Vec<object_store::Result<ObjectMeta>>) -> object_store::Result<Vec<ObjectMeta>> {
+fn sorted_page(
+    page: Vec<object_store::Result<ObjectMeta>>,
+) -> object_store::Result<Vec<ObjectMeta>> {
     page.into_iter().collect()
 }
 
@@ -347,7 +382,9 @@ fn connect(
             .with_connect_timeout(connect)
             .with_allow_http(allow_http)
             .with_user_agent(
-                concat!("samara/", env!("CARGO_PKG_VERSION")).parse().expect("a version is a valid header value"),
+                concat!("samara/", env!("CARGO_PKG_VERSION"))
+                    .parse()
+                    .expect("a version is a valid header value"),
             )
     };
     let retry = || RetryConfig {
@@ -355,14 +392,19 @@ fn connect(
         max_retries: RETRIES_MAX,
         retry_timeout: timeout,
     };
-    let failed = |error| StoreError::Settings { location: location.clone(), source: Cause::of(&error) };
+    let failed =
+        |error| StoreError::Settings { location: location.clone(), source: Cause::of(&error) };
     Ok(match settings {
         Settings::File(settings) => {
             let folder = location.as_folder().expect("file settings belong to file addresses");
             let unusable = |source| StoreError::Folder { location: location.clone(), source };
             if create {
                 use std::os::unix::fs::DirBuilderExt as _;
-                std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder).map_err(unusable)?;
+                std::fs::DirBuilder::new()
+                    .recursive(true)
+                    .mode(0o700)
+                    .create(&folder)
+                    .map_err(unusable)?;
             }
             match std::fs::metadata(&folder) {
                 Ok(found) if found.is_dir() => {}
@@ -432,19 +474,27 @@ fn connect(
 }
 
 /// Sorts an error by what its reader should do.
-fn sort(action: &'static str, object: String, source: object_store::Error, timeout: Duration) -> StoreError {
+fn sort(
+    action: &'static str,
+    object: String,
+    source: object_store::Error,
+    timeout: Duration,
+) -> StoreError {
     // The crate tells a missing bucket from a missing object, a time-out from other failures, and for lists even refused
     // credentials, only in its text.
     let text = format!("{source:?}");
     let says = |words: &[&str]| words.iter().any(|word| text.contains(word));
     let cause = Cause::of(&source);
     match source {
-        _ if says(&["NoSuchBucket", "ContainerNotFound"]) => StoreError::NoBucket { action, object },
+        _ if says(&["NoSuchBucket", "ContainerNotFound"]) => {
+            StoreError::NoBucket { action, object }
+        }
         object_store::Error::NotFound { .. } => StoreError::NotFound { object },
         object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. } => {
             StoreError::Exists { object }
         }
-        object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. } => {
+        object_store::Error::PermissionDenied { .. }
+        | object_store::Error::Unauthenticated { .. } => {
             StoreError::Denied { action, object, source: cause }
         }
         _ if says(&["403 Forbidden", "401 Unauthorized", "status: 403", "status: 401"]) => {
@@ -472,9 +522,14 @@ impl Store {
 
     /// Reads a blob into the memory of `buffer`, which must be empty. Its length is checked, its digest is not:
     /// [`Store::check_blob`] does that on any thread.
-    pub(crate) async fn get_blob_unchecked(&self, blob: BlobRef, buffer: Vec<u8>) -> Result<Vec<u8>, StoreError> {
+    pub(crate) async fn get_blob_unchecked(
+        &self,
+        blob: BlobRef,
+        buffer: Vec<u8>,
+    ) -> Result<Vec<u8>, StoreError> {
         let path = blob_path(&blob.digest);
-        let expected = usize::try_from(blob.bytes).expect("the size of a blob was bounded when it was read");
+        let expected =
+            usize::try_from(blob.bytes).expect("the size of a blob was bounded when it was read");
         let content = match self.get_into(&path, expected, buffer).await {
             Err(StoreError::TooLarge { object, bytes, .. }) => {
                 return Err(StoreError::Length { object, found: bytes, expected: blob.bytes });
@@ -485,21 +540,23 @@ impl Store {
             true => Ok(content),
             false => {
                 let object = self.describe(&path);
-                Err(StoreError::Length { object, found: content.len() as u64, expected: blob.bytes })
+                Err(StoreError::Length {
+                    object,
+                    found: content.len() as u64,
+                    expected: blob.bytes,
+                })
             }
         }
     }
 
     /// Checks the content of a blob against its digest.
-    pub(crate) fn check_blob(
-        &self,
-        blob: BlobRef,
-        content: &[u8],
-    ) -> Result<(), StoreError> {
+    pub(crate) fn check_blob(&self, blob: BlobRef, content: &[u8]) -> Result<(), StoreError> {
         let found = Digest::of(content);
         match found == blob.digest {
             true => Ok(()),
-            false => Err(StoreError::Damaged { object: self.describe(&blob_path(&blob.digest)), found }),
+            false => {
+                Err(StoreError::Damaged { object: self.describe(&blob_path(&blob.digest)), found })
+            }
         }
     }
 }

@@ -30,7 +30,9 @@ pub enum Fault {
     Pack { pack: Digest, source: PackError },
     #[error("the pack {pack} is damaged in frame {frame}")]
     PackFrame { pack: Digest, frame: usize, source: FrameError },
-    #[error("the page map of {space} names a frame at {offset} of the pack {pack} which is not there, or is another")]
+    #[error(
+        "the page map of {space} names a frame at {offset} of the pack {pack} which is not there, or is another"
+    )]
     Reference { space: SpaceId, pack: Digest, offset: u32 },
     #[error("the records {records} are damaged")]
     Records { records: Digest, source: cbor::DecodeError },
@@ -60,7 +62,8 @@ impl CapsuleReader {
     /// Checks all blobs of this capsule. `progress` is told how many bytes are done, of how many.
     pub fn verify(&self, progress: &(dyn Fn(u64, u64) + Sync)) -> Report {
         let total = self.manifest().stored_bytes();
-        let mut report = Report { blobs: 2, bytes: self.manifest().config.bytes, ..Report::default() };
+        let mut report =
+            Report { blobs: 2, bytes: self.manifest().config.bytes, ..Report::default() };
         let mut done = |report: &mut Report, blob: &BlobRef| {
             report.blobs += 1;
             report.bytes += blob.bytes;
@@ -81,7 +84,9 @@ impl CapsuleReader {
         match self.records() {
             Ok(records) => {
                 if let Err(source) = decode_record::<serde::de::IgnoredAny>(&records) {
-                    report.faults.push(Fault::Records { records: self.manifest().records.digest, source });
+                    report
+                        .faults
+                        .push(Fault::Records { records: self.manifest().records.digest, source });
                 }
             }
             Err(error) => report.faults.push(error.into()),
@@ -99,7 +104,8 @@ impl CapsuleReader {
         let checks = futures::stream::iter(&self.manifest().packs).map(|&pack| async move {
             let checking = store.clone();
             let content = store.get_blob_unchecked(pack, Vec::new()).await?;
-            let checked = tokio::task::spawn_blocking(move || check_pack(&checking, pack, &content));
+            let checked =
+                tokio::task::spawn_blocking(move || check_pack(&checking, pack, &content));
             Ok((pack, checked.await.map_err(|_| Fault::Panicked)??))
         });
         let mut checks = checks.buffered(PACKS_MAX);
@@ -133,7 +139,8 @@ impl CapsuleReader {
                     let Some(&pack) = segment.packs().get(frame.pack as usize) else { continue };
                     // A pack that could not be read was reported as such.
                     let Some(frames) = packs.get(&pack) else { continue };
-                    let found = frames.binary_search_by_key(&frame.offset, |(packed, _)| packed.offset);
+                    let found =
+                        frames.binary_search_by_key(&frame.offset, |(packed, _)| packed.offset);
                     let found = found.ok().and_then(|index| frames.get(index));
                     let fits = found.is_some_and(|(packed, digest)| {
                         packed.stored_bytes == frame.stored_bytes
@@ -148,7 +155,11 @@ impl CapsuleReader {
                 Ok(())
             });
             report.pages += pages;
-            report.faults.extend(wrong.into_keys().map(|(pack, offset)| Fault::Reference { space, pack, offset }));
+            report.faults.extend(wrong.into_keys().map(|(pack, offset)| Fault::Reference {
+                space,
+                pack,
+                offset,
+            }));
             if let Err(error) = result {
                 report.faults.push(error.into());
             }

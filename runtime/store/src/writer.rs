@@ -30,7 +30,9 @@ use samara_capsule::manifest::{BlobRef, Manifest, ManifestError};
 use samara_capsule::pack::PackBuilder;
 use samara_capsule::pagemap::{MapBuilder, MapError, MapFrame, Segment};
 use samara_capsule::stream::{STREAMS_MAX, StreamNameError, check_name};
-use samara_capsule::transfer::{BATCH_BYTES_MAX, PAGE_BYTES, PageBatch, PageRun, Sink, SpaceId, StreamName};
+use samara_capsule::transfer::{
+    BATCH_BYTES_MAX, PAGE_BYTES, PageBatch, PageRun, Sink, SpaceId, StreamName,
+};
 use samara_capsule::{BLOB_BYTES_MAX, FORMAT_VERSION};
 use tokio::sync::Semaphore;
 
@@ -289,7 +291,8 @@ impl CapsuleWriter {
             Err(StoreError::NotFound { .. } | StoreError::Crowded { .. }) => Vec::new(),
             Err(error) => return Err(error.into()),
         };
-        let known = known.iter().filter_map(|(name, bytes)| Some((Digest::from_hex(name).ok()?, *bytes)));
+        let known =
+            known.iter().filter_map(|(name, bytes)| Some((Digest::from_hex(name).ok()?, *bytes)));
         let known = known.take(KNOWN_BLOBS_MAX).collect();
 
         let threads = store.threads();
@@ -352,7 +355,10 @@ impl CapsuleWriter {
         let mut streams = BTreeMap::new();
         let mut streams_raw = BTreeMap::new();
         for parts in std::mem::take(&mut state.parts) {
-            let blobs = parts.blobs.into_iter().map(|blob| blob.expect("every part of a stream was uploaded"));
+            let blobs = parts
+                .blobs
+                .into_iter()
+                .map(|blob| blob.expect("every part of a stream was uploaded"));
             streams_raw.insert(parts.name.0.clone(), parts.raw_bytes);
             streams.insert(parts.name, blobs.collect());
         }
@@ -363,7 +369,8 @@ impl CapsuleWriter {
         let mut packs = std::mem::take(&mut state.packs);
         packs.sort_unstable();
         packs.dedup();
-        let raw_bytes = pages * PAGE_BYTES as u64 + streams_raw.values().sum::<u64>() + records.len() as u64;
+        let raw_bytes =
+            pages * PAGE_BYTES as u64 + streams_raw.values().sum::<u64>() + records.len() as u64;
         let records_blob = state.records.take().expect("the records were uploaded");
         let zero_pages = state.zero_pages;
         drop(state);
@@ -401,7 +408,8 @@ impl CapsuleWriter {
         let content = manifest.encode()?;
         let blob = BlobRef::to(&content);
         let store = &self.shared.store;
-        let (config_path, manifest_path) = (blob_path(&manifest.config.digest), blob_path(&blob.digest));
+        let (config_path, manifest_path) =
+            (blob_path(&manifest.config.digest), blob_path(&blob.digest));
         let config = store.put(&config_path, Bytes::from(config));
         let content = store.put(&manifest_path, Bytes::from(content));
         store.block_on(futures::future::try_join(config, content))?;
@@ -431,12 +439,16 @@ impl CapsuleWriter {
         let PageBatch { space, runs, bytes } = batch;
         let pages = runs.iter().try_fold(0u64, |sum, run| sum.checked_add(run.count));
         let pages = pages.unwrap_or(u64::MAX);
-        if bytes.len() > BATCH_BYTES_MAX || pages.checked_mul(PAGE_BYTES as u64) != Some(bytes.len() as u64) {
+        if bytes.len() > BATCH_BYTES_MAX
+            || pages.checked_mul(PAGE_BYTES as u64) != Some(bytes.len() as u64)
+        {
             return Err(WriteError::Batch { space, bytes: bytes.len(), pages });
         }
         self.shared.progress.raw_bytes.fetch_add(bytes.len() as u64, Relaxed);
         let part = Part { space, exact, runs };
-        if self.pending.bytes.len() + bytes.len() > BATCH_BYTES_MAX || bytes.len() >= LONE_BATCH_BYTES {
+        if self.pending.bytes.len() + bytes.len() > BATCH_BYTES_MAX
+            || bytes.len() >= LONE_BATCH_BYTES
+        {
             self.flush_pages()?;
         }
         if bytes.len() >= LONE_BATCH_BYTES {
@@ -470,7 +482,12 @@ impl CapsuleWriter {
                 return Err(WriteError::Streams);
             }
             let number = state.parts.len();
-            state.parts.push(OpenParts { name: name.clone(), raw_bytes: 0, open: Vec::new(), blobs: Vec::new() });
+            state.parts.push(OpenParts {
+                name: name.clone(),
+                raw_bytes: 0,
+                open: Vec::new(),
+                blobs: Vec::new(),
+            });
             drop(state);
             self.streams.insert(name.clone(), PendingStream { number, bytes: Vec::new() });
         }
@@ -486,7 +503,9 @@ impl CapsuleWriter {
                 self.submit(Work::Stream { number, bytes })?;
             }
         }
-        if self.streams.values().map(|stream| stream.bytes.len()).sum::<usize>() > STREAMS_PENDING_BYTES_MAX {
+        if self.streams.values().map(|stream| stream.bytes.len()).sum::<usize>()
+            > STREAMS_PENDING_BYTES_MAX
+        {
             let longest = self.streams.values_mut().max_by_key(|stream| stream.bytes.len());
             let longest = longest.expect("a stream was just appended to");
             let (number, bytes) = (longest.number, std::mem::take(&mut longest.bytes));
@@ -617,7 +636,12 @@ impl Shared {
         }
     }
 
-    fn encode(&self, encoder: &mut FrameEncoder, scratch: &mut Vec<u8>, work: Work) -> Result<Done, WriteError> {
+    fn encode(
+        &self,
+        encoder: &mut FrameEncoder,
+        scratch: &mut Vec<u8>,
+        work: Work,
+    ) -> Result<Done, WriteError> {
         let mut stored = self.lock().stored_buffers.pop().unwrap_or_default();
         stored.clear();
         match work {
@@ -644,7 +668,8 @@ impl Shared {
             Work::Stream { number, bytes } => {
                 encoder.compress(&bytes, &mut stored).map_err(WriteError::Compress)?;
                 let mut state = self.lock();
-                state.parts.get_mut(number).expect("the stream was numbered").raw_bytes += bytes.len() as u64;
+                state.parts.get_mut(number).expect("the stream was numbered").raw_bytes +=
+                    bytes.len() as u64;
                 state.recycle(bytes, self.in_flight_max);
                 Ok(Done::Stream { number, stored })
             }
@@ -706,7 +731,9 @@ impl Shared {
             return Err(too_large(records.len(), RECORDS_BYTES_MAX));
         }
         let mut stored = Vec::new();
-        FrameEncoder::new().and_then(|mut e| e.compress(records, &mut stored)).map_err(WriteError::Compress)?;
+        FrameEncoder::new()
+            .and_then(|mut e| e.compress(records, &mut stored))
+            .map_err(WriteError::Compress)?;
         if stored.len() > BLOB_BYTES_MAX {
             return Err(too_large(stored.len(), BLOB_BYTES_MAX));
         }
@@ -717,7 +744,11 @@ impl Shared {
     fn upload(self: &Arc<Shared>, (purpose, content): Sealed) -> Result<(), WriteError> {
         let Ok(permit) = self.store.block_on(self.uploads.clone().acquire_owned()) else {
             // Closed: because of a failure, or because the writer is being dropped.
-            return Err(self.lock().failed.clone().map_or(WriteError::Panicked, WriteError::Earlier));
+            return Err(self
+                .lock()
+                .failed
+                .clone()
+                .map_or(WriteError::Panicked, WriteError::Earlier));
         };
         self.lock().uploading += 1;
         let shared = self.clone();
@@ -755,7 +786,8 @@ impl Shared {
                 state.packs.push(blob);
             }
             Purpose::StreamPart { stream, part } => {
-                let parts = state.parts.get_mut(stream).and_then(|stream| stream.blobs.get_mut(part));
+                let parts =
+                    state.parts.get_mut(stream).and_then(|stream| stream.blobs.get_mut(part));
                 *parts.expect("the part was numbered when it was sealed") = Some(blob);
             }
             Purpose::Segment { space, index } => {
@@ -768,7 +800,12 @@ impl Shared {
 }
 
 impl State {
-    fn place(&mut self, done: Done, buffers_max: usize, sealed: &mut Vec<Sealed>) -> Result<(), WriteError> {
+    fn place(
+        &mut self,
+        done: Done,
+        buffers_max: usize,
+        sealed: &mut Vec<Sealed>,
+    ) -> Result<(), WriteError> {
         match done {
             Done::Frames { frames, stored } => {
                 let mut rest = stored.as_slice();
@@ -785,8 +822,11 @@ impl State {
                 if stream.open.len() >= PACK_BYTES {
                     self.seal_part(number, sealed);
                 }
-                if self.parts.iter().map(|parts| parts.open.len()).sum::<usize>() > STREAMS_PENDING_BYTES_MAX {
-                    let longest = self.parts.iter().enumerate().max_by_key(|(_, parts)| parts.open.len());
+                if self.parts.iter().map(|parts| parts.open.len()).sum::<usize>()
+                    > STREAMS_PENDING_BYTES_MAX
+                {
+                    let longest =
+                        self.parts.iter().enumerate().max_by_key(|(_, parts)| parts.open.len());
                     let (longest, _) = longest.expect("a stream was just appended to");
                     self.seal_part(longest, sealed);
                 }
@@ -796,16 +836,22 @@ impl State {
         Ok(())
     }
 
-    fn place_frame(&mut self, frame: Frame, stored: &[u8], sealed: &mut Vec<Sealed>) -> Result<(), WriteError> {
+    fn place_frame(
+        &mut self,
+        frame: Frame,
+        stored: &[u8],
+        sealed: &mut Vec<Sealed>,
+    ) -> Result<(), WriteError> {
         let Frame { runs, pages, codec, digest, stored_bytes } = frame;
         if self.pack.as_ref().is_some_and(|pack| !pack.builder.has_room(stored_bytes, PACK_BYTES)) {
             self.seal_pack(sealed);
         }
         let map = &mut self.map;
         let pool = &self.pack_buffers;
-        let pack = self
-            .pack
-            .get_or_insert_with(|| OpenPack { number: map.add_pack(), builder: PackBuilder::new(pool.take()) });
+        let pack = self.pack.get_or_insert_with(|| OpenPack {
+            number: map.add_pack(),
+            builder: PackBuilder::new(pool.take()),
+        });
         let raw_bytes = u32::try_from(pages * PAGE_BYTES).expect("a frame is smaller than 4 GiB");
         let packed = pack.builder.push(codec, stored, raw_bytes);
         let frame = map.add_frame(MapFrame {
@@ -833,7 +879,10 @@ impl State {
     fn seal_part(&mut self, stream: usize, sealed: &mut Vec<Sealed>) {
         let parts = self.parts.get_mut(stream).expect("the stream was numbered");
         if !parts.open.is_empty() {
-            sealed.push((Purpose::StreamPart { stream, part: parts.blobs.len() }, std::mem::take(&mut parts.open)));
+            sealed.push((
+                Purpose::StreamPart { stream, part: parts.blobs.len() },
+                std::mem::take(&mut parts.open),
+            ));
             parts.blobs.push(None);
         }
     }
@@ -891,7 +940,9 @@ fn drop_zero_pages(parts: Vec<Part>, bytes: &mut Vec<u8>) -> Vec<(SpaceId, PageR
                 }
                 end += PAGE_BYTES;
                 match kept.last_mut() {
-                    Some((last, run)) if *last == space && run.first + run.count == number => run.count += 1,
+                    Some((last, run)) if *last == space && run.first + run.count == number => {
+                        run.count += 1
+                    }
                     _ => kept.push((space, PageRun { first: number, count: 1 })),
                 }
             }

@@ -1,6 +1,11 @@
 //! What only a process of its own can show: the peak of memory, and what a kill leaves behind.
 //!
 //! There is no harness: this program runs itself as the process that is measured or killed.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test fails by panicking, and tells what it measured"
+)]
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -10,7 +15,9 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::SystemTime;
 
 use samara_capsule::config::{Provenance, Requirements};
-use samara_capsule::transfer::{PAGE_BYTES, PageBatch, PageRun, Sink as _, Source as _, SpaceId, StreamName};
+use samara_capsule::transfer::{
+    PAGE_BYTES, PageBatch, PageRun, Sink as _, Source as _, SpaceId, StreamName,
+};
 use samara_store::config::StoreConfig;
 use samara_store::writer::CapsuleFacts;
 use samara_store::{CapsuleReader, CapsuleWriter, Location, Store};
@@ -83,11 +90,15 @@ fn a_killed_writer_leaves_nothing_visible() {
         writer.commit(&mut lease, &[0xf6], facts()).unwrap();
         let report = CapsuleReader::open_latest(&store).unwrap().verify(&|_, _| ());
         assert!(report.faults.is_empty(), "{:?}", report.faults);
+        store.remove(&|_, _| ()).unwrap();
+        let left = std::fs::read_dir(folder.path()).unwrap().count();
+        assert_eq!(left, 0, "removal leaves nothing, not even what the kill left");
     }
 }
 
 fn open(folder: &str, threads: &str) -> Store {
-    let mut config = StoreConfig { threads: Some(threads.parse().unwrap()), ..StoreConfig::default() };
+    let mut config =
+        StoreConfig { threads: Some(threads.parse().unwrap()), ..StoreConfig::default() };
     config.file.sync = false;
     Store::open(&Location::folder(Path::new(folder)).unwrap(), &config, true).unwrap()
 }
@@ -106,7 +117,8 @@ fn facts() -> CapsuleFacts {
 fn batch(number: u64) -> PageBatch {
     let mut bytes = Vec::with_capacity(256 * PAGE_BYTES);
     fill(&mut bytes, number);
-    let runs = (0..256).map(|page| PageRun { first: (number * 256 + page) * 2, count: 1 }).collect();
+    let runs =
+        (0..256).map(|page| PageRun { first: (number * 256 + page) * 2, count: 1 }).collect();
     PageBatch { space: SpaceId(0), runs, bytes }
 }
 

@@ -37,11 +37,20 @@ struct Blobs {
 }
 
 /// Prints all of a capsule but its pages and streams.
-pub(super) fn run(url: &str, reader: &CapsuleReader, output: &mut Output) -> Result<(), CapsuleError> {
+pub(super) fn run(
+    url: &str,
+    reader: &CapsuleReader,
+    output: &mut Output,
+) -> Result<(), CapsuleError> {
     let records: Value = decode_record(&reader.records()?).map_err(CapsuleError::Records)?;
-    let kinds = [BlobKind::Config, BlobKind::Records, BlobKind::PageMap, BlobKind::Pack, BlobKind::Stream];
+    let kinds =
+        [BlobKind::Config, BlobKind::Records, BlobKind::PageMap, BlobKind::Pack, BlobKind::Stream];
     let blobs = kinds.map(|kind| {
-        let of_kind = reader.manifest().blobs().filter(|(found, _)| *found == kind).map(|(_, blob)| blob.bytes);
+        let of_kind = reader
+            .manifest()
+            .blobs()
+            .filter(|(found, _)| *found == kind)
+            .map(|(_, blob)| blob.bytes);
         let sizes: Vec<u64> = of_kind.collect();
         Blobs { kind: kind.to_string(), count: sizes.len(), bytes: sizes.iter().sum() }
     });
@@ -61,7 +70,9 @@ pub(super) fn run(url: &str, reader: &CapsuleReader, output: &mut Output) -> Res
 fn text(inspected: &Inspected<'_>) -> String {
     let Inspected { url, digest, config, .. } = inspected;
     let statistics = &config.statistics;
-    let list = |names: &std::collections::BTreeSet<String>| names.iter().cloned().collect::<Vec<_>>().join(" ");
+    let list = |names: &std::collections::BTreeSet<String>| {
+        names.iter().cloned().collect::<Vec<_>>().join(" ")
+    };
     let mut lines = vec![
         ("capsule", (*url).to_owned()),
         ("manifest", digest.to_string()),
@@ -71,8 +82,17 @@ fn text(inspected: &Inspected<'_>) -> String {
         ("architecture", config.requirements.architecture.clone()),
         ("cpu features", list(&config.requirements.cpu_features)),
         ("kernel features", list(&config.requirements.kernel_features)),
-        ("pages", format!("{}, and {} of zeros that are not stored", statistics.pages, statistics.zero_pages)),
-        ("size", format!("{} raw, {} stored", size(statistics.raw_bytes), size(inspected.stored_bytes))),
+        (
+            "pages",
+            format!(
+                "{}, and {} of zeros that are not stored",
+                statistics.pages, statistics.zero_pages
+            ),
+        ),
+        (
+            "size",
+            format!("{} raw, {} stored", size(statistics.raw_bytes), size(inspected.stored_bytes)),
+        ),
     ];
     if let Some(parent) = config.parent {
         lines.push(("parent", parent.to_string()));
@@ -80,9 +100,26 @@ fn text(inspected: &Inspected<'_>) -> String {
     if let Some(image) = &config.requirements.base_image {
         lines.push(("base image", image.clone()));
     }
-    lines.extend(config.requirements.other.iter().map(|(name, value)| ("requires", format!("{name} {value}"))));
-    lines.extend(config.provenance.workload.iter().map(|(name, value)| ("workload", format!("{name} {value}"))));
-    lines.extend(statistics.streams.iter().map(|(name, bytes)| ("stream", format!("{name} {}", size(*bytes)))));
+    lines.extend(
+        config
+            .requirements
+            .other
+            .iter()
+            .map(|(name, value)| ("requires", format!("{name} {value}"))),
+    );
+    lines.extend(
+        config
+            .provenance
+            .workload
+            .iter()
+            .map(|(name, value)| ("workload", format!("{name} {value}"))),
+    );
+    lines.extend(
+        statistics
+            .streams
+            .iter()
+            .map(|(name, bytes)| ("stream", format!("{name} {}", size(*bytes)))),
+    );
 
     let mut text = String::new();
     for (name, value) in lines.iter().filter(|(_, value)| !value.is_empty()) {
@@ -106,14 +143,18 @@ fn outline(value: &serde_json::Value, depth: usize, text: &mut String) {
             *text += &format!("{indent}{name}\n");
             outline(value, depth + 1, text);
         }
-        serde_json::Value::Array(items) if items.iter().any(|item| item.is_object() || item.is_array()) => {
+        serde_json::Value::Array(items)
+            if items.iter().any(|item| item.is_object() || item.is_array()) =>
+        {
             *text += &format!("{indent}{name}\n");
             outline(value, depth + 1, text);
         }
         value => *text += &format!("{indent}{name} {}\n", printable(&value.to_string())),
     };
     match value {
-        serde_json::Value::Object(fields) => fields.iter().for_each(|(name, value)| item(&printable(name), value)),
+        serde_json::Value::Object(fields) => {
+            fields.iter().for_each(|(name, value)| item(&printable(name), value))
+        }
         serde_json::Value::Array(items) => items.iter().for_each(|value| item("-", value)),
         value => item("-", value),
     }
@@ -131,13 +172,16 @@ fn json(value: &Value) -> serde_json::Value {
         Value::Bool(value) => (*value).into(),
         Value::Integer(value) => match i128::from(*value) {
             value if i64::try_from(value).is_ok() || u64::try_from(value).is_ok() => {
-                serde_json::Number::from_i128(value).map_or_else(|| value.to_string().into(), Into::into)
+                serde_json::Number::from_i128(value)
+                    .map_or_else(|| value.to_string().into(), Into::into)
             }
             value => value.to_string().into(),
         },
         Value::Float(value) => (*value).into(),
         Value::Text(value) => value.as_str().into(),
-        Value::Bytes(bytes) if bytes.len() > SHOWN_BYTES_MAX => format!("({} bytes)", bytes.len()).into(),
+        Value::Bytes(bytes) if bytes.len() > SHOWN_BYTES_MAX => {
+            format!("({} bytes)", bytes.len()).into()
+        }
         Value::Bytes(bytes) => {
             let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
             format!("0x{hex}").into()
@@ -161,7 +205,10 @@ mod tests {
 
     #[test]
     fn every_kind_of_value_can_be_shown() {
-        let map = vec![(Value::from(1), Value::from("a")), (Value::from("b"), Value::Bytes(vec![0, 255]))];
+        let map = vec![
+            (Value::from(1), Value::from("a")),
+            (Value::from("b"), Value::Bytes(vec![0, 255])),
+        ];
         let value = Value::Array(vec![
             Value::Map(map),
             Value::from(u64::MAX),

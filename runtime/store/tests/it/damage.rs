@@ -60,7 +60,10 @@ fn sample(folder: &Path) -> Vec<(String, Digest)> {
     let blobs = reader.manifest().blobs().map(|(kind, blob)| (kind.to_string(), blob.digest));
     let blobs: Vec<_> = blobs.chain([("manifest".into(), committed.capsule.digest)]).collect();
     let kinds: BTreeSet<_> = blobs.iter().map(|(kind, _)| kind.as_str()).collect();
-    assert_eq!(kinds, BTreeSet::from(["config", "manifest", "pack", "page map", "records", "stream"]));
+    assert_eq!(
+        kinds,
+        BTreeSet::from(["config", "manifest", "pack", "page map", "records", "stream"])
+    );
     blobs
 }
 

@@ -49,7 +49,8 @@ fn relay(mut from: TcpStream, mut to: TcpStream, stalled: Arc<(Mutex<bool>, Cond
     std::thread::spawn(move || {
         let mut buffer = [0; 1 << 16];
         while let Ok(bytes @ 1..) = from.read(&mut buffer) {
-            let guard = stalled.1.wait_while(stalled.0.lock().unwrap(), |stalled| *stalled).unwrap();
+            let guard =
+                stalled.1.wait_while(stalled.0.lock().unwrap(), |stalled| *stalled).unwrap();
             drop(guard);
             if to.write_all(&buffer[..bytes]).is_err() {
                 break;

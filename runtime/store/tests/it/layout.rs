@@ -13,14 +13,19 @@ fn exported(root: &Path) -> Store {
     let store = open(&root.join("store"));
     write(&store, &mut take_epoch(&store), 1).unwrap();
     let reader = CapsuleReader::open_latest(&store).unwrap();
-    let copied = export(&reader, &root.join("layout"), &|done, total| assert!(done <= total)).unwrap();
+    let copied =
+        export(&reader, &root.join("layout"), &|done, total| assert!(done <= total)).unwrap();
     assert_eq!(copied.blobs, reader.manifest().blobs().count() as u64 + 1);
     store
 }
 
 fn skopeo(args: &[&str]) -> String {
     let output = Command::new("skopeo").args(args).output().expect("skopeo is installed");
-    assert!(output.status.success(), "skopeo {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "skopeo {args:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     String::from_utf8(output.stdout).unwrap()
 }
 
@@ -30,7 +35,9 @@ fn a_capsule_keeps_its_digest_through_a_layout() {
     let first = exported(root.path());
     let second = open(&root.path().join("other"));
     write(&second, &mut take_epoch(&second), 9).unwrap();
-    let (capsule, _) = import(&root.path().join("layout"), &second, &|done, total| assert!(done <= total)).unwrap();
+    let (capsule, _) =
+        import(&root.path().join("layout"), &second, &|done, total| assert!(done <= total))
+            .unwrap();
     assert_eq!(capsule.digest, first.head().unwrap().state.latest.unwrap().digest);
     check(&second, 1).unwrap();
     assert!(CapsuleReader::open_latest(&second).unwrap().verify(&|_, _| ()).faults.is_empty());
@@ -81,5 +88,8 @@ fn damaged_layouts_are_refused_and_nothing_is_visible() {
     fs::create_dir(root.path().join("full")).unwrap();
     fs::write(root.path().join("full/x"), "").unwrap();
     let reader = CapsuleReader::open_latest(&open(&root.path().join("store"))).unwrap();
-    assert!(chain(&export(&reader, &root.path().join("full"), &|_, _| ()).unwrap_err()).contains("is not empty"));
+    assert!(
+        chain(&export(&reader, &root.path().join("full"), &|_, _| ()).unwrap_err())
+            .contains("is not empty")
+    );
 }

@@ -10,7 +10,8 @@ use crate::sample::{chain, check, facts, fill, open, take_epoch, write};
 /// Many take epochs at once: each gets one of its own, and the log has no gap.
 pub(crate) fn racing_starts_get_epochs_of_their_own(stores: &[Store], rounds: usize) {
     let epochs: Vec<u64> = std::thread::scope(|scope| {
-        let take = |store: &Store| -> Vec<u64> { (0..rounds).map(|_| take_epoch(store).epoch).collect() };
+        let take =
+            |store: &Store| -> Vec<u64> { (0..rounds).map(|_| take_epoch(store).epoch).collect() };
         let threads: Vec<_> = stores.iter().map(|store| scope.spawn(move || take(store))).collect();
         threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
     });
@@ -32,7 +33,11 @@ pub(crate) fn an_older_epoch_cannot_commit(store: &Store, other: &Store) {
     assert_eq!(started.latest, store.head().unwrap().state.latest);
     let refused = writer.commit(&mut old, b"", facts()).unwrap_err();
     assert!(refused.is_fenced(), "{refused:?}");
-    assert!(chain(&refused).contains("epoch 1 can't commit: epoch 2 was taken"), "{}", chain(&refused));
+    assert!(
+        chain(&refused).contains("epoch 1 can't commit: epoch 2 was taken"),
+        "{}",
+        chain(&refused)
+    );
     check(other, 1).unwrap();
 
     write(other, &mut new, 3).unwrap();
@@ -90,7 +95,13 @@ fn failed_resumes_are_counted() {
         assert_eq!(started.failed_resumes, expected);
         assert_eq!(started.latest, Some(committed.capsule));
         let mut lease = started.lease;
-        store.note_failed_resume(&mut lease, committed.capsule.digest, "exit 139\n".repeat(100).as_str()).unwrap();
+        store
+            .note_failed_resume(
+                &mut lease,
+                committed.capsule.digest,
+                "exit 139\n".repeat(100).as_str(),
+            )
+            .unwrap();
     }
     write(&store, &mut take_epoch(&store), 2).unwrap();
     assert_eq!(store.head().unwrap().state.failed_resumes, 0);
@@ -132,7 +143,8 @@ fn a_log_of_a_newer_format_is_refused_by_name() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(folder.path());
     take_epoch(&store);
-    std::fs::write(folder.path().join("log/00000000000000000001.json"), r#"{"format": 2}"#).unwrap();
+    std::fs::write(folder.path().join("log/00000000000000000001.json"), r#"{"format": 2}"#)
+        .unwrap();
     for refused in [store.head().unwrap_err(), store.take_epoch(&BTreeMap::new()).unwrap_err()] {
         assert!(matches!(refused, LogError::Slot { .. }));
         assert!(chain(&refused).contains("format version 2"), "{}", chain(&refused));

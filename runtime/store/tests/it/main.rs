@@ -1,4 +1,5 @@
 //! The store against folders, a real S3 server and faults of both.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, and tells what it measured")]
 
 mod damage;
 mod faults;

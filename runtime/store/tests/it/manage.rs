@@ -19,12 +19,16 @@ pub(crate) fn addresses_are_listed_and_removed(open: impl Fn(&str) -> Store) {
     let list = || {
         let addresses = open("").addresses().unwrap();
         let root = open("").location().to_string();
-        let name = |location: &Location| location.to_string().strip_prefix(&root).unwrap().to_owned();
-        addresses.into_iter().map(|a| (name(&a.location), a.capsule.map(|c| c.unwrap().config.statistics.pages)))
+        let name =
+            |location: &Location| location.to_string().strip_prefix(&root).unwrap().to_owned();
+        addresses
+            .into_iter()
+            .map(|a| (name(&a.location), a.capsule.map(|c| c.unwrap().config.statistics.pages)))
             .collect::<Vec<_>>()
     };
     let expect = |wanted: &[(&str, Option<u64>)]| {
-        let wanted: Vec<_> = wanted.iter().map(|(path, pages)| ((*path).to_owned(), *pages)).collect();
+        let wanted: Vec<_> =
+            wanted.iter().map(|(path, pages)| ((*path).to_owned(), *pages)).collect();
         assert_eq!(list(), wanted);
     };
     let pages = Some(204);

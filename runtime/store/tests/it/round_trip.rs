@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 use std::io::Read as _;
 
-use samara_capsule::transfer::{BATCH_BYTES_MAX, PAGE_BYTES, PageBatch, PageRun, Sink as _, Source as _, SpaceId};
+use samara_capsule::transfer::{
+    BATCH_BYTES_MAX, PAGE_BYTES, PageBatch, PageRun, Sink as _, Source as _, SpaceId,
+};
 use samara_store::config::StoreConfig;
 use samara_store::{CapsuleReader, CapsuleWriter, Location, Store};
 
@@ -51,7 +53,8 @@ pub(crate) fn everything_comes_back_from(store: &Store, other: &Store) {
     }
 
     // A layer of several parts, because most of it can't be compressed.
-    let layer: Vec<u8> = (0..30_000u64).flat_map(|number| page(9, number)[..700].to_vec()).collect();
+    let layer: Vec<u8> =
+        (0..30_000u64).flat_map(|number| page(9, number)[..700].to_vec()).collect();
     for piece in layer.chunks(100_000) {
         writer.append(&name("root"), piece).unwrap();
     }
@@ -141,14 +144,17 @@ fn an_error_of_the_receiver_ends_the_transfer() {
     let store = open(folder.path());
     crate::sample::write(&store, &mut take_epoch(&store), 1).unwrap();
     let reader = CapsuleReader::open_latest(&store).unwrap();
-    let failed = reader.transfer(&reader.spaces(), &|_, _, _| Err(std::io::Error::other("no room")));
+    let failed =
+        reader.transfer(&reader.spaces(), &|_, _, _| Err(std::io::Error::other("no room")));
     assert_eq!(failed.unwrap_err().to_string(), "no room");
 }
 
 #[test]
 fn a_default_configuration_syncs_to_disk() {
     let folder = tempfile::tempdir().unwrap();
-    let store = Store::open(&Location::folder(folder.path()).unwrap(), &StoreConfig::default(), true).unwrap();
+    let store =
+        Store::open(&Location::folder(folder.path()).unwrap(), &StoreConfig::default(), true)
+            .unwrap();
     assert!(StoreConfig::default().file.sync);
     crate::sample::write(&store, &mut take_epoch(&store), 1).unwrap();
     crate::sample::check(&store, 1).unwrap();

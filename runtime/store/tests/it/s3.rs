@@ -29,7 +29,9 @@ fn free_port() -> u16 {
     let free = |port: u16| TcpListener::bind(("127.0.0.1", port)).is_ok();
     let start = 20_000 + u16::try_from(std::process::id() % 1000).unwrap() * 10;
     let mut candidates = (start..45_000).step_by(10);
-    candidates.find(|port| (0..5).all(|i| free(port + i) && free(port + 10_000 + i))).expect("there are free ports")
+    candidates
+        .find(|port| (0..5).all(|i| free(port + i) && free(port + 10_000 + i)))
+        .expect("there are free ports")
 }
 
 impl Server {
@@ -42,7 +44,10 @@ impl Server {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let text = String::from_utf8(output.stdout).unwrap();
         let settings = text.lines().filter_map(|line| line.split_once('='));
-        Server { folder, settings: settings.map(|(key, value)| (key.into(), value.into())).collect() }
+        Server {
+            folder,
+            settings: settings.map(|(key, value)| (key.into(), value.into())).collect(),
+        }
     }
 
     fn config(&self) -> StoreConfig {

@@ -9,7 +9,9 @@ use std::time::SystemTime;
 
 use samara_capsule::cbor::encode_record;
 use samara_capsule::config::{Provenance, Requirements};
-use samara_capsule::transfer::{PAGE_BYTES, PageBatch, PageRun, Sink as _, Source as _, SpaceId, StreamName};
+use samara_capsule::transfer::{
+    PAGE_BYTES, PageBatch, PageRun, Sink as _, Source as _, SpaceId, StreamName,
+};
 use samara_store::config::StoreConfig;
 use samara_store::writer::{CapsuleFacts, Committed, WriteError};
 use samara_store::{CapsuleReader, CapsuleWriter, Lease, Location, Store};
@@ -84,7 +86,10 @@ pub(crate) fn read_pages(reader: &CapsuleReader, spaces: &[SpaceId]) -> io::Resu
         assert!(rest.is_empty());
         assert_eq!(numbers.clone().count(), bytes.len());
         for (number, bytes) in numbers.zip(bytes) {
-            assert!(pages.insert((space, number), bytes.to_vec()).is_none(), "{space} page {number} came twice");
+            assert!(
+                pages.insert((space, number), bytes.to_vec()).is_none(),
+                "{space} page {number} came twice"
+            );
         }
         Ok(())
     })?;
@@ -96,8 +101,12 @@ pub(crate) fn check(store: &Store, seed: u64) -> Result<(), Box<dyn Error + Send
     let reader = CapsuleReader::open_latest(store)?;
     let pages = read_pages(&reader, &reader.spaces())?;
     let first = seed * 10_000;
-    let numbers = (first..first + 200).chain([first + 500]).map(|number| (0, number)).chain((7..10).map(|n| (1, n)));
-    let wanted: Pages = numbers.map(|(space, number)| ((SpaceId(space), number), page(space, number))).collect();
+    let numbers = (first..first + 200)
+        .chain([first + 500])
+        .map(|number| (0, number))
+        .chain((7..10).map(|n| (1, n)));
+    let wanted: Pages =
+        numbers.map(|(space, number)| ((SpaceId(space), number), page(space, number))).collect();
     assert!(pages == wanted);
     let mut layer = Vec::new();
     reader.stream(&name("root"))?.expect("the stream is there").read_to_end(&mut layer)?;
