@@ -57,16 +57,26 @@ impl Launch {
     /// # Errors
     /// When the engine refuses, with its words.
     pub fn start<'a>(&self, node: &'a Node) -> Result<Container<'a>> {
-        let mut words = vec!["run".to_owned(), "-d".to_owned(), "--name".to_owned(), self.name.clone()];
+        let mut words =
+            vec!["run".to_owned(), "-d".to_owned(), "--name".to_owned(), self.name.clone()];
         if let Some(url) = &self.capsule {
-            words.extend(["--runtime".to_owned(), "samara".to_owned(), "-e".to_owned(), format!("SAMARA_CAPSULE={url}")]);
+            words.extend([
+                "--runtime".to_owned(),
+                "samara".to_owned(),
+                "-e".to_owned(),
+                format!("SAMARA_CAPSULE={url}"),
+            ]);
         }
         words.extend(self.options.iter().cloned());
         words.push(self.image.tag().to_owned());
         words.extend(self.command.iter().cloned());
         // A restore is part of the start.
         let id = node.docker(words).within(Duration::from_secs(600)).output()?;
-        Ok(Container { node, id: id.lines().last().unwrap_or_default().to_owned(), name: self.name.clone() })
+        Ok(Container {
+            node,
+            id: id.lines().last().unwrap_or_default().to_owned(),
+            name: self.name.clone(),
+        })
     }
 }
 
@@ -94,7 +104,8 @@ impl Container<'_> {
     /// # Errors
     /// When the engine does not say.
     pub fn runs(&self) -> Result<bool> {
-        Ok(self.node.docker(["inspect", "--format", "{{.State.Running}}", &self.id]).output()? == "true")
+        Ok(self.node.docker(["inspect", "--format", "{{.State.Running}}", &self.id]).output()?
+            == "true")
     }
 
     /// Waits for a line with this beginning, and answers the line.
@@ -102,7 +113,8 @@ impl Container<'_> {
     /// # Errors
     /// When the container ends without it, or it does not come within `bound`.
     pub fn wait_for_line(&self, beginning: &str, bound: Duration) -> Result<String> {
-        let find = |logs: &str| logs.lines().find(|line| line.starts_with(beginning)).map(str::to_owned);
+        let find =
+            |logs: &str| logs.lines().find(|line| line.starts_with(beginning)).map(str::to_owned);
         until(&format!("line '{beginning}' of {}", self.name), bound, || {
             if let Some(line) = find(&self.logs()?) {
                 return Ok(Some(line));
@@ -110,7 +122,9 @@ impl Container<'_> {
             if !self.runs()? {
                 // It may have been the last thing that it said.
                 let logs = self.logs()?;
-                return find(&logs).map(Some).with_context(|| format!("it ended, and had said:\n{logs}"));
+                return find(&logs)
+                    .map(Some)
+                    .with_context(|| format!("it ended, and had said:\n{logs}"));
             }
             std::thread::sleep(Duration::from_millis(50));
             Ok(None)
@@ -155,7 +169,9 @@ impl Container<'_> {
         let beginning = format!("OK {nonce}");
         match logs.lines().find_map(|line| line.strip_prefix(&beginning)) {
             Some(rest) if status == 0 => Ok(rest.trim().to_owned()),
-            Some(_) | None => bail!("{} ended with status {status} and no '{beginning}':\n{logs}", self.name),
+            Some(_) | None => {
+                bail!("{} ended with status {status} and no '{beginning}':\n{logs}", self.name)
+            }
         }
     }
 

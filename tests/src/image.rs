@@ -32,7 +32,9 @@ impl Image {
     pub fn archive(self) -> Result<PathBuf> {
         let name = self.tag().trim_start_matches("samara-");
         // Making both takes about two minutes here; a slow mirror may take much longer.
-        let made = Call::new(crate::repository().join("script/images")).args([name]).within(Duration::from_secs(1800));
+        let made = Call::new(crate::repository().join("script/images"))
+            .args([name])
+            .within(Duration::from_secs(1800));
         Ok(PathBuf::from(made.output().context("making a test image")?))
     }
 }

@@ -22,16 +22,24 @@ use anyhow::{Context as _, Result, bail};
 
 /// The repository's root.
 pub fn repository() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ is a folder of the repository").to_path_buf()
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("tests/ is a folder of the repository")
+        .to_path_buf()
 }
 
 /// Where images, peers and the folders of running engines are, as in `script/prelude.bash`.
 pub fn cache() -> PathBuf {
-    std::env::var_os("SAMARA_CACHE").map_or_else(|| PathBuf::from("/var/cache/samara"), PathBuf::from)
+    std::env::var_os("SAMARA_CACHE")
+        .map_or_else(|| PathBuf::from("/var/cache/samara"), PathBuf::from)
 }
 
 /// Asks `holds` until it answers, at most `bound`. An error of `holds` ends the wait at once.
-pub fn until<T>(what: &str, bound: Duration, mut holds: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+pub fn until<T>(
+    what: &str,
+    bound: Duration,
+    mut holds: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
     let begin = Instant::now();
     loop {
         if let Some(value) = holds().with_context(|| format!("while waiting for {what}"))? {

@@ -58,7 +58,11 @@ impl Node {
         let runs = runs_folder();
         fs::create_dir_all(&runs)?;
         // The owner's id is in the name: that is how a later run sees that nobody looks after it any more.
-        let folder = tempfile::Builder::new().prefix(&format!("{name}-{}-", std::process::id())).rand_bytes(4).tempdir_in(&runs)?.keep();
+        let folder = tempfile::Builder::new()
+            .prefix(&format!("{name}-{}-", std::process::id()))
+            .rand_bytes(4)
+            .tempdir_in(&runs)?
+            .keep();
         let made = Node::start_in(name, &folder, options);
         if made.is_err() {
             remove(&folder);
@@ -117,17 +121,26 @@ impl Node {
             .context("starting dockerd")?;
         let mut node = Node { name: name.to_owned(), folder: folder.to_path_buf(), engine };
         // The peers' root may have to be made first.
-        let bound = if options.engine == Engine::Newer { Duration::from_secs(900) } else { Duration::from_secs(60) };
+        let bound = if options.engine == Engine::Newer {
+            Duration::from_secs(900)
+        } else {
+            Duration::from_secs(60)
+        };
         let answers = until("answer of dockerd", bound, || {
             if let Some(status) = node.engine.try_wait()? {
                 bail!("dockerd ended: {status}");
             }
-            Ok(node.folder.join("docker.sock").exists().then_some(()).filter(|()| node.docker(["version"]).run().is_ok_and(|ended| ended.status.success())))
+            Ok(node.folder.join("docker.sock").exists().then_some(()).filter(|()| {
+                node.docker(["version"]).run().is_ok_and(|ended| ended.status.success())
+            }))
         });
         if let Err(error) = answers {
             let log = fs::read_to_string(node.folder.join("docker.log")).unwrap_or_default();
             let lines: Vec<&str> = log.lines().collect();
-            return Err(error.context(format!("dockerd's last lines:\n{}", lines[lines.len().saturating_sub(8)..].join("\n"))));
+            return Err(error.context(format!(
+                "dockerd's last lines:\n{}",
+                lines[lines.len().saturating_sub(8)..].join("\n")
+            )));
         }
         Ok(node)
     }
@@ -150,7 +163,10 @@ impl Node {
     ///
     /// # Errors
     /// When the node was started without the product.
-    pub fn samara<A: AsRef<std::ffi::OsStr>>(&self, args: impl IntoIterator<Item = A>) -> Result<Call> {
+    pub fn samara<A: AsRef<std::ffi::OsStr>>(
+        &self,
+        args: impl IntoIterator<Item = A>,
+    ) -> Result<Call> {
         let program = self.folder.join("bin/samara");
         if !program.exists() {
             bail!("node {} was started without the product", self.name);
@@ -172,7 +188,9 @@ impl Node {
     /// When it cannot be made or loaded.
     pub fn load(&self, image: Image) -> Result<String> {
         let archive = image.archive()?;
-        self.docker(["load".as_ref(), "-q".as_ref(), "-i".as_ref(), archive.as_os_str()]).within(Duration::from_secs(300)).output()?;
+        self.docker(["load".as_ref(), "-q".as_ref(), "-i".as_ref(), archive.as_os_str()])
+            .within(Duration::from_secs(300))
+            .output()?;
         self.docker(["image", "inspect", "--format", "{{.Id}}", image.tag()]).output()
     }
 
@@ -184,11 +202,20 @@ impl Node {
         let group = cgroup_of(&self.folder);
         let v1 = PathBuf::from(format!("/sys/fs/cgroup/cpuacct{group}/cpuacct.usage"));
         if v1.exists() {
-            return Ok(Duration::from_nanos(fs::read_to_string(&v1)?.trim().parse().with_context(|| v1.display().to_string())?));
+            return Ok(Duration::from_nanos(
+                fs::read_to_string(&v1)?
+                    .trim()
+                    .parse()
+                    .with_context(|| v1.display().to_string())?,
+            ));
         }
         let v2 = PathBuf::from(format!("/sys/fs/cgroup{group}/cpu.stat"));
-        let text = fs::read_to_string(&v2).with_context(|| format!("neither {} nor {}", v1.display(), v2.display()))?;
-        let micros = text.lines().find_map(|line| line.strip_prefix("usage_usec ")).context("no usage_usec in cpu.stat")?;
+        let text = fs::read_to_string(&v2)
+            .with_context(|| format!("neither {} nor {}", v1.display(), v2.display()))?;
+        let micros = text
+            .lines()
+            .find_map(|line| line.strip_prefix("usage_usec "))
+            .context("no usage_usec in cpu.stat")?;
         Ok(Duration::from_micros(micros.trim().parse()?))
     }
 
@@ -200,7 +227,9 @@ impl Node {
                 let program = fs::read_link(format!("/proc/{pid}/exe")).ok()?;
                 let name = program.file_name()?.to_string_lossy().into_owned();
                 // A sealed memfd's name stands where a path would.
-                let ours = product::NAMES.iter().any(|ours| name.trim_start_matches("memfd:").starts_with(ours));
+                let ours = product::NAMES
+                    .iter()
+                    .any(|ours| name.trim_start_matches("memfd:").starts_with(ours));
                 ours.then_some((pid.as_raw(), name))
             })
             .collect()
@@ -210,7 +239,10 @@ impl Node {
     pub fn frozen(&self) -> Vec<String> {
         let group = cgroup_of(&self.folder);
         let mut frozen = Vec::new();
-        for (root, file, free) in [("/sys/fs/cgroup/freezer", "freezer.state", "THAWED"), ("/sys/fs/cgroup", "cgroup.freeze", "0")] {
+        for (root, file, free) in [
+            ("/sys/fs/cgroup/freezer", "freezer.state", "THAWED"),
+            ("/sys/fs/cgroup", "cgroup.freeze", "0"),
+        ] {
             for entry in fs::read_dir(format!("{root}{group}")).into_iter().flatten().flatten() {
                 let path = entry.path().join(file);
                 if let Ok(state) = fs::read_to_string(&path)
@@ -232,7 +264,11 @@ impl Node {
         drop(self);
         let left = with_environment(MARK, &folder);
         if folder.exists() || !left.is_empty() {
-            bail!("of {} there are left: processes {left:?}, folder {}", folder.display(), folder.exists());
+            bail!(
+                "of {} there are left: processes {left:?}, folder {}",
+                folder.display(),
+                folder.exists()
+            );
         }
         Ok(())
     }
@@ -258,7 +294,10 @@ fn runs_folder() -> PathBuf {
 
 /// The control group above a node's containers.
 fn cgroup_of(folder: &Path) -> String {
-    format!("/samara-test-{}", folder.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default())
+    format!(
+        "/samara-test-{}",
+        folder.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+    )
 }
 
 /// Removes what a node made: processes, control groups, mounts, bridge, folder. Takes each step whatever became of the others.
@@ -308,15 +347,20 @@ pub fn sweep() -> Result<()> {
 
 /// Whether the process that made this folder is gone: its id is the last part but one of the name.
 pub(crate) fn is_abandoned(folder: &Path) -> bool {
-    let name = folder.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let name =
+        folder.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let owner = name.rsplit('-').nth(1).and_then(|pid| pid.parse::<u32>().ok());
     owner.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists())
 }
 
 fn mounts_below(folder: &Path) -> Vec<PathBuf> {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let mut below: Vec<PathBuf> =
-        table.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from).filter(|path| path.starts_with(folder)).collect();
+    let mut below: Vec<PathBuf> = table
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .map(PathBuf::from)
+        .filter(|path| path.starts_with(folder))
+        .collect();
     // Innermost first.
     below.sort_by_key(|path| std::cmp::Reverse(path.components().count()));
     below
@@ -334,7 +378,8 @@ fn cgroup_folders(folder: &Path) -> Vec<PathBuf> {
     }
     let group = cgroup_of(folder);
     let mut all = Vec::new();
-    let hierarchies = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten().map(|entry| entry.path());
+    let hierarchies =
+        fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten().map(|entry| entry.path());
     for root in hierarchies.chain([PathBuf::from("/sys/fs/cgroup")]) {
         let top = root.join(group.trim_start_matches('/'));
         if top.is_dir() {
@@ -379,8 +424,11 @@ fn make_bridge() -> Result<String> {
         }
         let bridge = format!("samara-t{subnet}");
         // Fails when another run was faster: then the next one.
-        if Call::new("ip").args(["link", "add", &bridge, "type", "bridge"]).run()?.status.success() {
-            Call::new("ip").args(["address", "add", &format!("{network}1/24"), "dev", &bridge]).output()?;
+        if Call::new("ip").args(["link", "add", &bridge, "type", "bridge"]).run()?.status.success()
+        {
+            Call::new("ip")
+                .args(["address", "add", &format!("{network}1/24"), "dev", &bridge])
+                .output()?;
             Call::new("ip").args(["link", "set", &bridge, "up"]).output()?;
             return Ok(bridge);
         }
@@ -401,7 +449,12 @@ fn install_product(folder: &Path, store: &ObjectStore) -> Result<()> {
     fs::set_permissions(&config, fs::Permissions::from_mode(0o600))?;
     let runtime = folder.join("samara-runtime");
     let folder = folder.display();
-    fs::write(&runtime, format!("#!/bin/sh\nSAMARA_CONFIG={folder}/config.toml {MARK}={folder} exec {folder}/bin/samara-runtime \"$@\"\n"))?;
+    fs::write(
+        &runtime,
+        format!(
+            "#!/bin/sh\nSAMARA_CONFIG={folder}/config.toml {MARK}={folder} exec {folder}/bin/samara-runtime \"$@\"\n"
+        ),
+    )?;
     fs::set_permissions(&runtime, fs::Permissions::from_mode(0o755))?;
     Ok(())
 }

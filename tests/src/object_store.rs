@@ -45,12 +45,20 @@ impl ObjectStore {
     pub fn start() -> Result<ObjectStore> {
         let runs = crate::cache().join("s3");
         std::fs::create_dir_all(&runs)?;
-        for entry in std::fs::read_dir(&runs)?.flatten().filter(|entry| crate::node::is_abandoned(&entry.path())) {
+        for entry in std::fs::read_dir(&runs)?
+            .flatten()
+            .filter(|entry| crate::node::is_abandoned(&entry.path()))
+        {
             let path = entry.path();
-            Call::new(crate::repository().join("script/s3-server")).args(["stop".as_ref(), path.as_os_str(), "0".as_ref()]).run()?;
+            Call::new(crate::repository().join("script/s3-server"))
+                .args(["stop".as_ref(), path.as_os_str(), "0".as_ref()])
+                .run()?;
             std::fs::remove_dir_all(path)?;
         }
-        let folder = tempfile::Builder::new().prefix(&format!("s3-{}-", std::process::id())).rand_bytes(4).tempdir_in(&runs)?;
+        let folder = tempfile::Builder::new()
+            .prefix(&format!("s3-{}-", std::process::id()))
+            .rand_bytes(4)
+            .tempdir_in(&runs)?;
         let port = free_ports()?;
         let mut store = ObjectStore {
             folder,
@@ -62,7 +70,11 @@ impl ObjectStore {
             bucket: String::new(),
         };
         // It may have to install the server first.
-        let said = store.script("start").within(Duration::from_secs(600)).output().context("starting an S3 server")?;
+        let said = store
+            .script("start")
+            .within(Duration::from_secs(600))
+            .output()
+            .context("starting an S3 server")?;
         for line in said.lines() {
             let Some((name, value)) = line.split_once('=') else { continue };
             match name {
@@ -82,7 +94,11 @@ impl ObjectStore {
 
     fn script(&self, verb: &str) -> Call {
         let folder = self.folder.path().as_os_str();
-        Call::new(crate::repository().join("script/s3-server")).args([verb.as_ref(), folder, self.port.to_string().as_ref()])
+        Call::new(crate::repository().join("script/s3-server")).args([
+            verb.as_ref(),
+            folder,
+            self.port.to_string().as_ref(),
+        ])
     }
 
     /// An address in this store.
@@ -122,7 +138,9 @@ impl ObjectStore {
     fn curl(&self) -> Call {
         let signing = format!("aws:amz:{}:s3", self.region);
         let user = format!("{}:{}", self.access_key_id, self.secret_access_key);
-        Call::new("curl").args(["--silent", "--show-error", "--fail", "--aws-sigv4", &signing, "--user", &user]).within(Duration::from_secs(600))
+        Call::new("curl")
+            .args(["--silent", "--show-error", "--fail", "--aws-sigv4", &signing, "--user", &user])
+            .within(Duration::from_secs(600))
     }
 
     /// How many bytes the objects under `path` take.
@@ -130,7 +148,8 @@ impl ObjectStore {
     /// # Errors
     /// When the listing cannot be had or read.
     pub fn bytes_under(&self, path: &str) -> Result<u64> {
-        let url = format!("{}/{}?list-type=2&max-keys=1000&prefix={path}", self.endpoint, self.bucket);
+        let url =
+            format!("{}/{}?list-type=2&max-keys=1000&prefix={path}", self.endpoint, self.bucket);
         let listing = self.curl().args([&url]).output()?;
         if listing.contains("<IsTruncated>true") {
             bail!("more than 1000 objects under {path}");
@@ -138,7 +157,13 @@ impl ObjectStore {
         listing
             .split("<Size>")
             .skip(1)
-            .map(|rest| rest.split('<').next().unwrap_or_default().parse::<u64>().context("an object's size in a listing"))
+            .map(|rest| {
+                rest.split('<')
+                    .next()
+                    .unwrap_or_default()
+                    .parse::<u64>()
+                    .context("an object's size in a listing")
+            })
             .sum()
     }
 

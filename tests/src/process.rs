@@ -109,7 +109,11 @@ impl Call {
             None => {
                 let _ = killpg(pid_of(&child), Signal::SIGKILL);
                 child.wait().context("waiting for a killed child")?;
-                bail!("{shown}: not done within {:?}; said: {}", self.bound, last_lines(&format!("{stdout}{stderr}")))
+                bail!(
+                    "{shown}: not done within {:?}; said: {}",
+                    self.bound,
+                    last_lines(&format!("{stdout}{stderr}"))
+                )
             }
         }
     }
@@ -130,7 +134,12 @@ impl Ended {
     /// When the exit status was another than 0.
     pub fn successful(&self) -> Result<()> {
         if !self.status.success() {
-            bail!("{}: {}: {}", self.shown, self.status, last_lines(&format!("{}{}", self.stdout, self.stderr)));
+            bail!(
+                "{}: {}: {}",
+                self.shown,
+                self.status,
+                last_lines(&format!("{}{}", self.stdout, self.stderr))
+            );
         }
         Ok(())
     }
@@ -182,7 +191,8 @@ pub fn with_environment(name: &str, value: &Path) -> Vec<Pid> {
         .filter(|pid| *pid != own)
         .filter(|pid| {
             // A process that ends meanwhile has no environment, and is not of interest.
-            std::fs::read(format!("/proc/{pid}/environ")).is_ok_and(|all| all.split(|byte| *byte == 0).any(|one| one == wanted))
+            std::fs::read(format!("/proc/{pid}/environ"))
+                .is_ok_and(|all| all.split(|byte| *byte == 0).any(|one| one == wanted))
         })
         .filter_map(|pid| i32::try_from(pid).ok())
         .map(Pid::from_raw)
@@ -196,7 +206,8 @@ mod tests {
     /// A test that hangs would take the whole run with it.
     #[test]
     fn a_call_that_hangs_is_ended() {
-        let error = Call::new("sleep").args(["60"]).within(Duration::from_millis(100)).run().unwrap_err();
+        let error =
+            Call::new("sleep").args(["60"]).within(Duration::from_millis(100)).run().unwrap_err();
         assert!(error.to_string().contains("not done within"), "{error}");
     }
 
@@ -219,7 +230,8 @@ mod tests {
     #[test]
     fn processes_are_found_by_their_environment() {
         let mark = tempfile::tempdir().unwrap();
-        let mut child = Command::new("sleep").arg("60").env("SAMARA_TEST_MARK", mark.path()).spawn().unwrap();
+        let mut child =
+            Command::new("sleep").arg("60").env("SAMARA_TEST_MARK", mark.path()).spawn().unwrap();
         let found = crate::until("marked process", Duration::from_secs(5), || {
             let found = with_environment("SAMARA_TEST_MARK", mark.path());
             Ok((!found.is_empty()).then_some(found))

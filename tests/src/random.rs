@@ -22,7 +22,7 @@ impl Random {
         Ok(u64::from(u32::from_le_bytes(bytes)))
     }
 
-    pub fn next(&mut self) -> u64 {
+    pub fn draw(&mut self) -> u64 {
         self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.state;
         mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -32,7 +32,7 @@ impl Random {
 
     /// Uniform between 0 and 1.
     pub fn fraction(&mut self) -> f64 {
-        let top = u32::try_from(self.next() >> 32).expect("32 bits are left");
+        let top = u32::try_from(self.draw() >> 32).expect("32 bits are left");
         f64::from(top) / 4_294_967_296.0
     }
 }
@@ -44,7 +44,12 @@ mod tests {
     /// A printed seed would be worthless.
     #[test]
     fn a_seed_repeats_its_draws() {
-        let draws = |seed| (0..5).map(|_| 0).scan(Random::new(seed), |random, _: i32| Some(random.next())).collect::<Vec<_>>();
+        let draws = |seed| {
+            (0..5)
+                .map(|_| 0)
+                .scan(Random::new(seed), |random, _: i32| Some(random.draw()))
+                .collect::<Vec<_>>()
+        };
         assert_eq!(draws(7), draws(7));
         assert_ne!(draws(7), draws(8));
         let mut random = Random::new(1);

@@ -41,7 +41,8 @@ impl Fixture {
     pub(crate) fn plain(&self) -> Result<Arc<Node>> {
         let mut slot = self.plain.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if slot.is_none() {
-            let node = Node::start("plain", NodeOptions { engine: Engine::Installed, product: None })?;
+            let node =
+                Node::start("plain", NodeOptions { engine: Engine::Installed, product: None })?;
             node.load(Image::TestBase)?;
             *slot = Some(Arc::new(node));
         }
@@ -66,7 +67,11 @@ impl Fixture {
 }
 
 /// A test: its error, with all causes, is the failure's text.
-pub(crate) fn trial(fixture: &Arc<Fixture>, name: &str, run: impl FnOnce(&Fixture) -> Result<()> + Send + 'static) -> Trial {
+pub(crate) fn trial(
+    fixture: &Arc<Fixture>,
+    name: &str,
+    run: impl FnOnce(&Fixture) -> Result<()> + Send + 'static,
+) -> Trial {
     let fixture = Arc::clone(fixture);
     Trial::test(name, move || run(&fixture).map_err(|error| Failed::from(format!("{error:#}"))))
 }

@@ -14,6 +14,6 @@ case $breaks in
   order) sed -i '1{h;d};3{G}' "$work/out" ;;
   lost) sed -i '2d' "$work/out" ;;
 esac
-lines check <"$work/out" >"$work/checked"
+lines check <"$work/out" >"$work/checked" || { cat "$work/checked"; exit 1; }
 cmp -s "$work/made" "$work/checked" || { echo "differs: made $(cat "$work/made"), sorted $(cat "$work/checked")"; exit 1; }
 echo "OK $nonce digest=$(sha256sum <"$work/out" | cut -c1-64) $(cat "$work/made")"

@@ -28,35 +28,85 @@ const fn workload(command: &'static [&'static str], breaks: &'static [&'static s
     Workload { command, sizes: &[], breaks, endless: true }
 }
 
-pub(crate) const COUNTER: Workload = workload(&["counter_everywhere"], &["memory", "log", "place", "mapping", "sqlite", "rename"]);
-pub(crate) const THREADS: Workload = workload(&["threads", "--late-ms", "3000"], &["registers", "vectors", "mask", "token"]);
+pub(crate) const COUNTER: Workload =
+    workload(&["counter_everywhere"], &["memory", "log", "place", "mapping", "sqlite", "rename"]);
+pub(crate) const THREADS: Workload =
+    workload(&["threads", "--late-ms", "3000"], &["registers", "vectors", "mask", "token"]);
 pub(crate) const EINTR: Workload = workload(
     &["eintr"],
     &[
-        "epoll_wait", "epoll_pwait2", "poll", "ppoll", "select", "pselect", "nanosleep", "nanosleep-remainder", "clock_nanosleep",
-        "clock_nanosleep-until", "clock_nanosleep-boottime", "futex", "futex-until", "sigtimedwait", "recv", "io_getevents",
-        "semtimedop", "read-pipe", "read-eventfd", "write-pipe", "msgrcv", "semop", "accept", "futex-woken", "sigwaitinfo", "wait4",
+        "epoll_wait",
+        "epoll_pwait2",
+        "poll",
+        "ppoll",
+        "select",
+        "pselect",
+        "nanosleep",
+        "nanosleep-remainder",
+        "clock_nanosleep",
+        "clock_nanosleep-until",
+        "clock_nanosleep-boottime",
+        "futex",
+        "futex-until",
+        "sigtimedwait",
+        "recv",
+        "io_getevents",
+        "semtimedop",
+        "read-pipe",
+        "read-eventfd",
+        "write-pipe",
+        "msgrcv",
+        "semop",
+        "accept",
+        "futex-woken",
+        "sigwaitinfo",
+        "wait4",
         "flock",
     ],
 );
 pub(crate) const SPAWN: Workload = workload(&["spawn"], &["status"]);
 pub(crate) const PIPES: Workload = workload(
     &["pipes"],
-    &["queue", "wide", "capacity", "ended", "packets", "fifo", "eventfd", "stream", "stream back", "datagram", "seqpacket", "offset", "deleted", "full", "flow"],
+    &[
+        "queue",
+        "wide",
+        "capacity",
+        "ended",
+        "packets",
+        "fifo",
+        "eventfd",
+        "stream",
+        "stream back",
+        "datagram",
+        "seqpacket",
+        "offset",
+        "deleted",
+        "full",
+        "flow",
+    ],
 );
-pub(crate) const SIGNALS: Workload = workload(&["signals"], &["itimer", "pending", "posix-timers", "altstack", "action"]);
-pub(crate) const SESSIONS: Workload = workload(&["sessions", "--late-ms", "3000"], &["group", "stopped", "zombie", "member"]);
+pub(crate) const SIGNALS: Workload =
+    workload(&["signals"], &["itimer", "pending", "posix-timers", "altstack", "action"]);
+pub(crate) const SESSIONS: Workload =
+    workload(&["sessions", "--late-ms", "3000"], &["group", "stopped", "zombie", "member"]);
 pub(crate) const CLOCK: Workload = workload(&["clock"], &["backwards"]);
-pub(crate) const OPENMP: Workload = Workload { sizes: &["MEBIBYTES=1024"], ..workload(&["openmp"], &["heap"]) };
+pub(crate) const OPENMP: Workload =
+    Workload { sizes: &["MEBIBYTES=1024"], ..workload(&["openmp"], &["heap"]) };
 pub(crate) const ATTRIBUTES: Workload =
     workload(&["attributes"], &["umask", "limits", "directory", "niceness", "ids", "seccomp"]);
 pub(crate) const PIPELINE: Workload = workload(&["pipeline.sh"], &["answer", "trap", "here"]);
-pub(crate) const COMPILE: Workload = Workload { sizes: &["FILES=12"], ..workload(&["compile.sh"], &["number"]) };
-pub(crate) const SORT: Workload =
-    Workload { endless: false, sizes: &["MEBIBYTES=256", "BUFFER=32M"], ..workload(&["sort.sh"], &["order", "lost"]) };
+pub(crate) const COMPILE: Workload =
+    Workload { sizes: &["FILES=12"], ..workload(&["compile.sh"], &["number"]) };
+pub(crate) const SORT: Workload = Workload {
+    endless: false,
+    sizes: &["MEBIBYTES=256", "BUFFER=32M"],
+    ..workload(&["sort.sh"], &["order", "lost"])
+};
 
-pub(crate) const ALL: &[Workload] =
-    &[COUNTER, THREADS, EINTR, SPAWN, PIPES, SIGNALS, SESSIONS, CLOCK, OPENMP, ATTRIBUTES, PIPELINE, COMPILE, SORT];
+pub(crate) const ALL: &[Workload] = &[
+    COUNTER, THREADS, EINTR, SPAWN, PIPES, SIGNALS, SESSIONS, CLOCK, OPENMP, ATTRIBUTES, PIPELINE,
+    COMPILE, SORT,
+];
 
 impl Workload {
     pub(crate) fn name(&self) -> &'static str {
@@ -134,14 +184,19 @@ fn a_plain_stop_is_noticed(fixture: &Fixture) -> Result<()> {
 
 /// What the demo's "other engine" means: the same image under the same id, and nothing else in common.
 fn engines_share_nothing(engine: Engine) -> Result<()> {
-    let nodes =
-        [Node::start("one", NodeOptions { engine: Engine::Installed, product: None })?, Node::start("two", NodeOptions { engine, product: None })?];
+    let nodes = [
+        Node::start("one", NodeOptions { engine: Engine::Installed, product: None })?,
+        Node::start("two", NodeOptions { engine, product: None })?,
+    ];
     let ids = [nodes[0].load(Image::TestBase)?, nodes[1].load(Image::TestBase)?];
     // The containerd image store, on by default in newer engines, names images by another digest of the same content.
     ensure!(engine == Engine::Newer || ids[0] == ids[1], "image ids differ: {ids:?}");
     let container = CLOCK.launch("").start(&nodes[0])?;
     container.wait_ready()?;
-    ensure!(nodes[1].docker(["ps", "-aq"]).output()?.is_empty(), "a container of one engine is seen by the other");
+    ensure!(
+        nodes[1].docker(["ps", "-aq"]).output()?.is_empty(),
+        "a container of one engine is seen by the other"
+    );
     let other = CLOCK.launch("").start(&nodes[1])?;
     other.wait_ready()?;
     let folders: Vec<_> = nodes.iter().map(|node| node.folder().to_path_buf()).collect();
@@ -152,9 +207,17 @@ fn engines_share_nothing(engine: Engine) -> Result<()> {
         node.wipe()?;
     }
     for folder in folders {
-        ensure!(!folder.exists() && with_environment("SAMARA_TEST_NODE", &folder).is_empty(), "{} is left", folder.display());
+        ensure!(
+            !folder.exists() && with_environment("SAMARA_TEST_NODE", &folder).is_empty(),
+            "{} is left",
+            folder.display()
+        );
         let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
-        ensure!(!mounts.contains(&*folder.to_string_lossy()), "mounts below {} are left", folder.display());
+        ensure!(
+            !mounts.contains(&*folder.to_string_lossy()),
+            "mounts below {} are left",
+            folder.display()
+        );
     }
     Ok(())
 }
@@ -164,7 +227,8 @@ fn a_panic_leaves_nothing() -> Result<()> {
     let folder = Arc::new(std::sync::Mutex::new(None));
     let kept = Arc::clone(&folder);
     let outcome = std::thread::spawn(move || {
-        let node = Node::start("panic", NodeOptions { engine: Engine::Installed, product: None }).expect("an engine");
+        let node = Node::start("panic", NodeOptions { engine: Engine::Installed, product: None })
+            .expect("an engine");
         *kept.lock().expect("nobody else holds it") = Some(node.folder().to_path_buf());
         panic!("on purpose");
     })
@@ -178,12 +242,22 @@ fn a_panic_leaves_nothing() -> Result<()> {
 pub(crate) fn trials(fixture: &Arc<Fixture>) -> Vec<Trial> {
     let mut trials = Vec::new();
     for &workload in ALL {
-        trials.push(trial(fixture, &format!("workload/{}/passes", workload.name()), move |fixture| passes(workload, fixture)));
-        trials.push(trial(fixture, &format!("workload/{}/notices", workload.name()), move |fixture| notices(workload, fixture)));
+        trials.push(trial(
+            fixture,
+            &format!("workload/{}/passes", workload.name()),
+            move |fixture| passes(workload, fixture),
+        ));
+        trials.push(trial(
+            fixture,
+            &format!("workload/{}/notices", workload.name()),
+            move |fixture| notices(workload, fixture),
+        ));
     }
     trials.push(trial(fixture, "workload/eintr/notices_a_plain_stop", a_plain_stop_is_noticed));
     trials.push(trial(fixture, "node/share_nothing", |_| engines_share_nothing(Engine::Installed)));
-    trials.push(trial(fixture, "node/share_nothing_with_newer", |_| engines_share_nothing(Engine::Newer)));
+    trials.push(trial(fixture, "node/share_nothing_with_newer", |_| {
+        engines_share_nothing(Engine::Newer)
+    }));
     trials.push(trial(fixture, "node/panic_leaves_nothing", |_| a_panic_leaves_nothing()));
     trials
 }
