@@ -73,7 +73,8 @@ impl Peer {
         let report = folder.join("peer-report");
         let _ = std::fs::remove_file(&report);
         let pid_file = text(folder.join("peer-pid"));
-        let start = "setsid \"$1\" \"$2\" 7 \"$3\" </dev/null >/dev/null 2>&1 & echo $! >\"$4\"";
+        // Without what it would inherit from whoever called us: a file of another mount namespace cannot be dumped.
+        let start = "for fd in /proc/self/fd/*; do n=${fd##*/}; ((n > 2)) && eval \"exec $n>&-\"; done; setsid \"$1\" \"$2\" 7 \"$3\" </dev/null >/dev/null 2>&1 & echo $! >\"$4\"";
         self.call(&[
             "bash",
             "-c",
@@ -142,7 +143,8 @@ impl Peer {
             "-o",
             "dump.log",
         ])
-        .output()?;
+        .output()
+        .with_context(|| errors(&images.join("dump.log")))?;
         let dumped = begin.elapsed();
         self.call(&[
             "bash",
@@ -176,14 +178,7 @@ impl Peer {
         .output()?;
         self.call(&["criu", "restore", "-d", "-D", &at, "-o", "restore.log"])
             .output()
-            .with_context(|| {
-                let log = std::fs::read_to_string(images.join("restore.log")).unwrap_or_default();
-                log.lines()
-                    .filter(|line| line.contains("Error"))
-                    .take(5)
-                    .collect::<Vec<_>>()
-                    .join("\n")
-            })?;
+            .with_context(|| errors(&images.join("restore.log")))?;
         report.check(false)?;
         let restore = begin.elapsed();
         report.check(true)?;
@@ -196,6 +191,12 @@ impl Peer {
         }
         Ok(Full { total, bytes, restore, pause_ms, peak })
     }
+}
+
+/// What CRIU's log calls an error.
+fn errors(log: &Path) -> String {
+    let text = std::fs::read_to_string(log).unwrap_or_default();
+    text.lines().filter(|line| line.contains("Error")).take(5).collect::<Vec<_>>().join("\n")
 }
 
 /// Waits until nobody has this process id: CRIU restores under it.

@@ -49,7 +49,7 @@ static uint64_t word(uint64_t seed, uint64_t i)
 	case 4: return r % 3;
 	case 5: return 0x3ff0000000000000u | (r & 0xffff) << 32;
 	case 6: return i / 512;
-	default: return i % 32 == 7 ? r : 0;
+	default: return i % 16 == 7 ? r : 0;
 	}
 }
 
