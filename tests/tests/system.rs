@@ -6,7 +6,7 @@
 //! `move/…`, `capture/…`, `harm/…`, `refusal/…`: the product.
 //!
 //! Engines are started on first use, kept for all tests, and stopped at the end. Sizes: `SAMARA_TEST_CAPTURES` (20),
-//! `SAMARA_TEST_MOVES` (3) and `SAMARA_TEST_KILLS` (10) make the long runs longer.
+//! `SAMARA_TEST_MOVES` (2), `SAMARA_TEST_LONG_MOVES` (5) and `SAMARA_TEST_KILLS` (10) make the long runs longer.
 
 #[path = "system/moves.rs"]
 mod moves;

@@ -8,11 +8,12 @@ use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use samara_tests::container::{Container, Launch};
-use samara_tests::node::Node;
+use samara_tests::image::Image;
+use samara_tests::node::{Engine, Node, NodeOptions};
 use samara_tests::random::Random;
 use samara_tests::until;
 
-use crate::workloads::{ALL, CLOCK, COUNTER, EINTR, SPAWN, Workload};
+use crate::workloads::{ALL, CLOCK, COUNTER, EINTR, PIPELINE, SPAWN, Workload};
 use crate::{Fixture, size, trial};
 
 /// A save of the largest workload here, on two busy cores.
@@ -32,6 +33,15 @@ fn save_and_remove(container: &Container<'_>, url: &str) -> Result<()> {
     container.remove()
 }
 
+/// Waits until a workload that ends by itself is in the middle of its work.
+fn wait_middle(container: &Container<'_>, condition: &str) -> Result<()> {
+    until(&format!("success of '{condition}' in {}", container.name), SAVE_TIME_MAX, || {
+        ensure!(container.runs()?, "it ended before: {}", container.logs()?);
+        let asked = container.node.docker(["exec", &container.id, "sh", "-c", condition]).run()?;
+        Ok(asked.status.success().then_some(()))
+    })
+}
+
 /// From engine to engine, as often as asked; in the end the workload must find everything as it was.
 fn moves(workload: Workload, fixture: &Fixture) -> Result<()> {
     let pair = fixture.pair()?;
@@ -39,6 +49,9 @@ fn moves(workload: Workload, fixture: &Fixture) -> Result<()> {
     let launch = workload.launch("-moved").capsule(url.clone());
     let mut container = launch.start(&pair.nodes[0])?;
     let nonce = container.wait_ready()?;
+    if let Some(condition) = workload.middle {
+        wait_middle(&container, condition)?;
+    }
     // One that ends by itself may not get far enough for more than one move.
     let times = if workload.endless { size("SAMARA_TEST_MOVES", 2)? } else { 1 };
     for number in 1..=times {
@@ -90,6 +103,25 @@ fn nothing_piles_up(fixture: &Fixture) -> Result<()> {
         container = launch.start(node)?;
         let now = left_in(node, &container)?;
         ensure!(now == before, "after move {number} there are {now:?}, at first {before:?}");
+    }
+    container.finish()?;
+    container.wait_ok(&nonce, END_TIME_MAX)?;
+    Ok(())
+}
+
+/// Between engines of different years, both ways.
+fn moves_to_newer_engine(fixture: &Fixture) -> Result<()> {
+    let pair = fixture.pair()?;
+    let newer =
+        Node::start("newer", NodeOptions { engine: Engine::Newer, product: Some(&pair.store) })?;
+    newer.load(Image::TestBase)?;
+    let url = pair.store.url("moves/newer");
+    let launch = PIPELINE.launch("-newer").capsule(url.clone());
+    let mut container = launch.start(&pair.nodes[0])?;
+    let nonce = container.wait_ready()?;
+    for node in [&newer, &pair.nodes[1]] {
+        save_and_remove(&container, &url)?;
+        container = launch.start(node)?;
     }
     container.finish()?;
     container.wait_ok(&nonce, END_TIME_MAX)?;
@@ -275,6 +307,7 @@ pub(crate) fn trials(fixture: &Arc<Fixture>) -> Vec<Trial> {
         }));
     }
     trials.push(trial(fixture, "move/nothing_piles_up", nothing_piles_up));
+    trials.push(trial(fixture, "move/newer_engine_and_back", moves_to_newer_engine));
     trials.push(trial(fixture, "move/docker_checkpoint_running", |fixture| {
         docker_checkpoint(fixture, false)
     }));

@@ -16,16 +16,18 @@ use crate::{Fixture, trial};
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Workload {
     pub(crate) command: &'static [&'static str],
-    /// Sizes for tests: environment of the container.
-    pub(crate) sizes: &'static [&'static str],
+    /// Smaller than usual, where it runs undisturbed: environment of the container.
+    pub(crate) smaller: &'static [&'static str],
     /// What `--break` takes.
     pub(crate) breaks: &'static [&'static str],
     /// Ends when it is told to; one that does not ends by itself.
     pub(crate) endless: bool,
+    /// A shell command in the container that succeeds in the middle of the work, for one that ends by itself.
+    pub(crate) middle: Option<&'static str>,
 }
 
 const fn workload(command: &'static [&'static str], breaks: &'static [&'static str]) -> Workload {
-    Workload { command, sizes: &[], breaks, endless: true }
+    Workload { command, smaller: &[], breaks, endless: true, middle: None }
 }
 
 pub(crate) const COUNTER: Workload =
@@ -91,15 +93,16 @@ pub(crate) const SESSIONS: Workload =
     workload(&["sessions", "--late-ms", "3000"], &["group", "stopped", "zombie", "member"]);
 pub(crate) const CLOCK: Workload = workload(&["clock"], &["backwards"]);
 pub(crate) const OPENMP: Workload =
-    Workload { sizes: &["MEBIBYTES=1024"], ..workload(&["openmp"], &["heap"]) };
+    Workload { smaller: &["MEBIBYTES=256"], ..workload(&["openmp"], &["heap"]) };
 pub(crate) const ATTRIBUTES: Workload =
     workload(&["attributes"], &["umask", "limits", "directory", "niceness", "ids", "seccomp"]);
 pub(crate) const PIPELINE: Workload = workload(&["pipeline.sh"], &["answer", "trap", "here"]);
 pub(crate) const COMPILE: Workload =
-    Workload { sizes: &["FILES=12"], ..workload(&["compile.sh"], &["number"]) };
+    Workload { smaller: &["FILES=12"], ..workload(&["compile.sh"], &["number"]) };
 pub(crate) const SORT: Workload = Workload {
     endless: false,
-    sizes: &["MEBIBYTES=256", "BUFFER=32M"],
+    middle: Some("ls /var/tmp/sort/ | grep -q '^sort......$'"),
+    smaller: &["MEBIBYTES=256", "BUFFER=32M"],
     ..workload(&["sort.sh"], &["order", "lost"])
 };
 
@@ -114,18 +117,18 @@ impl Workload {
     }
 
     pub(crate) fn launch(&self, suffix: &str) -> Launch {
-        let mut launch = Launch::new(&format!("{}{suffix}", self.name()), self.command);
-        for size in self.sizes {
-            launch = launch.options(&["-e", size]);
-        }
-        launch
+        Launch::new(&format!("{}{suffix}", self.name()), self.command)
+    }
+
+    fn launch_smaller(&self, suffix: &str) -> Launch {
+        self.smaller.iter().fold(self.launch(suffix), |launch, size| launch.options(&["-e", size]))
     }
 }
 
 /// It must end well when nobody disturbs it.
 fn passes(workload: Workload, fixture: &Fixture) -> Result<()> {
     let node = fixture.plain()?;
-    let container = workload.launch("").start(&node)?;
+    let container = workload.launch_smaller("").start(&node)?;
     let nonce = container.wait_ready()?;
     if workload.endless {
         container.finish()?;
@@ -141,7 +144,7 @@ fn notices(workload: Workload, fixture: &Fixture) -> Result<()> {
     for some in workload.breaks.chunks(5) {
         let mut started = Vec::new();
         for &what in some {
-            let mut launch = workload.launch(&format!("-{}", what.replace(' ', "-")));
+            let mut launch = workload.launch_smaller(&format!("-{}", what.replace(' ', "-")));
             // Less to do where there is as much to see, and only the call that is spoiled.
             launch = launch.options(&["-e", "MEBIBYTES=64", "-e", "FILES=3"]);
             launch.command.extend(["--break".to_owned(), what.to_owned()]);
