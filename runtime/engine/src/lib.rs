@@ -1,3 +1,22 @@
 //! Checkpoint and restore of a process tree and of its files.
 //!
 //! This crate knows no OCI types and no network: data leaves and enters through [`samara_capsule::transfer`].
+
+pub mod capture;
+pub mod clocks;
+mod descriptors;
+pub mod files;
+pub mod freeze;
+mod memory;
+mod pipes;
+mod plan;
+mod process;
+mod restart;
+pub mod restore;
+mod root;
+mod sockets;
+mod tracee;
+pub mod unsupported;
+
+pub use process::{Confinement, SeccompPolicy};
+pub use tracee::TraceeError;

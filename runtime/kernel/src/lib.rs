@@ -1,3 +1,32 @@
 //! Every system call and `/proc` parser that Samara uses, behind safe types.
 //!
 //! One module per interface, named as its man page. This is the only crate with `unsafe` code.
+//! What the crate does not have: policy. It neither retries, nor decides, nor remembers.
+
+pub mod close_range;
+pub mod kcmp;
+pub mod keyctl;
+pub mod mount_setattr;
+pub mod pagemap;
+pub mod pidfd;
+pub mod pidfd_send_signal;
+pub mod proc;
+pub mod process_vm;
+pub mod ptrace;
+pub mod robust_list;
+pub mod sched;
+pub mod seccomp;
+pub mod signal;
+pub mod sock_diag;
+pub mod tape;
+pub mod wait;
+
+use std::io;
+
+/// A process or thread id as the caller's pid namespace numbers it.
+pub type Pid = libc::pid_t;
+
+/// Turns the -1 of a libc call into the error that `errno` names.
+fn check(result: libc::c_long) -> io::Result<libc::c_long> {
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}

@@ -1,0 +1,654 @@
+//! Page maps: for each space, which pages a capsule holds and in which frame of which pack they lie.
+//!
+//! The map of a space is cut into segments, each a blob. A segment is complete in itself: it names packs by digest and
+//! frames with their place, length, codec and digest, so that one frame can be fetched by range and checked without
+//! any other part of the capsule. A segment does not know the number of its space, which may change from capsule to
+//! capsule.
+//!
+//! Where a map is cut depends only on the pages around the cut: the page numbers form a binary tree, and a node with
+//! more than [`SEGMENT_RUNS_MAX`] runs is split in half. So a change in one place leaves the segments of other places,
+//! and their digests, as they were.
+//!
+//! ```text
+//! segment = "SamaraPM" | version u32 | body bytes u32 | one zstd frame of the body
+//! body    = packs  : count, then 32 bytes each
+//!           frames : count, then (pack, offset, stored bytes, pages, codec, 32 bytes of digest) each
+//!           runs   : count, then (gap, pages, 0) or (gap, pages, 1 + zigzag(frame difference), page in frame) each
+//! ```
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+
+use crate::digest::{Digest, FrameDigest};
+use crate::frame::{Codec, FRAME_PAGES_MAX, FrameError};
+use crate::transfer::{PageRun, SpaceId};
+use crate::{BLOB_BYTES_MAX, FORMAT_VERSION, varint};
+
+/// Runs of a segment at most. A dense gigabyte is about a thousand runs; a scattered one up to 131,072.
+pub const SEGMENT_RUNS_MAX: usize = 16384;
+
+/// Page numbers are below this bound: an address or file offset of 64 bits, divided by the page size.
+pub const PAGE_NUMBER_END: u64 = 1 << 52;
+
+/// Spaces of a capsule are numbered below this bound. A space is a process or a shared object; Linux has at most
+/// 4,194,304 processes.
+pub const SPACES_MAX: u32 = 1 << 24;
+
+const MAGIC: &[u8; 8] = b"SamaraPM";
+
+/// Every run may have a frame of its own, and every frame a pack of its own: 32 bytes a pack, 32 bytes and four numbers
+/// a frame, four numbers a run. This is no less than that, so no segment that can be built is refused.
+const BODY_BYTES_MAX: usize = SEGMENT_RUNS_MAX * 144 + 64;
+
+/// `count` pages from page `first` lie in frame `frame`, from the frame's page `page` on.
+///
+/// What `frame` counts is said where a value of this type is handed out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapRun {
+    pub first: u64,
+    pub frame: u32,
+    pub count: u16,
+    pub page: u16,
+}
+
+impl MapRun {
+    fn end(&self) -> u64 {
+        self.first + u64::from(self.count)
+    }
+
+    /// The part of the run that lies in `[low, high)`, which it must touch.
+    fn clip(&self, low: u64, high: u64) -> MapRun {
+        let first = self.first.max(low);
+        let end = self.end().min(high);
+        let skipped = u16::try_from(first - self.first).expect("a run has fewer than 65,536 pages");
+        let count = u16::try_from(end - first).expect("a run has fewer than 65,536 pages");
+        MapRun { first, frame: self.frame, count, page: self.page + skipped }
+    }
+}
+
+/// A frame as a segment names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapFrame {
+    /// Index into the packs of the segment.
+    pub pack: u32,
+    pub offset: u32,
+    pub stored_bytes: u32,
+    pub pages: u16,
+    pub codec: Codec,
+    /// Digest of the stored bytes.
+    pub digest: FrameDigest,
+}
+
+/// One decoded segment. Its runs are in ascending order and don't overlap, and every index in it is valid.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Segment {
+    packs: Vec<Digest>,
+    frames: Vec<MapFrame>,
+    runs: Vec<MapRun>,
+}
+
+/// Why bytes are no segment of a page map.
+#[derive(Debug, thiserror::Error)]
+pub enum SegmentError {
+    #[error("a page-map segment of {bytes} bytes is shorter than its fixed parts, or longer than {BLOB_BYTES_MAX}")]
+    Size { bytes: usize },
+    #[error("the blob is no page-map segment")]
+    Magic,
+    #[error("the page-map segment has format version {found}, this samara reads up to {FORMAT_VERSION}; use a newer one")]
+    Version { found: u32 },
+    #[error("the page-map segment declares a body of {bytes} bytes, of at most {BODY_BYTES_MAX}")]
+    BodySize { bytes: usize },
+    #[error("the page-map segment is no zstd data")]
+    Zstd(#[source] io::Error),
+    #[error("the page-map segment is cut short or has bytes left over in its {table}")]
+    Truncated { table: &'static str },
+    #[error("the page-map segment declares too many entries in its {table}")]
+    Count { table: &'static str },
+    #[error("frame {frame} of the page-map segment lies outside of a pack, or has no valid number of pages")]
+    Frame { frame: usize },
+    #[error("frame {frame} of the page-map segment")]
+    Codec { frame: usize, source: FrameError },
+    #[error("run {run} of the page-map segment is out of order or outside of its frame")]
+    Run { run: usize },
+}
+
+impl Segment {
+    /// The packs that the segment refers to.
+    pub fn packs(&self) -> &[Digest] {
+        &self.packs
+    }
+
+    /// The frames that the segment refers to.
+    pub fn frames(&self) -> &[MapFrame] {
+        &self.frames
+    }
+
+    /// The runs, with `frame` counting [`Segment::frames`].
+    pub fn runs(&self) -> &[MapRun] {
+        &self.runs
+    }
+
+    /// The bytes of the segment's blob.
+    pub fn encode(&self) -> io::Result<Vec<u8>> {
+        let mut body = Vec::new();
+        varint::put(&mut body, self.packs.len() as u64);
+        for pack in &self.packs {
+            body.extend_from_slice(pack.as_bytes());
+        }
+        varint::put(&mut body, self.frames.len() as u64);
+        for frame in &self.frames {
+            varint::put(&mut body, frame.pack.into());
+            varint::put(&mut body, frame.offset.into());
+            varint::put(&mut body, frame.stored_bytes.into());
+            varint::put(&mut body, frame.pages.into());
+            body.push(frame.codec.code());
+            body.extend_from_slice(frame.digest.as_bytes());
+        }
+        varint::put(&mut body, self.runs.len() as u64);
+        let mut coder = RunCoder::default();
+        for run in &self.runs {
+            coder.put(&mut body, run);
+        }
+
+        let mut bytes = MAGIC.to_vec();
+        bytes.extend_from_slice(&FORMAT_VERSION.to_le_bytes());
+        bytes.extend_from_slice(&u32::try_from(body.len()).expect("a segment's body is small").to_le_bytes());
+        bytes.extend_from_slice(&zstd::bulk::compress(&body, crate::frame::ZSTD_LEVEL)?);
+        Ok(bytes)
+    }
+
+    /// Reads a segment.
+    pub fn decode(bytes: &[u8]) -> Result<Segment, SegmentError> {
+        let size = || SegmentError::Size { bytes: bytes.len() };
+        if bytes.len() > BLOB_BYTES_MAX {
+            return Err(size());
+        }
+        let (magic, rest) = bytes.split_first_chunk::<8>().ok_or_else(size)?;
+        if magic != MAGIC {
+            return Err(SegmentError::Magic);
+        }
+        let (version, rest) = rest.split_first_chunk::<4>().ok_or_else(size)?;
+        let (body_bytes, stored) = rest.split_first_chunk::<4>().ok_or_else(size)?;
+        let version = u32::from_le_bytes(*version);
+        if version != FORMAT_VERSION {
+            return Err(SegmentError::Version { found: version });
+        }
+        let body_bytes = u32::from_le_bytes(*body_bytes) as usize;
+        if body_bytes > BODY_BYTES_MAX {
+            return Err(SegmentError::BodySize { bytes: body_bytes });
+        }
+        let body = zstd::bulk::decompress(stored, body_bytes).map_err(SegmentError::Zstd)?;
+        if body.len() != body_bytes {
+            return Err(SegmentError::BodySize { bytes: body.len() });
+        }
+        Segment::decode_body(&body)
+    }
+
+    fn decode_body(mut body: &[u8]) -> Result<Segment, SegmentError> {
+        let input = &mut body;
+        let count = take_count(input, "packs")?;
+        let mut packs = Vec::with_capacity(count);
+        for _ in 0..count {
+            packs.push(Digest::from_bytes(take_bytes(input, "packs")?));
+        }
+
+        let count = take_count(input, "frames")?;
+        let mut frames = Vec::with_capacity(count);
+        for index in 0..count {
+            frames.push(take_frame(input, index, packs.len())?);
+        }
+
+        let count = take_count(input, "runs")?;
+        let mut runs = Vec::with_capacity(count);
+        let mut coder = RunCoder::default();
+        for index in 0..count {
+            let run = coder.take(input).map_err(|error| match error {
+                RunError::Truncated => SegmentError::Truncated { table: "runs" },
+                RunError::Invalid => SegmentError::Run { run: index },
+            })?;
+            let frame = usize::try_from(run.frame).ok().and_then(|frame| frames.get(frame));
+            if frame.is_none_or(|frame| u32::from(run.page) + u32::from(run.count) > u32::from(frame.pages)) {
+                return Err(SegmentError::Run { run: index });
+            }
+            runs.push(run);
+        }
+        match input.is_empty() {
+            true => Ok(Segment { packs, frames, runs }),
+            false => Err(SegmentError::Truncated { table: "runs" }),
+        }
+    }
+}
+
+fn take_count(input: &mut &[u8], table: &'static str) -> Result<usize, SegmentError> {
+    let count = varint::take(input).ok_or(SegmentError::Truncated { table })?;
+    match usize::try_from(count) {
+        Ok(count) if count <= SEGMENT_RUNS_MAX => Ok(count),
+        _ => Err(SegmentError::Count { table }),
+    }
+}
+
+fn take_bytes(input: &mut &[u8], table: &'static str) -> Result<[u8; 32], SegmentError> {
+    let (bytes, rest) = input.split_first_chunk::<32>().ok_or(SegmentError::Truncated { table })?;
+    *input = rest;
+    Ok(*bytes)
+}
+
+fn take_frame(input: &mut &[u8], index: usize, packs: usize) -> Result<MapFrame, SegmentError> {
+    let table = "frames";
+    let invalid = || SegmentError::Frame { frame: index };
+    let mut number = || varint::take(input).ok_or(SegmentError::Truncated { table });
+    let pack = u32::try_from(number()?).map_err(|_| invalid())?;
+    let offset = u32::try_from(number()?).map_err(|_| invalid())?;
+    let stored_bytes = u32::try_from(number()?).map_err(|_| invalid())?;
+    let pages = u16::try_from(number()?).map_err(|_| invalid())?;
+    let (&code, rest) = input.split_first().ok_or(SegmentError::Truncated { table })?;
+    *input = rest;
+    let codec = Codec::from_code(code).map_err(|source| SegmentError::Codec { frame: index, source })?;
+    let digest = FrameDigest::from_bytes(take_bytes(input, table)?);
+
+    let end = u64::from(offset) + u64::from(stored_bytes);
+    let valid = (pack as usize) < packs
+        && end <= BLOB_BYTES_MAX as u64
+        && pages != 0
+        && usize::from(pages) <= FRAME_PAGES_MAX;
+    match valid {
+        true => Ok(MapFrame { pack, offset, stored_bytes, pages, codec, digest }),
+        false => Err(invalid()),
+    }
+}
+
+/// The encoding of a sequence of runs: each is told by its difference from the one before.
+#[derive(Debug, Default)]
+struct RunCoder {
+    end: u64,
+    frame: u32,
+    page_end: u16,
+}
+
+enum RunError {
+    Truncated,
+    Invalid,
+}
+
+impl RunCoder {
+    fn put(&mut self, out: &mut Vec<u8>, run: &MapRun) {
+        varint::put(out, run.first - self.end);
+        varint::put(out, run.count.into());
+        if run.frame == self.frame && run.page == self.page_end {
+            varint::put(out, 0);
+        } else {
+            varint::put(out, 1 + varint::zigzag(i64::from(run.frame) - i64::from(self.frame)));
+            varint::put(out, run.page.into());
+        }
+        self.after(run);
+    }
+
+    fn take(&mut self, input: &mut &[u8]) -> Result<MapRun, RunError> {
+        let mut number = || varint::take(input).ok_or(RunError::Truncated);
+        let gap = number()?;
+        let count = number()?;
+        let (frame, page) = match number()? {
+            0 => (self.frame, self.page_end),
+            difference => {
+                let frame = varint::unzigzag(difference - 1).checked_add(i64::from(self.frame));
+                let frame = frame.and_then(|frame| u32::try_from(frame).ok()).ok_or(RunError::Invalid)?;
+                let page = u16::try_from(number()?).map_err(|_| RunError::Invalid)?;
+                // The long form of what the short one says is refused: equal maps are equal bytes.
+                if frame == self.frame && page == self.page_end {
+                    return Err(RunError::Invalid);
+                }
+                (frame, page)
+            }
+        };
+        let first = self.end.checked_add(gap).ok_or(RunError::Invalid)?;
+        let end = first.checked_add(count).ok_or(RunError::Invalid)?;
+        let count = u16::try_from(count).map_err(|_| RunError::Invalid)?;
+        if end > PAGE_NUMBER_END || count == 0 || usize::from(page) + usize::from(count) > FRAME_PAGES_MAX {
+            return Err(RunError::Invalid);
+        }
+        let run = MapRun { first, frame, count, page };
+        self.after(&run);
+        Ok(run)
+    }
+
+    fn after(&mut self, run: &MapRun) {
+        self.end = run.end();
+        self.frame = run.frame;
+        self.page_end = run.page + run.count;
+    }
+}
+
+/// Collects the page maps of a capsule while its packs are written.
+///
+/// A run takes three to six bytes, a frame 48, so that millions of scattered runs stay within tens of megabytes.
+#[derive(Debug, Default)]
+pub struct MapBuilder {
+    spaces: BTreeMap<SpaceId, SpaceRuns>,
+    frames: Vec<MapFrame>,
+    packs: Vec<Option<Digest>>,
+}
+
+#[derive(Debug, Default)]
+struct SpaceRuns {
+    coder: RunCoder,
+    bytes: Vec<u8>,
+    last: Option<MapRun>,
+    pages: u64,
+}
+
+/// Why runs can't be part of a map.
+#[derive(Debug, thiserror::Error)]
+pub enum MapError {
+    #[error("{space}: pages from {first:#x} on were passed after pages that lie behind them")]
+    Unordered { space: SpaceId, first: u64 },
+    #[error("{space}: pages from {first:#x} on are empty, too many for a frame, or beyond the last page number")]
+    Range { space: SpaceId, first: u64 },
+    #[error("{space}: spaces are numbered below {SPACES_MAX}")]
+    Space { space: SpaceId },
+}
+
+impl MapBuilder {
+    /// A further pack, whose digest is told later by [`MapBuilder::set_pack`].
+    pub fn add_pack(&mut self) -> u32 {
+        self.packs.push(None);
+        u32::try_from(self.packs.len() - 1).expect("a capsule has fewer than 2^32 packs")
+    }
+
+    /// Tells the digest of the pack that [`MapBuilder::add_pack`] numbered.
+    pub fn set_pack(&mut self, pack: u32, digest: Digest) {
+        let slot = self.packs.get_mut(pack as usize).expect("the pack was numbered by add_pack");
+        *slot = Some(digest);
+    }
+
+    /// A further frame; `frame.pack` is a number from [`MapBuilder::add_pack`].
+    pub fn add_frame(&mut self, frame: MapFrame) -> u32 {
+        self.frames.push(frame);
+        u32::try_from(self.frames.len() - 1).expect("a capsule has fewer than 2^32 frames")
+    }
+
+    /// Appends pages of a space, which lie behind all that the space has; `frame` is a number from [`MapBuilder::add_frame`].
+    pub fn add_run(&mut self, space: SpaceId, run: PageRun, frame: u32, page: u16) -> Result<(), MapError> {
+        let PageRun { first, count } = run;
+        let range = || MapError::Range { space, first };
+        if space.0 >= SPACES_MAX {
+            return Err(MapError::Space { space });
+        }
+        let end = first.checked_add(count).filter(|&end| end <= PAGE_NUMBER_END).ok_or_else(range)?;
+        let count = u16::try_from(count).map_err(|_| range())?;
+        if count == 0 || usize::from(page) + usize::from(count) > FRAME_PAGES_MAX {
+            return Err(range());
+        }
+        let runs = self.spaces.entry(space).or_default();
+        if let Some(last) = &mut runs.last {
+            if first < last.end() {
+                return Err(MapError::Unordered { space, first });
+            }
+            if first == last.end() && frame == last.frame && page == last.page + last.count {
+                last.count += count;
+                runs.pages += u64::from(count);
+                return Ok(());
+            }
+            runs.coder.put(&mut runs.bytes, last);
+        }
+        runs.last = Some(MapRun { first, frame, count, page });
+        runs.pages += end - first;
+        Ok(())
+    }
+
+    /// Pages of all spaces.
+    pub fn pages(&self) -> u64 {
+        self.spaces.values().map(|runs| runs.pages).sum()
+    }
+
+    /// Passes the segments of all spaces, in ascending order, to `emit`. Ends at its first error.
+    ///
+    /// # Panics
+    /// If the digest of a pack was not set.
+    pub fn finish<E>(self, mut emit: impl FnMut(SpaceId, Segment) -> Result<(), E>) -> Result<(), E> {
+        let (frames, packs) = (&self.frames, &self.packs);
+        for (space, runs) in self.spaces {
+            let runs = runs.expand();
+            split(&runs, 0, PAGE_NUMBER_END, &mut |runs| emit(space, cut(runs, frames, packs)))?;
+        }
+        Ok(())
+    }
+}
+
+impl SpaceRuns {
+    fn expand(self) -> Vec<MapRun> {
+        let mut input = self.bytes.as_slice();
+        let mut coder = RunCoder::default();
+        let mut runs = Vec::new();
+        while !input.is_empty() {
+            match coder.take(&mut input) {
+                Ok(run) => runs.push(run),
+                Err(_) => unreachable!("these bytes were written by the same coder"),
+            }
+        }
+        runs.extend(self.last);
+        runs
+    }
+}
+
+/// Splits the node `[low, high)` of the tree of page numbers until no part has more than [`SEGMENT_RUNS_MAX`] runs.
+/// The recursion ends after 52 levels: a node of one page has one run.
+fn split<E>(
+    runs: &[MapRun],
+    low: u64,
+    high: u64,
+    emit: &mut impl FnMut(Vec<MapRun>) -> Result<(), E>,
+) -> Result<(), E> {
+    if runs.is_empty() {
+        return Ok(());
+    }
+    if runs.len() <= SEGMENT_RUNS_MAX {
+        return emit(runs.iter().map(|run| run.clip(low, high)).collect());
+    }
+    let middle = low + (high - low) / 2;
+    let right = runs.partition_point(|run| run.end() <= middle);
+    let left_end = runs.partition_point(|run| run.first < middle);
+    let (left, _) = runs.split_at(left_end);
+    let (_, right) = runs.split_at(right);
+    split(left, low, middle, emit)?;
+    split(right, middle, high, emit)
+}
+
+/// Makes a segment of `runs`, numbering packs and frames in the order of their first use.
+fn cut(mut runs: Vec<MapRun>, all_frames: &[MapFrame], all_packs: &[Option<Digest>]) -> Segment {
+    let mut segment = Segment { packs: Vec::new(), frames: Vec::new(), runs: Vec::new() };
+    let mut frame_numbers = HashMap::new();
+    let mut pack_numbers = HashMap::new();
+    for run in &mut runs {
+        run.frame = *frame_numbers.entry(run.frame).or_insert_with_key(|&frame| {
+            let mut frame = *all_frames.get(frame as usize).expect("the frame was numbered by add_frame");
+            frame.pack = *pack_numbers.entry(frame.pack).or_insert_with_key(|&pack| {
+                let digest = all_packs.get(pack as usize).copied().flatten();
+                segment.packs.push(digest.expect("the digest of every pack was set"));
+                number(segment.packs.len() - 1)
+            });
+            segment.frames.push(frame);
+            number(segment.frames.len() - 1)
+        });
+    }
+    segment.runs = runs;
+    segment
+}
+
+fn number(index: usize) -> u32 {
+    u32::try_from(index).expect("a segment has few entries")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn frame(pack: u32) -> MapFrame {
+        MapFrame {
+            pack,
+            offset: 8,
+            stored_bytes: 100,
+            pages: 256,
+            codec: Codec::Zstd,
+            digest: FrameDigest::of(&pack.to_le_bytes()),
+        }
+    }
+
+    /// A map whose pages `pages` each lie in a frame of their number divided by 256, four frames to a pack.
+    fn build(space: SpaceId, pages: impl Iterator<Item = u64>) -> Vec<(SpaceId, Segment)> {
+        let mut map = MapBuilder::default();
+        let mut at = None;
+        for page in pages {
+            let frame_index = page / 256;
+            let frame = match at {
+                Some((index, frame)) if index == frame_index => frame,
+                _ => {
+                    let pack = map.add_pack();
+                    map.set_pack(pack, Digest::of(&(frame_index / 4).to_le_bytes()));
+                    map.add_frame(frame(pack))
+                }
+            };
+            at = Some((frame_index, frame));
+            let run = PageRun { first: page, count: 1 };
+            map.add_run(space, run, frame, (page % 256) as u16).unwrap();
+        }
+        let mut segments = Vec::new();
+        map.finish(|space, segment| -> Result<(), ()> {
+            segments.push((space, segment));
+            Ok(())
+        })
+        .unwrap();
+        segments
+    }
+
+    fn pages(segments: &[(SpaceId, Segment)]) -> Vec<u64> {
+        segments.iter().flat_map(|(_, s)| s.runs()).flat_map(|run| run.first..run.end()).collect()
+    }
+
+    #[test]
+    fn neighbours_become_one_run() {
+        let segments = build(SpaceId(3), 1000..2000);
+        assert_eq!(segments.len(), 1);
+        assert_eq!(pages(&segments), (1000..2000).collect::<Vec<_>>());
+        assert_eq!(segments[0].1.runs().len(), 5);
+    }
+
+    #[test]
+    fn a_change_in_one_place_leaves_other_segments_as_they_were() {
+        let scattered = |skip: u64| (0..400_000u64).map(|i| i * 3).filter(move |&page| page != skip);
+        let before = build(SpaceId(0), scattered(u64::MAX));
+        let after = build(SpaceId(7), scattered(300_000));
+        assert!(before.len() > 20);
+        assert_eq!(before.len(), after.len());
+        let digest = |(_, segment): &(SpaceId, Segment)| Digest::of(&segment.encode().unwrap());
+        let differing = before.iter().zip(&after).filter(|(a, b)| digest(a) != digest(b)).count();
+        assert_eq!(differing, 1);
+    }
+
+    #[test]
+    fn a_run_across_a_cut_is_kept_whole() {
+        // Dense around the middle of the tree, with one run across it, and too many runs for one segment.
+        let middle = PAGE_NUMBER_END / 2;
+        let scattered = (0..20_000).map(|i| middle - 100_000 + i * 2);
+        let wanted: Vec<u64> = scattered.chain(middle - 10..middle + 10).collect();
+        let segments = build(SpaceId(0), wanted.iter().copied());
+        assert!(segments.len() >= 3);
+        assert_eq!(pages(&segments), wanted);
+        for (_, segment) in &segments {
+            assert_eq!(&Segment::decode(&segment.encode().unwrap()).unwrap(), segment);
+        }
+    }
+
+    #[test]
+    fn a_million_scattered_runs_take_few_bytes() {
+        let mut map = MapBuilder::default();
+        let pack = map.add_pack();
+        for index in 0..1_000_000u64 {
+            let frame = match index % 256 {
+                0 => map.add_frame(frame(pack)),
+                _ => map.frames.len() as u32 - 1,
+            };
+            map.add_run(SpaceId(0), PageRun { first: index * 2, count: 1 }, frame, (index % 256) as u16).unwrap();
+        }
+        let bytes = map.spaces.values().map(|runs| runs.bytes.len()).sum::<usize>();
+        assert!(bytes < 4_000_000, "{bytes}");
+    }
+
+    #[test]
+    fn wrong_runs_are_refused() {
+        let mut map = MapBuilder::default();
+        let space = SpaceId(1);
+        let mut add = |first, count, page| map.add_run(space, PageRun { first, count }, 0, page);
+        add(10, 5, 0).unwrap();
+        assert!(matches!(add(14, 1, 5), Err(MapError::Unordered { .. })));
+        assert!(matches!(add(20, 0, 5), Err(MapError::Range { .. })));
+        assert!(matches!(add(20, 257, 0), Err(MapError::Range { .. })));
+        assert!(matches!(add(20, 2, 255), Err(MapError::Range { .. })));
+        assert!(matches!(add(PAGE_NUMBER_END, 1, 0), Err(MapError::Range { .. })));
+        assert!(matches!(add(u64::MAX, 2, 0), Err(MapError::Range { .. })));
+        let beyond = SpaceId(SPACES_MAX);
+        assert!(matches!(
+            map.add_run(beyond, PageRun { first: 0, count: 1 }, 0, 0),
+            Err(MapError::Space { .. })
+        ));
+    }
+
+    #[test]
+    fn segments_of_another_version_or_kind_are_refused_by_name() {
+        let (_, segment) = build(SpaceId(0), 0..1000).remove(0);
+        let bytes = segment.encode().unwrap();
+        let check = |at: usize, value: u8, expected: &str| {
+            let mut bytes = bytes.clone();
+            bytes[at] = value;
+            let found = format!("{:?}", Segment::decode(&bytes).unwrap_err());
+            assert!(found.contains(expected), "{found}");
+        };
+        check(0, b'X', "Magic");
+        check(8, 2, "Version");
+        check(15, 0xff, "BodySize");
+        check(17, 0xff, "Zstd");
+        assert!(matches!(Segment::decode(&bytes[..10]), Err(SegmentError::Size { .. })));
+    }
+
+    /// The body of a small segment, uncompressed, for tests that damage it where compression can't hide the damage.
+    fn body() -> Vec<u8> {
+        let (_, segment) = build(SpaceId(0), (0..600).chain(700..702)).remove(0);
+        zstd::bulk::decompress(&segment.encode().unwrap()[16..], BODY_BYTES_MAX).unwrap()
+    }
+
+    proptest! {
+        #[test]
+        fn mutated_bodies_never_panic(at: usize, value: u8, cut in 0usize..400) {
+            let mut body = body();
+            let at = at % body.len();
+            body[at] = value;
+            if let Ok(segment) = Segment::decode_body(&body) {
+                // What is accepted is canonical: it encodes to the same bytes.
+                let again = zstd::bulk::decompress(&segment.encode().unwrap()[16..], BODY_BYTES_MAX).unwrap();
+                prop_assert_eq!(again, body.clone());
+            }
+            body.truncate(cut);
+            let _ = Segment::decode_body(&body);
+        }
+
+        #[test]
+        fn hostile_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let _ = Segment::decode_body(&bytes);
+            let mut blob = MAGIC.to_vec();
+            blob.extend_from_slice(&[1, 0, 0, 0, 100, 0, 0, 0]);
+            blob.extend_from_slice(&zstd::bulk::compress(&bytes, 1).unwrap());
+            let _ = Segment::decode(&blob);
+        }
+
+        #[test]
+        fn any_pages_come_back(gaps in proptest::collection::vec(1u64..1000, 1..500)) {
+            let mut page = 0;
+            let wanted: Vec<u64> = gaps.iter().map(|gap| { page += gap; page }).collect();
+            let segments = build(SpaceId(0), wanted.iter().copied());
+            let back: Vec<_> = segments.iter().map(|(space, segment)| {
+                (*space, Segment::decode(&segment.encode().unwrap()).unwrap())
+            }).collect();
+            prop_assert_eq!(pages(&back), wanted);
+        }
+    }
+}

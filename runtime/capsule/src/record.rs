@@ -1,0 +1,442 @@
+//! One plain record per kernel object.
+//!
+//! Records hold no host-specific value: process ids are those of the container's own pid namespace, paths are relative to its
+//! root, devices are given by number only where the number is the device's meaning. Whatever differs from host to host
+//! arrives as an argument of the restore.
+
+use serde::{Deserialize, Serialize};
+
+/// Bytes, encoded as a byte string instead of a list of numbers.
+pub type Bytes = serde_bytes::ByteBuf;
+
+/// A container at one instant.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Container {
+    pub clocks: Clocks,
+    /// Parents before their children; the first is the container's init.
+    pub processes: Vec<Process>,
+    /// Every open file description, each once, however many descriptors refer to it.
+    pub files: Vec<OpenFile>,
+    pub pipes: Vec<Pipe>,
+    pub socket_pairs: Vec<SocketPair>,
+    pub shared_memory: Vec<SharedMemory>,
+    pub unlinked_files: Vec<UnlinkedFile>,
+    /// The vdso's code, by digest: addresses inside it are in registers and in the memory of language runtimes.
+    pub vdso_sha256: Bytes,
+}
+
+/// Clocks at the instant of the capture, as the container saw them, in nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Clocks {
+    pub monotonic_ns: i64,
+    pub boottime_ns: i64,
+    pub realtime_ns: i64,
+}
+
+/// A process that runs, or a zombie that its parent has not waited for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Process {
+    pub pid: i32,
+    /// 0 for the container's init.
+    pub parent: i32,
+    pub group: i32,
+    pub session: i32,
+    pub name: Bytes,
+    pub state: ProcessState,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ProcessState {
+    Alive(Box<Alive>),
+    /// The status that `wait` will return.
+    Zombie {
+        exit_status: i32,
+    },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Alive {
+    /// The page space of its private memory: page numbers are addresses.
+    pub space: u32,
+    pub mappings: Vec<Mapping>,
+    pub layout: Layout,
+    pub executable: Path,
+    pub auxiliary_vector: Bytes,
+    pub working_directory: Path,
+    pub umask: u32,
+    pub descriptors: Vec<Descriptor>,
+    pub locks: Vec<Lock>,
+    /// Soft and hard, by `RLIMIT_` number; `u64::MAX` is none.
+    pub limits: Vec<(u64, u64)>,
+    /// By signal number from 1.
+    pub actions: Vec<SignalAction>,
+    pub pending: Vec<Bytes>,
+    /// Real, virtual and profiling, as `getitimer` returns them: interval and rest in microseconds.
+    pub interval_timers: [IntervalTimer; 3],
+    pub stopped: bool,
+    pub dumpable: bool,
+    pub subreaper: bool,
+    pub oom_score_adjust: i32,
+    pub personality: u32,
+    /// The signal that its parent gets when it ends.
+    pub exit_signal: i32,
+    /// The process's leader first.
+    pub threads: Vec<Thread>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IntervalTimer {
+    pub interval_us: u64,
+    pub rest_us: u64,
+}
+
+/// The boundaries that `prctl(PR_SET_MM_MAP)` takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layout {
+    pub start_code: u64,
+    pub end_code: u64,
+    pub start_data: u64,
+    pub end_data: u64,
+    pub start_brk: u64,
+    pub brk: u64,
+    pub start_stack: u64,
+    pub arg_start: u64,
+    pub arg_end: u64,
+    pub env_start: u64,
+    pub env_end: u64,
+}
+
+/// A path relative to the container's root, as raw bytes, beginning with `/`.
+pub type Path = Bytes;
+
+/// One mapping of an address space.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mapping {
+    pub start: u64,
+    pub end: u64,
+    /// `PROT_READ` 1, `PROT_WRITE` 2, `PROT_EXEC` 4.
+    pub protection: u32,
+    pub backing: Backing,
+    pub advice: Advice,
+    /// Ranges inside that are guard pages (`MADV_GUARD_INSTALL`).
+    pub guards: Vec<(u64, u64)>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Backing {
+    /// Private, zero until written. `grows_down`: a stack.
+    Anonymous { grows_down: bool },
+    /// A private view of a file: pages of the process's space are its own, others are the file's.
+    PrivateFile { path: Path, offset: u64, check: FileCheck },
+    /// A shared view of a file of the container.
+    SharedFile { path: Path, offset: u64, may_write: bool, check: FileCheck },
+    /// A private view of a file that has no name any more.
+    PrivateUnlinked { file: u32, offset: u64 },
+    /// A shared view of a file that has no name any more.
+    SharedUnlinked { file: u32, offset: u64, may_write: bool },
+    /// A shared memory object: index into [`Container::shared_memory`].
+    Shared { memory: u32, offset: u64, may_write: bool },
+    /// The vdso and its data pages: one block, put back as the new host has it. `index` counts from the block's start.
+    Vdso { index: u32 },
+}
+
+/// What a mapped file looked like: private pages are only right over the same content.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileCheck {
+    pub bytes: u64,
+}
+
+/// The `madvise` and `mlock` state that shows in `VmFlags`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Advice {
+    pub no_reserve: bool,
+    pub dont_fork: bool,
+    pub dont_dump: bool,
+    pub wipe_on_fork: bool,
+    pub huge_page: bool,
+    pub no_huge_page: bool,
+    pub mergeable: bool,
+    pub sequential: bool,
+    pub random: bool,
+    pub locked: bool,
+    pub locked_on_fault: bool,
+    pub sync_faults: bool,
+}
+
+/// A descriptor of a process: index into [`Container::files`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Descriptor {
+    pub fd: i32,
+    pub file: u32,
+    pub close_on_exec: bool,
+}
+
+/// An advisory lock that a process holds through one of its descriptors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lock {
+    pub fd: i32,
+    pub kind: LockKind,
+    pub exclusive: bool,
+    /// First byte, and number of bytes; 0 bytes reach to the end of the file, however long it grows.
+    pub start: u64,
+    pub bytes: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LockKind {
+    /// `fcntl(F_SETLK)`: belongs to the process.
+    Posix,
+    /// `fcntl(F_OFD_SETLK)`: belongs to the open file description.
+    OpenFile,
+    /// `flock`: belongs to the open file description.
+    Flock,
+}
+
+/// An open file description.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpenFile {
+    /// Flags of `open`, without `O_CLOEXEC`.
+    pub flags: i32,
+    pub kind: FileKind,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FileKind {
+    /// A regular file by path.
+    Regular {
+        path: Path,
+        position: u64,
+        bytes: u64,
+    },
+    /// A regular file without a name: index into [`Container::unlinked_files`].
+    Unlinked {
+        file: u32,
+        position: u64,
+    },
+    Directory {
+        path: Path,
+        position: u64,
+    },
+    /// A character device that has no state of its own.
+    Device {
+        path: Path,
+        major: u32,
+        minor: u32,
+    },
+    /// One end of a pipe: index into [`Container::pipes`].
+    Pipe {
+        pipe: u32,
+    },
+    /// A named pipe that is open: index into [`Container::pipes`] for what it holds.
+    Fifo {
+        pipe: u32,
+        path: Path,
+    },
+    EventFd {
+        count: u64,
+        semaphore: bool,
+    },
+    /// One end of a pair: index into [`Container::socket_pairs`], and 0 or 1.
+    SocketPair {
+        pair: u32,
+        end: u32,
+    },
+    /// A shared memory object (memfd): index into [`Container::shared_memory`].
+    SharedMemory {
+        memory: u32,
+        position: u64,
+    },
+    /// A stream that the container was given from outside: its standard input, output or error.
+    Outside {
+        stream: u32,
+    },
+}
+
+/// A pipe or FIFO and what it holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pipe {
+    pub capacity: u32,
+    pub content: Bytes,
+    pub owner: (u32, u32),
+}
+
+/// Two connected unix sockets.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SocketPair {
+    /// `SOCK_STREAM`, `SOCK_DGRAM` or `SOCK_SEQPACKET`.
+    pub kind: i32,
+    pub ends: [SocketEnd; 2],
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SocketEnd {
+    /// What this end will receive: one entry a message, or a single one for a stream.
+    pub queue: Vec<Bytes>,
+    pub send_buffer: u32,
+    pub receive_buffer: u32,
+    /// `SHUT_RD` was called here, or `SHUT_WR` at the other end.
+    pub read_shut: bool,
+    pub write_shut: bool,
+    pub pass_credentials: bool,
+    pub receive_timeout_us: u64,
+    pub send_timeout_us: u64,
+    /// Nobody holds this end any more.
+    pub closed: bool,
+}
+
+/// Memory that several mappings or descriptors share.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SharedMemory {
+    /// The page space with its content: page numbers are offsets.
+    pub space: u32,
+    pub bytes: u64,
+    pub kind: SharedMemoryKind,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SharedMemoryKind {
+    /// `mmap(MAP_SHARED | MAP_ANONYMOUS)`.
+    Anonymous,
+    /// `memfd_create`.
+    Memfd { name: Bytes, seals: i32, mode: u32, owner: (u32, u32) },
+}
+
+/// A regular file that is open or mapped and has no name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnlinkedFile {
+    /// The page space with its content: page numbers are offsets.
+    pub space: u32,
+    pub bytes: u64,
+    pub mode: u32,
+    pub owner: (u32, u32),
+    pub modified_ns: i64,
+    /// The directory that it had a name in, to find the same file system again.
+    pub directory: Path,
+}
+
+/// `rt_sigaction`'s kernel form.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SignalAction {
+    pub handler: u64,
+    pub flags: u64,
+    pub restorer: u64,
+    pub mask: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Thread {
+    pub tid: i32,
+    pub name: Bytes,
+    pub registers: Registers,
+    /// The XSAVE area in the standard layout.
+    pub xstate: Bytes,
+    pub signal_mask: u64,
+    pub pending: Vec<Bytes>,
+    pub alternate_stack: AlternateStack,
+    pub clear_child_tid: u64,
+    pub robust_list: (u64, u64),
+    pub rseq: Option<Rseq>,
+    pub credentials: Credentials,
+    pub scheduling: Scheduling,
+    pub parent_death_signal: i32,
+    pub timer_slack_ns: u64,
+    /// Oldest first.
+    pub seccomp: Seccomp,
+    pub no_new_privileges: bool,
+    /// Calls that were interrupted, with what is left of their time.
+    pub restart: Restart,
+}
+
+/// How an interrupted system call goes on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Restart {
+    /// As the registers say.
+    #[default]
+    AsIs,
+    /// A relative timeout in memory: write `rest_ns` as a timespec to scratch memory, and its address into the given argument.
+    Timespec { argument: u32, rest_ns: u64 },
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AlternateStack {
+    pub address: u64,
+    pub flags: i32,
+    pub bytes: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rseq {
+    pub address: u64,
+    pub bytes: u32,
+    pub signature: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Credentials {
+    /// Real, effective, saved, file system.
+    pub uids: [u32; 4],
+    pub gids: [u32; 4],
+    pub groups: Vec<u32>,
+    pub inheritable: u64,
+    pub permitted: u64,
+    pub effective: u64,
+    pub bounding: u64,
+    pub ambient: u64,
+    pub secure_bits: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Scheduling {
+    pub policy: u32,
+    pub priority: u32,
+    pub nice: i32,
+    pub reset_on_fork: bool,
+    /// Processors that it may run on, as a list; empty for all that there are.
+    pub affinity: Vec<u32>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Seccomp {
+    Off,
+    Strict,
+    /// Programs as arrays of `struct sock_filter`, oldest first, each with the flags it was installed with.
+    Filters(Vec<SeccompFilter>),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeccompFilter {
+    pub program: Bytes,
+    pub flags: u64,
+}
+
+/// The general registers, as `struct user_regs_struct` of `<sys/user.h>` names them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registers {
+    pub r15: u64,
+    pub r14: u64,
+    pub r13: u64,
+    pub r12: u64,
+    pub rbp: u64,
+    pub rbx: u64,
+    pub r11: u64,
+    pub r10: u64,
+    pub r9: u64,
+    pub r8: u64,
+    pub rax: u64,
+    pub rcx: u64,
+    pub rdx: u64,
+    pub rsi: u64,
+    pub rdi: u64,
+    pub orig_rax: u64,
+    pub rip: u64,
+    pub cs: u64,
+    pub eflags: u64,
+    pub rsp: u64,
+    pub ss: u64,
+    pub fs_base: u64,
+    pub gs_base: u64,
+    pub ds: u64,
+    pub es: u64,
+    pub fs: u64,
+    pub gs: u64,
+}

@@ -1,0 +1,331 @@
+//! Checkpoint: a stopped container becomes records and pages.
+//!
+//! What this module does not do: commit. It returns the frozen tree, and the caller thaws it or ends it when the capsule is
+//! where it belongs.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, Metadata};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use samara_capsule::record::{self, Bytes, Container, ProcessState};
+use samara_capsule::transfer::{Sink, SpaceId};
+use samara_kernel::{Pid, proc};
+use sha2::{Digest, Sha256};
+
+use crate::freeze::{FreezeError, FrozenTree};
+use crate::root::Root;
+use crate::tracee::TraceeError;
+use crate::unsupported::{Place, Unsupported, UnsupportedList};
+use crate::{clocks, descriptors, memory, process, sockets};
+
+/// Why no capsule came of a capture. The container runs on in every case.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    #[error(transparent)]
+    Freeze(#[from] FreezeError),
+    #[error(transparent)]
+    Tracee(#[from] TraceeError),
+    #[error("the container holds state that Samara can't save: {0}")]
+    Unsupported(UnsupportedList),
+    #[error("could not read {what}")]
+    Read { what: String, source: io::Error },
+    #[error("could not copy the memory of process {pid} at {start:#x}-{end:#x}")]
+    Pages { pid: Pid, start: u64, end: u64, source: io::Error },
+    #[error("could not store the container's memory")]
+    Sink { source: io::Error },
+}
+
+/// A stream that the container was given from outside, by device and inode of what its descriptor referred to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OutsideStream {
+    pub device: u64,
+    pub inode: u64,
+}
+
+/// What to capture.
+#[derive(Clone, Debug)]
+pub struct CaptureRequest {
+    /// The container's init, as this process numbers it.
+    pub init: Pid,
+    /// The streams 0, 1 and 2 of the container, as its creator recorded them.
+    pub outside: Vec<OutsideStream>,
+}
+
+/// A container at one instant, still stopped.
+#[derive(Debug)]
+pub struct Captured {
+    pub container: Container,
+    pub frozen: FrozenTree,
+    pub report: CaptureReport,
+}
+
+/// What happened, for the user.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CaptureReport {
+    pub processes: usize,
+    pub threads: usize,
+    pub pages: u64,
+    /// Processes that had joined from outside and were left out, by name.
+    pub sessions: Vec<String>,
+    pub freeze: Duration,
+    pub collect: Duration,
+    pub copy: Duration,
+}
+
+/// Stops a container and passes all it consists of to `sink`; files of its root are the caller's business, while it is stopped.
+///
+/// Success: the container is stopped, and `sink` has taken everything. Failure: the container runs, unharmed.
+/// `thaw` is called as [`FrozenTree::stop`] says.
+pub fn capture(
+    request: &CaptureRequest,
+    thaw: &mut dyn FnMut() -> io::Result<()>,
+    sink: &mut dyn Sink,
+) -> Result<Captured, CaptureError> {
+    let begun = Instant::now();
+    let mut frozen = FrozenTree::stop(request.init, thaw)?;
+    let clocks = clocks::of_container(request.init).map_err(read("the container's clocks"))?;
+    let freeze = begun.elapsed();
+
+    let begun = Instant::now();
+    let mut tables = Tables::new(request)?;
+    let (mut processes, vdso) = collect(&mut frozen, &mut tables)?;
+    let sockets = sockets::collect(&mut tables);
+    if !tables.unsupported.is_empty() {
+        return Err(CaptureError::Unsupported(UnsupportedList(tables.unsupported)));
+    }
+    let collect = begun.elapsed();
+
+    let begun = Instant::now();
+    let mut report = CaptureReport { freeze, collect, ..CaptureReport::default() };
+    for (pid, record) in &mut processes {
+        let ProcessState::Alive(alive) = &mut record.state else { continue };
+        let Some(process) = frozen.processes.get(pid) else { continue };
+        report.threads += alive.threads.len();
+        let space = SpaceId(alive.space);
+        report.pages +=
+            memory::copy_private(*pid, &process.memory, space, &mut alive.mappings, sink)?;
+    }
+    for (file, space, bytes) in &tables.contents {
+        report.pages += memory::copy_file(file, *space, *bytes, sink)?;
+    }
+    report.copy = begun.elapsed();
+    report.processes = processes.len();
+    report.sessions = frozen.sessions.keys().map(|pid| name(*pid)).collect();
+
+    let container = Container {
+        clocks,
+        processes: process::parents_first(
+            processes.into_iter().map(|(_, record)| record).collect(),
+        ),
+        files: tables.files,
+        pipes: tables.pipes,
+        socket_pairs: sockets,
+        shared_memory: tables.shared_memory,
+        unlinked_files: tables.unlinked,
+        vdso_sha256: vdso,
+    };
+    Ok(Captured { container, frozen, report })
+}
+
+/// Records of all processes by the engine's number, and the vdso's digest.
+fn collect(
+    frozen: &mut FrozenTree,
+    tables: &mut Tables<'_>,
+) -> Result<(Vec<(Pid, record::Process)>, Bytes), CaptureError> {
+    let elapsed = crate::restart::elapsed(&frozen.sleepers, frozen.stopped_at);
+    // Sessions are thawed like the rest, so their interrupted calls are mended too.
+    for session in frozen.sessions.values_mut() {
+        process::mend_for_thaw(session, &elapsed)?;
+    }
+    let mut records = Vec::new();
+    let mut vdso = Bytes::new();
+    for (pid, process) in &mut frozen.processes {
+        // Before the engine maps anything, so that the list is the program's.
+        let mappings = memory::own_mappings(*pid).map_err(read("the mappings"))?;
+        process.set_vdso(&mappings);
+        let described = memory::describe(*pid, &mappings, tables)?;
+        if vdso.is_empty()
+            && let Some(code) = mappings.iter().find(|mapping| mapping.name == "[vdso]")
+        {
+            vdso = vdso_digest(process, code.start, code.end)?;
+        }
+        let descriptors = descriptors::collect(*pid, tables)?;
+        let space = tables.new_space();
+        let record = process::collect(process, described, descriptors, space, &elapsed, tables)?;
+        records.push((*pid, record));
+    }
+    for zombie in &frozen.zombies {
+        records.push((zombie.pid, process::collect_zombie(zombie.pid)?));
+    }
+    Ok((records, vdso))
+}
+
+/// The digest of the vdso's code without the padding, where the engine leaves traces.
+pub(crate) fn vdso_digest(
+    process: &crate::tracee::Process,
+    start: u64,
+    end: u64,
+) -> Result<Bytes, TraceeError> {
+    let bytes = usize::try_from(end - start).expect("a vdso has a few pages");
+    let mut code = process.read(start, bytes)?;
+    code.truncate(bytes - crate::tracee::PADDING_BYTES);
+    Ok(Bytes::from(Sha256::digest(&code).to_vec()))
+}
+
+/// A descriptor that led to an open file description: process, number, index of the description.
+pub(crate) type Holder = (Pid, i32, u32);
+
+/// Objects that several processes may share, each once, and what can't be saved.
+#[derive(Debug)]
+pub(crate) struct Tables<'a> {
+    pub(crate) request: &'a CaptureRequest,
+    pub(crate) root: Root,
+    pub(crate) files: Vec<record::OpenFile>,
+    pub(crate) pipes: Vec<record::Pipe>,
+    pub(crate) shared_memory: Vec<record::SharedMemory>,
+    pub(crate) unlinked: Vec<record::UnlinkedFile>,
+    pub(crate) unsupported: Vec<Unsupported>,
+    /// Content to copy: an open file, its space, its length.
+    pub(crate) contents: Vec<(File, SpaceId, u64)>,
+    /// Index of an open file description by inode, to be compared with `kcmp`.
+    pub(crate) known_files: BTreeMap<(u64, u64), Vec<Holder>>,
+    pub(crate) known_pipes: BTreeMap<(u64, u64), u32>,
+    pub(crate) sockets: sockets::Pairs,
+    known_memory: BTreeMap<(u64, u64), u32>,
+    known_unlinked: BTreeMap<(u64, u64), u32>,
+    spaces: u32,
+}
+
+impl<'a> Tables<'a> {
+    fn new(request: &'a CaptureRequest) -> Result<Tables<'a>, CaptureError> {
+        Ok(Tables {
+            request,
+            root: Root::of(request.init).map_err(read("the container's root directory"))?,
+            files: Vec::new(),
+            pipes: Vec::new(),
+            shared_memory: Vec::new(),
+            unlinked: Vec::new(),
+            unsupported: Vec::new(),
+            contents: Vec::new(),
+            known_files: BTreeMap::new(),
+            known_pipes: BTreeMap::new(),
+            sockets: sockets::Pairs::default(),
+            known_memory: BTreeMap::new(),
+            known_unlinked: BTreeMap::new(),
+            spaces: 0,
+        })
+    }
+
+    pub(crate) fn new_space(&mut self) -> SpaceId {
+        self.spaces += 1;
+        SpaceId(self.spaces - 1)
+    }
+
+    /// Notes that something can't be saved.
+    pub(crate) fn refuse(&mut self, pid: Pid, place: Place, what: impl Into<String>) {
+        let pid_inside = inner_pid(pid).unwrap_or(pid);
+        self.unsupported.push(Unsupported {
+            pid: pid_inside,
+            process: name(pid),
+            place,
+            what: what.into(),
+        });
+    }
+
+    /// The index of a shared memory object: of a memfd by its name, or of anonymous shared memory.
+    ///
+    /// `link` is a link in `/proc` by which the object can be opened.
+    pub(crate) fn shared_memory(
+        &mut self,
+        identity: (u64, u64),
+        link: &str,
+        memfd: Option<&[u8]>,
+    ) -> Result<u32, CaptureError> {
+        if let Some(index) = self.known_memory.get(&identity) {
+            return Ok(*index);
+        }
+        let file = File::open(link).map_err(read(link))?;
+        let metadata = file.metadata().map_err(read(link))?;
+        let kind = match memfd {
+            None => record::SharedMemoryKind::Anonymous,
+            Some(name) => record::SharedMemoryKind::Memfd {
+                name: Bytes::from(name.to_vec()),
+                seals: nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_GET_SEALS).unwrap_or(0),
+                mode: metadata.mode() & 0o7777,
+                owner: (metadata.uid(), metadata.gid()),
+            },
+        };
+        let space = self.new_space();
+        let bytes = metadata.size();
+        self.contents.push((file, space, bytes));
+        let index = index(self.shared_memory.len());
+        self.shared_memory.push(record::SharedMemory { space: space.0, bytes, kind });
+        self.known_memory.insert(identity, index);
+        Ok(index)
+    }
+
+    /// The index of a regular file without a name. `path` is the one that it had.
+    pub(crate) fn unlinked(
+        &mut self,
+        identity: (u64, u64),
+        link: &str,
+        path: &Path,
+        metadata: &Metadata,
+    ) -> Result<u32, CaptureError> {
+        if let Some(index) = self.known_unlinked.get(&identity) {
+            return Ok(*index);
+        }
+        let file = File::open(link).map_err(read(link))?;
+        let space = self.new_space();
+        let bytes = metadata.size();
+        self.contents.push((file, space, bytes));
+        let directory = path.parent().unwrap_or(Path::new("/")).as_os_str().as_bytes();
+        let index = index(self.unlinked.len());
+        self.unlinked.push(record::UnlinkedFile {
+            space: space.0,
+            bytes,
+            mode: metadata.mode() & 0o7777,
+            owner: (metadata.uid(), metadata.gid()),
+            modified_ns: metadata.mtime() * 1_000_000_000 + metadata.mtime_nsec(),
+            directory: Bytes::from(directory.to_vec()),
+        });
+        self.known_unlinked.insert(identity, index);
+        Ok(index)
+    }
+}
+
+/// A table's length as the index of its next entry.
+pub(crate) fn index(length: usize) -> u32 {
+    u32::try_from(length).expect("the kernel allows fewer objects than 2^32")
+}
+
+pub(crate) fn name(pid: Pid) -> String {
+    proc::attribute(pid, "comm").unwrap_or_default()
+}
+
+/// The number that a process or thread has in the innermost pid namespace.
+pub(crate) fn inner_pid(tid: Pid) -> io::Result<Pid> {
+    let status = proc::status(tid)?;
+    Ok(status.nspid.and_then(|pids| pids.last().copied()).unwrap_or(tid))
+}
+
+pub(crate) fn read(what: impl Into<String>) -> impl FnOnce(io::Error) -> CaptureError {
+    let what = what.into();
+    move |source| CaptureError::Read { what, source }
+}
+
+/// A small file of `/proc/PID`, as [`proc::attribute`].
+pub(crate) fn attribute(pid: Pid, file: &str) -> Result<String, CaptureError> {
+    proc::attribute(pid, file).map_err(read(format!("/proc/{pid}/{file}")))
+}
+
+/// The target of a link in `/proc/PID`, as a path inside the container.
+pub(crate) fn link(pid: Pid, file: &str) -> Result<record::Path, CaptureError> {
+    let path = format!("/proc/{pid}/{file}");
+    let target = fs::read_link(&path).map_err(read(path))?;
+    Ok(Bytes::from(target.as_os_str().as_bytes().to_vec()))
+}

@@ -1,0 +1,76 @@
+//! Clocks as a container sees them.
+//!
+//! `CLOCK_MONOTONIC` and `CLOCK_BOOTTIME` have an offset in each time namespace; the restored container gets a namespace in
+//! which both go on from where they were.
+
+use std::io;
+
+use nix::time::{ClockId, clock_gettime};
+use samara_capsule::record::Clocks;
+use samara_kernel::{Pid, proc};
+
+/// Offsets of a time namespace against the host's clocks, in nanoseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TimeOffsets {
+    pub monotonic_ns: i64,
+    pub boottime_ns: i64,
+}
+
+/// The clocks of a running or stopped process's time namespace, now.
+pub(crate) fn of_container(pid: Pid) -> io::Result<Clocks> {
+    let inside = offsets(&proc::attribute(pid, "timens_offsets").unwrap_or_default());
+    // The offsets in /proc are absolute, so those of our own namespace come off.
+    let own = i32::try_from(std::process::id()).expect("pids are ints");
+    let ours = offsets(&proc::attribute(own, "timens_offsets").unwrap_or_default());
+    Ok(Clocks {
+        monotonic_ns: now(ClockId::CLOCK_MONOTONIC)? + inside.monotonic_ns - ours.monotonic_ns,
+        boottime_ns: now(ClockId::CLOCK_BOOTTIME)? + inside.boottime_ns - ours.boottime_ns,
+        realtime_ns: now(ClockId::CLOCK_REALTIME)?,
+    })
+}
+
+/// The offsets that a time namespace needs for its clocks to go on from `clocks` now.
+pub fn offsets_to_continue(clocks: &Clocks) -> io::Result<TimeOffsets> {
+    Ok(TimeOffsets {
+        monotonic_ns: clocks.monotonic_ns - now(ClockId::CLOCK_MONOTONIC)?,
+        boottime_ns: clocks.boottime_ns - now(ClockId::CLOCK_BOOTTIME)?,
+    })
+}
+
+/// Parses `/proc/PID/timens_offsets`: a line a clock, with seconds and nanoseconds.
+fn offsets(text: &str) -> TimeOffsets {
+    let of = |name: &str| {
+        let mut fields = text
+            .lines()
+            .map(str::split_ascii_whitespace)
+            .find_map(|mut fields| (fields.next() == Some(name)).then_some(fields))?;
+        let seconds: i64 = fields.next()?.parse().ok()?;
+        let ns: i64 = fields.next()?.parse().ok()?;
+        seconds.checked_mul(1_000_000_000)?.checked_add(ns)
+    };
+    TimeOffsets {
+        monotonic_ns: of("monotonic").unwrap_or(0),
+        boottime_ns: of("boottime").unwrap_or(0),
+    }
+}
+
+fn now(clock: ClockId) -> io::Result<i64> {
+    let time = clock_gettime(clock)?;
+    Ok(time.tv_sec() * 1_000_000_000 + time.tv_nsec())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A misread offset would make the container's clock jump at each move.
+    #[test]
+    fn offsets_are_read_by_name() {
+        let text = "monotonic           -12         999999999\nboottime             34         5";
+        assert_eq!(
+            offsets(text),
+            TimeOffsets { monotonic_ns: -11_000_000_001, boottime_ns: 34_000_000_005 }
+        );
+        assert_eq!(offsets(""), TimeOffsets::default());
+    }
+}

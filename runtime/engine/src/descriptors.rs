@@ -1,0 +1,612 @@
+//! Descriptors and open file descriptions.
+//!
+//! Restore makes every description once, in the engine, below the container's root, and hands it to each process that has a
+//! descriptor for it. Descriptors that were shared by `fork`, `dup` or a message thus share their position and flags again.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use samara_capsule::record::{
+    Alive, Bytes, Container, Descriptor, FileKind, Lock, LockKind, OpenFile, Pipe,
+};
+use samara_kernel::pidfd::PidFd;
+use samara_kernel::proc::DescriptorInfo;
+use samara_kernel::tape::End;
+use samara_kernel::{Pid, kcmp, proc};
+
+use crate::capture::{CaptureError, OutsideStream, Tables, index, read};
+use crate::memory::Shared;
+use crate::restore::{RestoreError, make, open_below};
+use crate::root::Root;
+use crate::tracee::Process;
+use crate::unsupported::Place;
+use crate::{pipes, process, sockets};
+
+/// The descriptors and locks of one process.
+#[derive(Debug, Default)]
+pub(crate) struct Descriptors {
+    pub(crate) list: Vec<Descriptor>,
+    pub(crate) locks: Vec<Lock>,
+}
+
+/// Flags that `open` takes only while it opens, or that belong to the descriptor.
+const NOT_KEPT: i32 =
+    libc::O_CLOEXEC | libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC | libc::O_NOCTTY;
+
+/// Character devices without a state of their own: null, zero, full, random, urandom, of major 1.
+const PLAIN_DEVICES: [(u32, u32); 5] = [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9)];
+
+/// Describes the descriptors of a stopped process, registering what they share.
+pub(crate) fn collect(pid: Pid, tables: &mut Tables<'_>) -> Result<Descriptors, CaptureError> {
+    let mut found = Descriptors::default();
+    let handle = PidFd::open(pid).map_err(read(format!("process {pid}")))?;
+    for fd in proc::descriptors(pid).map_err(read(format!("/proc/{pid}/fd")))? {
+        let link = format!("/proc/{pid}/fd/{fd}");
+        let info =
+            proc::descriptor_info(pid, fd).map_err(read(format!("/proc/{pid}/fdinfo/{fd}")))?;
+        locks(pid, fd, &info, &mut found.locks, tables);
+        let metadata = fs::metadata(&link).map_err(read(link.clone()))?;
+        let identity = (metadata.dev(), metadata.ino());
+        let close_on_exec = info.flags & libc::O_CLOEXEC != 0;
+        if let Some(file) = known(pid, fd, identity, tables)? {
+            found.list.push(Descriptor { fd, file, close_on_exec });
+            continue;
+        }
+        let target = fs::read_link(&link).map_err(read(link.clone()))?;
+        let target = target.as_os_str().as_bytes();
+        let descriptor = Found {
+            pid,
+            fd,
+            handle: &handle,
+            link: &link,
+            target,
+            metadata: &metadata,
+            info: &info,
+        };
+        match classify(&descriptor, tables)? {
+            Ok(kind) => {
+                let file = index(tables.files.len());
+                tables.files.push(OpenFile { flags: info.flags & !NOT_KEPT, kind });
+                tables.known_files.entry(identity).or_default().push((pid, fd, file));
+                found.list.push(Descriptor { fd, file, close_on_exec });
+            }
+            Err(what) => tables.refuse(pid, Place::Descriptor(fd), what),
+        }
+    }
+    Ok(found)
+}
+
+/// The index of a description that another descriptor has led to before.
+fn known(
+    pid: Pid,
+    fd: i32,
+    identity: (u64, u64),
+    tables: &Tables<'_>,
+) -> Result<Option<u32>, CaptureError> {
+    for (other, other_fd, file) in
+        tables.known_files.get(&identity).map(Vec::as_slice).unwrap_or_default()
+    {
+        let order = kcmp::file((pid, fd), (*other, *other_fd))
+            .map_err(read(format!("/proc/{pid}/fd/{fd}")))?;
+        if order.is_eq() {
+            return Ok(Some(*file));
+        }
+    }
+    Ok(None)
+}
+
+/// A descriptor and all that `/proc` says of it.
+#[derive(Debug)]
+pub(crate) struct Found<'a> {
+    pub(crate) pid: Pid,
+    pub(crate) fd: i32,
+    pub(crate) handle: &'a PidFd,
+    pub(crate) link: &'a str,
+    pub(crate) target: &'a [u8],
+    pub(crate) metadata: &'a fs::Metadata,
+    pub(crate) info: &'a DescriptorInfo,
+}
+
+impl Found<'_> {
+    /// A descriptor of our own for the same open file description.
+    pub(crate) fn borrow(&self) -> Result<OwnedFd, CaptureError> {
+        self.handle.get_fd(self.fd).map_err(read(self.link))
+    }
+
+    pub(crate) fn identity(&self) -> (u64, u64) {
+        (self.metadata.dev(), self.metadata.ino())
+    }
+
+    fn line(&self, name: &str) -> Option<&str> {
+        self.info.others.iter().find(|(found, _)| found == name).map(|(_, value)| value.as_str())
+    }
+}
+
+/// What kind of file is open, or why that kind can't be saved.
+fn classify(
+    found: &Found<'_>,
+    tables: &mut Tables<'_>,
+) -> Result<Result<FileKind, String>, CaptureError> {
+    let (device, inode) = found.identity();
+    let outside = OutsideStream { device, inode };
+    if let Some(stream) = tables.request.outside.iter().position(|stream| *stream == outside) {
+        return Ok(Ok(FileKind::Outside { stream: index(stream) }));
+    }
+    if found.info.flags & libc::O_PATH != 0 {
+        return Ok(Err("descriptors opened with O_PATH are not supported".to_owned()));
+    }
+    let kind = found.metadata.file_type();
+    let position = found.info.position;
+    let path = || Bytes::from(found.target.to_vec());
+    if kind.is_file() && found.target.starts_with(b"/memfd:") {
+        let name = found.target.strip_prefix(b"/memfd:").unwrap_or_default();
+        let name = name.strip_suffix(b" (deleted)").unwrap_or(name);
+        let memory = tables.shared_memory((device, inode), found.link, Some(name))?;
+        return Ok(Ok(FileKind::SharedMemory { memory, position }));
+    }
+    if kind.is_file() && found.metadata.nlink() == 0 {
+        let path = std::path::Path::new(std::ffi::OsStr::from_bytes(found.target));
+        let file = tables.unlinked((device, inode), found.link, path, found.metadata)?;
+        return Ok(Ok(FileKind::Unlinked { file, position }));
+    }
+    if found.target.starts_with(b"anon_inode:") {
+        return Ok(anonymous(found));
+    }
+    if kind.is_fifo() && found.target.starts_with(b"pipe:") {
+        return pipes::collect(found, tables).map(|pipe| pipe.map(|pipe| FileKind::Pipe { pipe }));
+    }
+    if kind.is_socket() {
+        return sockets::note(found, tables);
+    }
+    // Everything else has a name, and has to be found by it again.
+    if tables.root.identity(found.target).ok() != Some((device, inode)) {
+        let name = String::from_utf8_lossy(found.target);
+        return Ok(Err(format!(
+            "{name} is open, but no longer at its path, or lies outside the container"
+        )));
+    }
+    if kind.is_file() {
+        return Ok(Ok(FileKind::Regular { path: path(), position, bytes: found.metadata.size() }));
+    }
+    if kind.is_dir() {
+        return Ok(Ok(FileKind::Directory { path: path(), position }));
+    }
+    if kind.is_fifo() {
+        return pipes::collect(found, tables)
+            .map(|pipe| pipe.map(|pipe| FileKind::Fifo { pipe, path: path() }));
+    }
+    if kind.is_char_device() {
+        let number = device_number(found.metadata.rdev());
+        if PLAIN_DEVICES.contains(&number) {
+            return Ok(Ok(FileKind::Device { path: path(), major: number.0, minor: number.1 }));
+        }
+    }
+    Ok(Err(format!(
+        "{} is a device or terminal, which is not supported",
+        String::from_utf8_lossy(found.target)
+    )))
+}
+
+/// Major and minor number as `makedev(3)` packs them.
+fn device_number(number: u64) -> (u32, u32) {
+    (libc::major(number), libc::minor(number))
+}
+
+/// Files of the kernel's own that have no name anywhere.
+fn anonymous(found: &Found<'_>) -> Result<FileKind, String> {
+    if found.target == b"anon_inode:[eventfd]" {
+        let count =
+            found.line("eventfd-count").and_then(|count| u64::from_str_radix(count, 16).ok());
+        let semaphore = found.line("eventfd-semaphore") == Some("1");
+        return match count {
+            Some(count) => Ok(FileKind::EventFd { count, semaphore }),
+            None => Err("this kernel does not tell the count of an eventfd".to_owned()),
+        };
+    }
+    let kind = found.target.strip_prefix(b"anon_inode:").unwrap_or(found.target);
+    Err(format!("an open {} is not supported", String::from_utf8_lossy(kind)))
+}
+
+/// Notes the locks that `fdinfo` shows: `1: POSIX  ADVISORY  WRITE 77 fe:01:1234 0 EOF`.
+fn locks(pid: Pid, fd: i32, info: &DescriptorInfo, locks: &mut Vec<Lock>, tables: &mut Tables<'_>) {
+    for (_, value) in info.others.iter().filter(|(name, _)| name == "lock") {
+        match parse_lock(fd, value) {
+            // A lock of the process shows on each of its descriptors for the file; one of them suffices.
+            Some(lock) => locks.push(lock),
+            None => tables.refuse(
+                pid,
+                Place::Descriptor(fd),
+                format!("the file lock `{value}` is not supported"),
+            ),
+        }
+    }
+}
+
+fn parse_lock(fd: i32, text: &str) -> Option<Lock> {
+    let mut fields = text.split_ascii_whitespace().skip(1);
+    let kind = match fields.next()? {
+        "POSIX" => LockKind::Posix,
+        "OFDLCK" => LockKind::OpenFile,
+        "FLOCK" => LockKind::Flock,
+        _ => return None,
+    };
+    if fields.next()? != "ADVISORY" {
+        return None;
+    }
+    let exclusive = match fields.next()? {
+        "WRITE" => true,
+        "READ" => false,
+        _ => return None,
+    };
+    let (_, _) = (fields.next()?, fields.next()?);
+    let start: u64 = fields.next()?.parse().ok()?;
+    let bytes = match fields.next()? {
+        "EOF" => 0,
+        end => end.parse::<u64>().ok()?.checked_sub(start)?.checked_add(1)?,
+    };
+    Some(Lock { fd, kind, exclusive, start, bytes })
+}
+
+/// The record of a pipe that is being filled in.
+pub(crate) fn new_pipe(tables: &mut Tables<'_>, identity: (u64, u64), pipe: Pipe) -> u32 {
+    let number = index(tables.pipes.len());
+    tables.pipes.push(pipe);
+    tables.known_pipes.insert(identity, number);
+    number
+}
+
+/// How the engine hands descriptors to processes that are being built: a socket that all of them inherit from the blank init.
+#[derive(Debug)]
+pub(crate) struct Channel {
+    ours: OwnedFd,
+    /// The number that it has in every process.
+    number: RawFd,
+}
+
+/// Descriptors in one message; the kernel takes 253 (SCM_MAX_FD).
+const DESCRIPTORS_AT_ONCE: usize = 200;
+
+impl Channel {
+    /// Closes all that the blank init has open and leaves it the channel, at a number that is not in `taken`.
+    pub(crate) fn make(
+        init: &mut Process,
+        taken: &BTreeSet<RawFd>,
+    ) -> Result<Channel, RestoreError> {
+        const NOFILE: u32 = libc::RLIMIT_NOFILE;
+        // Descriptors beyond the soft limit may be open: it was lowered after them.
+        let limits = proc::limits(init.pid).map_err(make("the limits of the blank init"))?;
+        if let Some((_, hard)) = limits.get(NOFILE as usize) {
+            proc::set_limit(init.pid, NOFILE, *hard, *hard)
+                .map_err(make("the limits of the blank init"))?;
+        }
+        let number = (0..).find(|number| !taken.contains(number)).expect("numbers do not run out");
+        let mut tape = init.tape()?;
+        tape.call(
+            "close its descriptors",
+            libc::SYS_close_range,
+            [0, u64::from(u32::MAX), 0, 0, 0, 0],
+        );
+        let pair = tape.output(8);
+        let arguments = [
+            u64::from(libc::AF_UNIX.unsigned_abs()),
+            u64::from(libc::SOCK_SEQPACKET.unsigned_abs()),
+            0,
+            pair.address,
+            0,
+            0,
+        ];
+        tape.call("make a socket pair", libc::SYS_socketpair, arguments);
+        init.run_all(0, &tape, End::Breakpoint)?;
+        let [pair] = process::words(&init.output(pair)?);
+        let (ours, theirs) = (pair & 0xffff_ffff, pair >> 32);
+        let handle = PidFd::open(init.pid).map_err(make("a handle on the blank init"))?;
+        let end = handle
+            .get_fd(RawFd::try_from(ours).expect("descriptors are ints"))
+            .map_err(make("the engine's end of a socket pair"))?;
+        let mut tape = init.tape()?;
+        let wanted = u64::from(number.unsigned_abs());
+        // Ours goes first: the wanted number may be the one that it has.
+        tape.call("close a socket", libc::SYS_close, [ours, 0, 0, 0, 0, 0]);
+        if theirs != wanted {
+            tape.call("move a socket", libc::SYS_dup3, [theirs, wanted, 0, 0, 0, 0]);
+            tape.call("close a socket", libc::SYS_close, [theirs, 0, 0, 0, 0, 0]);
+        }
+        init.run_all(0, &tape, End::Breakpoint)?;
+        Ok(Channel { ours: end, number })
+    }
+
+    /// Hands over descriptors, and returns the numbers that they got: the lowest free ones, in order.
+    pub(crate) fn send(
+        &mut self,
+        process: &mut Process,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<Vec<RawFd>, RestoreError> {
+        let mut numbers = Vec::with_capacity(files.len());
+        for files in files.chunks(DESCRIPTORS_AT_ONCE) {
+            numbers.extend(self.send_some(process, files)?);
+        }
+        Ok(numbers)
+    }
+
+    fn send_some(
+        &mut self,
+        process: &mut Process,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<Vec<RawFd>, RestoreError> {
+        let raw: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
+        let message = [IoSlice::new(b"f")];
+        sendmsg::<()>(
+            self.ours.as_raw_fd(),
+            &message,
+            &[ControlMessage::ScmRights(&raw)],
+            MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT,
+            None,
+        )
+        .map_err(io::Error::from)
+        .map_err(make("descriptors for the container"))?;
+        const HEADER_BYTES: usize = 16;
+        let bytes = HEADER_BYTES + files.len() * size_of::<RawFd>();
+        let mut tape = process.tape()?;
+        let byte = tape.output(8);
+        let vector = tape.words(&[byte.address, 1]);
+        let control = tape.output(bytes.next_multiple_of(8));
+        let header = tape.words(&[0, 0, vector, 1, control.address, control.bytes as u64, 0]);
+        let arguments = [u64::from(self.number.unsigned_abs()), header, 0, 0, 0, 0];
+        tape.call("receive descriptors", libc::SYS_recvmsg, arguments);
+        process.run_all(0, &tape, End::Breakpoint)?;
+        let control = process.output(control)?;
+        let [length] = process::words(&control);
+        let numbers: Vec<RawFd> = control
+            .get(HEADER_BYTES..usize::try_from(length).unwrap_or(0).min(control.len()))
+            .unwrap_or_default()
+            .chunks_exact(size_of::<RawFd>())
+            .map(|number| RawFd::from_le_bytes(number.try_into().expect("chunks of four bytes")))
+            .collect();
+        if numbers.len() == files.len() {
+            Ok(numbers)
+        } else {
+            // The process's own limit on descriptors cuts the list short.
+            Err(RestoreError::Make {
+                what: "descriptors".to_owned(),
+                source: io::Error::from_raw_os_error(libc::EMFILE),
+            })
+        }
+    }
+}
+
+/// The open file descriptions of a restored container, each once.
+#[derive(Debug)]
+pub(crate) struct Files(Vec<OwnedFd>);
+
+/// Makes all open file descriptions.
+///
+/// `outside` are the new container's own standard streams.
+pub(crate) fn make_files(
+    container: &Container,
+    root: &Root,
+    outside: &[Option<OwnedFd>],
+    shared: &Shared,
+) -> Result<Files, RestoreError> {
+    let mut pipes = pipes::Made::default();
+    let mut pairs: Vec<[Option<OwnedFd>; 2]> = Vec::new();
+    for pair in &container.socket_pairs {
+        pairs.push(sockets::restore(pair).map_err(make("a pair of unix sockets"))?);
+    }
+    let mut files = Vec::with_capacity(container.files.len());
+    for file in &container.files {
+        files.push(make_file(file, container, root, outside, shared, &mut pipes, &mut pairs)?);
+    }
+    Ok(Files(files))
+}
+
+fn make_file(
+    file: &OpenFile,
+    container: &Container,
+    root: &Root,
+    outside: &[Option<OwnedFd>],
+    shared: &Shared,
+    pipes: &mut pipes::Made,
+    pairs: &mut [[Option<OwnedFd>; 2]],
+) -> Result<OwnedFd, RestoreError> {
+    let damaged = |what: &str| {
+        RestoreError::Damaged(format!("an open file refers to {what} that is not there"))
+    };
+    let flags = file.flags;
+    Ok(match &file.kind {
+        FileKind::Regular { path, position, .. } => {
+            let file = open_below(root, path, flags)?;
+            seek(&file, *position)?;
+            file.into()
+        }
+        FileKind::Directory { path, position } => {
+            let file = open_below(root, path, flags)?;
+            seek(&file, *position)?;
+            file.into()
+        }
+        FileKind::Unlinked { file, position } => {
+            let object =
+                shared.unlinked.get(*file as usize).ok_or_else(|| damaged("an unlinked file"))?;
+            // What O_TMPFILE made is a file like any other now.
+            let file = Shared::reopen(object, flags & !libc::O_TMPFILE)
+                .map_err(make("an unlinked file"))?;
+            seek(&file, *position)?;
+            file.into()
+        }
+        FileKind::SharedMemory { memory, position } => {
+            let object =
+                shared.memory.get(*memory as usize).ok_or_else(|| damaged("shared memory"))?;
+            let file = Shared::reopen(object, flags).map_err(make("shared memory"))?;
+            seek(&file, *position)?;
+            file.into()
+        }
+        FileKind::Device { path, major, minor } => {
+            let file = open_below(root, path, flags)?;
+            let metadata = file.metadata().map_err(make("a device"))?;
+            if device_number(metadata.rdev()) != (*major, *minor)
+                || !metadata.file_type().is_char_device()
+            {
+                let path = String::from_utf8_lossy(path);
+                return Err(RestoreError::Incompatible(format!(
+                    "{path} is not device {major}:{minor} here"
+                )));
+            }
+            file.into()
+        }
+        FileKind::Pipe { pipe } => {
+            let record = container.pipes.get(*pipe as usize).ok_or_else(|| damaged("a pipe"))?;
+            pipes.pipe_end(*pipe, record, flags).map_err(make("a pipe"))?
+        }
+        FileKind::Fifo { pipe, path } => {
+            let record = container.pipes.get(*pipe as usize).ok_or_else(|| damaged("a FIFO"))?;
+            pipes.fifo(*pipe, record, root, path, flags).map_err(make("a FIFO"))?
+        }
+        FileKind::EventFd { count, semaphore } => {
+            let flag = if *semaphore { EfdFlags::EFD_SEMAPHORE } else { EfdFlags::empty() };
+            let event = EventFd::from_value_and_flags(0, flag | EfdFlags::EFD_CLOEXEC)
+                .map_err(io::Error::from)
+                .map_err(make("an eventfd"))?;
+            if *count > 0 {
+                event.write(*count).map_err(io::Error::from).map_err(make("an eventfd"))?;
+            }
+            let event: OwnedFd = event.into();
+            set_flags(&event, flags)?;
+            event
+        }
+        FileKind::SocketPair { pair, end } => {
+            let socket = pairs
+                .get_mut(*pair as usize)
+                .and_then(|pair| pair.get_mut(*end as usize))
+                .and_then(Option::take)
+                .ok_or_else(|| damaged("a socket"))?;
+            set_flags(&socket, flags)?;
+            socket
+        }
+        FileKind::Outside { stream } => match outside.get(*stream as usize) {
+            // The description is the engine's above, and its flags with it.
+            Some(Some(stream)) => stream.try_clone().map_err(make("a standard stream"))?,
+            Some(None) | None => {
+                let what = format!("standard stream {stream}: the new container has none");
+                return Err(RestoreError::Make { what, source: io::ErrorKind::NotFound.into() });
+            }
+        },
+    })
+}
+
+fn seek(file: &File, position: u64) -> Result<(), RestoreError> {
+    use std::io::{Seek, SeekFrom};
+    let mut file = file;
+    if position != 0 {
+        file.seek(SeekFrom::Start(position)).map_err(make("the position of an open file"))?;
+    }
+    Ok(())
+}
+
+/// Sets the status flags that `fcntl` can set.
+pub(crate) fn set_flags(fd: &OwnedFd, flags: i32) -> Result<(), RestoreError> {
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    fcntl(fd, FcntlArg::F_SETFL(OFlag::from_bits_retain(flags)))
+        .map(drop)
+        .map_err(io::Error::from)
+        .map_err(make("the flags of an open file"))
+}
+
+/// Gives a process its descriptors and locks, and closes the channel in it.
+///
+/// Received in ascending order of the numbers they are meant for, each descriptor arrives at its number or below it; moved in
+/// descending order, none is overwritten.
+pub(crate) fn install(
+    process: &mut Process,
+    channel: &mut Channel,
+    alive: &Alive,
+    files: &Files,
+) -> Result<(), RestoreError> {
+    let mut wanted: Vec<&Descriptor> = alive.descriptors.iter().collect();
+    wanted.sort_by_key(|descriptor| descriptor.fd);
+    let channel_number = u64::from(channel.number.unsigned_abs());
+    for group in wanted.chunks(DESCRIPTORS_AT_ONCE) {
+        let borrowed: Vec<BorrowedFd<'_>> = group
+            .iter()
+            .map(|descriptor| {
+                files.0.get(descriptor.file as usize).map(AsFd::as_fd).ok_or_else(|| {
+                    RestoreError::Damaged(format!(
+                        "descriptor {} refers to a file that is not there",
+                        descriptor.fd
+                    ))
+                })
+            })
+            .collect::<Result<_, _>>()?;
+        let numbers = channel.send(process, &borrowed)?;
+        let mut tape = process.tape()?;
+        for (descriptor, number) in group.iter().zip(numbers).rev() {
+            let number = u64::from(number.unsigned_abs());
+            let fd = u64::from(descriptor.fd.unsigned_abs());
+            let close_on_exec = u64::from(descriptor.close_on_exec);
+            if number == fd {
+                let set = [fd, u64::from(libc::F_SETFD.unsigned_abs()), close_on_exec, 0, 0, 0];
+                tape.call("set a descriptor's flags", libc::SYS_fcntl, set);
+            } else {
+                let flags = close_on_exec * u64::from(libc::O_CLOEXEC.unsigned_abs());
+                tape.call(
+                    format!("move descriptor {fd}"),
+                    libc::SYS_dup3,
+                    [number, fd, flags, 0, 0, 0],
+                );
+                tape.call("close a descriptor", libc::SYS_close, [number, 0, 0, 0, 0, 0]);
+            }
+        }
+        process.run_all(0, &tape, End::Breakpoint)?;
+    }
+    let mut tape = process.tape()?;
+    tape.call("close the channel", libc::SYS_close, [channel_number, 0, 0, 0, 0, 0]);
+    for lock in &alive.locks {
+        let fd = u64::from(lock.fd.unsigned_abs());
+        let (number, arguments) = match lock.kind {
+            LockKind::Flock => {
+                let operation =
+                    libc::LOCK_NB | if lock.exclusive { libc::LOCK_EX } else { libc::LOCK_SH };
+                (libc::SYS_flock, [fd, u64::from(operation.unsigned_abs()), 0, 0, 0, 0])
+            }
+            LockKind::Posix | LockKind::OpenFile => {
+                let kind = if lock.exclusive { libc::F_WRLCK } else { libc::F_RDLCK };
+                // `struct flock`: type and whence (short), start, length, pid.
+                let lock_words = [u64::from(kind.unsigned_abs()), lock.start, lock.bytes, 0];
+                let address = tape.words(&lock_words);
+                let command =
+                    if lock.kind == LockKind::Posix { libc::F_SETLK } else { libc::F_OFD_SETLK };
+                (libc::SYS_fcntl, [fd, u64::from(command.unsigned_abs()), address, 0, 0, 0])
+            }
+        };
+        tape.call(format!("lock descriptor {fd}"), number, arguments);
+    }
+    process.run_all(0, &tape, End::Breakpoint)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A lock that is not restored lets two writers into a database at once.
+    #[test]
+    fn locks_are_read_as_the_kernel_writes_them() {
+        let cases = [
+            ("1: POSIX  ADVISORY  WRITE 77 fe:01:1234 100 199", LockKind::Posix, true, 100, 100),
+            ("2: OFDLCK ADVISORY  READ -1 fe:01:1234 0 EOF", LockKind::OpenFile, false, 0, 0),
+            ("1: FLOCK  ADVISORY  WRITE 9 00:2b:9 0 EOF", LockKind::Flock, true, 0, 0),
+        ];
+        for (text, kind, exclusive, start, bytes) in cases {
+            assert_eq!(
+                parse_lock(3, text),
+                Some(Lock { fd: 3, kind, exclusive, start, bytes }),
+                "{text}"
+            );
+        }
+        assert_eq!(parse_lock(3, "1: LEASE  ACTIVE    WRITE 9 00:2b:9 0 EOF"), None);
+    }
+}

@@ -1,0 +1,128 @@
+//! The files of a container: what was changed in its root and what its tmpfs mounts hold, as OCI layer streams,
+//! and the exact application of such a stream.
+//!
+//! A layer is an uncompressed tar archive in PAX form with OCI whiteouts. It is written to any [`std::io::Write`] and
+//! read from any [`std::io::Read`]; compressing, cutting and checking it is the business of whoever stores it.
+//!
+//! Invariants:
+//! - All content and metadata are read through the merged view. The upper directory of an overlay only tells *which*
+//!   names changed, so that redirects, metacopies, every form of whiteout and files of the lower that were never copied
+//!   up come out as the container sees them, and no attribute of overlayfs gets into a layer.
+//! - All writing goes through the merged view too, one file system only, and never follows a symbolic link.
+//! - After [`apply_root`] the root equals the captured one: names, types, modes, owners, content, link groups, extended
+//!   attributes, modification times to the nanosecond, device numbers and holes, whatever the target held before.
+//! - Memory is bounded by the largest single directory, the number of files that have several names, and the number of
+//!   holes in one file, not by the size of the tree.
+//!
+//! What is absent: access, change and birth times; inode flags (immutable, append-only: reported); project quotas;
+//! SELinux labels and EVM signatures, which belong to a host and not to a container; files without a name.
+//! The processes that could change the tree must be stopped; nothing here stops them, and a tree that changes all the
+//! same yields an error or, at worst, a mix of both states, never a malformed stream.
+
+mod changes;
+mod content;
+mod fingerprint;
+mod layer;
+mod metadata;
+mod revert;
+mod root;
+mod tree;
+
+pub use changes::{apply_root, apply_tree, capture_root, capture_tree};
+pub use fingerprint::{Fingerprint, FingerprintError, base_fingerprint};
+pub use root::{LocateError, Lower, Overlay, RootChanges};
+
+use std::io;
+use std::path::PathBuf;
+
+/// A call to the host's file system that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {action} {}", path.display())]
+pub struct HostError {
+    pub action: &'static str,
+    pub path: PathBuf,
+    #[source]
+    pub source: io::Error,
+}
+
+/// Why a capture ended. Nothing in the captured tree was changed; the stream is incomplete and must be dropped.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    #[error(transparent)]
+    Host(#[from] HostError),
+    #[error("cannot write the layer")]
+    Write(#[source] io::Error),
+    #[error("{} changed while it was captured: {what}", path.display())]
+    Changed { path: PathBuf, what: &'static str },
+    #[error("{} cannot be saved: {why}", path.display())]
+    Unsupported { path: PathBuf, why: &'static str },
+}
+
+/// Why an application ended. The target holds a part of the layer and must not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ApplyError {
+    #[error(transparent)]
+    Host(#[from] HostError),
+    #[error("cannot read the layer")]
+    Read(#[source] io::Error),
+    #[error("corrupt layer at {}: {why}", path.display())]
+    Corrupt { path: PathBuf, why: &'static str },
+    #[error("the layer holds changes to a base image, and {} has no base image", root.display())]
+    NeedsBase { root: PathBuf },
+}
+
+/// A unix socket's name in the file system. The layer carries it, and applying makes the node again; whether somebody
+/// listens behind it is for others to see to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SocketNode {
+    /// Absolute, as seen from within the tree.
+    pub path: PathBuf,
+    /// Permission bits.
+    pub mode: u32,
+    pub uid: u32,
+    pub gid: u32,
+}
+
+/// What a capture put into its stream.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LayerReport {
+    /// Entries of the layer, whiteouts included.
+    pub entries: u64,
+    pub whiteouts: u64,
+    /// Bytes of file content, holes not counted.
+    pub content_bytes: u64,
+    /// Bytes of the whole stream.
+    pub stream_bytes: u64,
+    pub sockets: Vec<SocketNode>,
+    /// Names that something is mounted on where the mount could not be looked beneath. They are not in the layer.
+    pub covered: Vec<PathBuf>,
+    /// Objects with the immutable or append-only flag, which the layer does not keep.
+    pub flagged: Vec<PathBuf>,
+}
+
+/// What an application did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ApplyReport {
+    /// Entries of the layer, whiteouts included.
+    pub entries: u64,
+    /// Bytes of file content, holes not counted.
+    pub content_bytes: u64,
+    /// Names removed because neither layer nor base has them.
+    pub removed: u64,
+    /// Objects brought back from the base image.
+    pub reverted: u64,
+    pub sockets: Vec<SocketNode>,
+    /// Names that were left alone because something is mounted on them.
+    pub mounted: Vec<PathBuf>,
+}
+
+/// Attaches what was attempted on what to a failed call.
+trait Attempt<T> {
+    fn attempt(self, action: &'static str, path: impl Into<PathBuf>) -> Result<T, HostError>;
+}
+
+impl<T, E: Into<io::Error>> Attempt<T> for Result<T, E> {
+    fn attempt(self, action: &'static str, path: impl Into<PathBuf>) -> Result<T, HostError> {
+        self.map_err(|source| HostError { action, path: path.into(), source: source.into() })
+    }
+}

@@ -1,0 +1,540 @@
+//! Stopping all of a container, and letting it go on.
+//!
+//! The stop is made of ptrace stops alone: when the engine dies, the kernel detaches all of them and the container runs on.
+//! A container that its engine has paused (frozen in a cgroup) is seized while it is frozen; the caller then thaws the cgroup,
+//! and each thread goes from the freezer into its ptrace stop without executing an instruction.
+//!
+//! What this module does not do: write to cgroup files.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::time::{Duration, Instant};
+
+use samara_kernel::kcmp::{self, Resource};
+use samara_kernel::ptrace::{self, Options};
+use samara_kernel::wait::{self, Status};
+use samara_kernel::{Pid, proc};
+
+use crate::restart::{self, Sleeper};
+use crate::tracee::{Process, Thread, TraceeError, failed};
+
+/// Why a container could not be stopped. It runs on in every case.
+#[derive(Debug, thiserror::Error)]
+pub enum FreezeError {
+    #[error("could not look for the container's processes")]
+    Discover { source: io::Error },
+    #[error("process {pid} ({name}) is traced by process {tracer}: end the debugger first")]
+    Traced { pid: Pid, name: String, tracer: Pid },
+    #[error(
+        "process {pid} ({name}) is in a pid namespace inside the container's: nested pid namespaces are not supported"
+    )]
+    NestedPidNamespace { pid: Pid, name: String },
+    #[error("could not seize thread {tid} of process {pid}")]
+    Seize { pid: Pid, tid: Pid, source: io::Error },
+    #[error(
+        "thread {tid} ({name}) of process {pid} did not stop within {waited:?}; it is in state {state}"
+    )]
+    Late { pid: Pid, tid: Pid, name: String, state: char, waited: Duration },
+    #[error("the container's init (process {pid}) has ended")]
+    InitEnded { pid: Pid },
+    #[error(transparent)]
+    Tracee(#[from] TraceeError),
+}
+
+/// How long all threads together may take to stop. A thread in an uninterruptible sleep (NFS, FUSE) never does.
+const FREEZE_MAX: Duration = Duration::from_secs(10);
+/// A thread that has not stopped by then is looked at: it may be waiting for its vfork child.
+const VFORK_LOOK: Duration = Duration::from_millis(5);
+/// Between two looks for stops when there was none: a fraction of the time that a stop takes.
+const POLL: Duration = Duration::from_micros(50);
+
+/// A process that has ended and that its parent has not waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Zombie {
+    pub(crate) pid: Pid,
+}
+
+/// A container all of whose threads are in ptrace stops. Dropping it lets them go on.
+#[derive(Debug)]
+pub struct FrozenTree {
+    /// Init and its descendants, by pid.
+    pub(crate) processes: BTreeMap<Pid, Process>,
+    pub(crate) zombies: Vec<Zombie>,
+    /// Processes that joined from outside (`exec`), and their descendants: stopped, never saved.
+    pub(crate) sessions: BTreeMap<Pid, Process>,
+    pub(crate) init: Pid,
+    pub(crate) stopped_at: Instant,
+    /// Threads that were found asleep in a call with a timeout.
+    pub(crate) sleepers: BTreeMap<Pid, Sleeper>,
+}
+
+impl FrozenTree {
+    /// Stops everything in the pid namespace of `init`.
+    ///
+    /// `thaw` is called once when every thread known so far has been asked to stop: for a container that arrives frozen in a
+    /// cgroup, it has to thaw it.
+    ///
+    /// # Errors
+    /// The container runs on, with whatever was stopped released.
+    pub fn stop(
+        init: Pid,
+        thaw: &mut dyn FnMut() -> io::Result<()>,
+    ) -> Result<FrozenTree, FreezeError> {
+        let mut freezer = Freezer {
+            init,
+            namespace: proc::namespace(init, "pid").map_err(discover)?,
+            running: BTreeMap::new(),
+            stopped: BTreeMap::new(),
+            zombies: BTreeSet::new(),
+            deadline: Instant::now() + FREEZE_MAX,
+            stopped_at: Instant::now(),
+            sleepers: BTreeMap::new(),
+        };
+        // `freezer` releases what it holds when it is dropped on an error.
+        freezer.seize_new()?;
+        thaw().map_err(discover)?;
+        loop {
+            freezer.wait_for_stops()?;
+            if freezer.seize_new()? == 0 && freezer.running.is_empty() {
+                break;
+            }
+        }
+        freezer.into_tree()
+    }
+
+    /// Lets everything go on.
+    ///
+    /// # Errors
+    /// The first that occurred; all that can be let go has been let go.
+    pub fn thaw(mut self) -> Result<(), TraceeError> {
+        self.release(&mut || {})
+    }
+
+    /// As [`FrozenTree::thaw`], for a container that was frozen in a cgroup: `freeze` freezes it again before any thread runs.
+    pub fn thaw_into(mut self, freeze: &mut dyn FnMut()) -> Result<(), TraceeError> {
+        self.release(freeze)
+    }
+
+    /// Ends the container: its init with an exit code, everything else by SIGKILL.
+    ///
+    /// # Errors
+    /// If a process could not be ended; the rest of the container is ended by the kernel when init is.
+    pub fn end(mut self, code: u8) -> Result<(), TraceeError> {
+        let init = self.init;
+        for pid in self.processes.keys().chain(self.sessions.keys()).filter(|pid| **pid != init) {
+            let sent = samara_kernel::pidfd::PidFd::open(*pid)
+                .and_then(|process| process.send_signal(libc::SIGKILL));
+            match sent {
+                Err(source) if source.raw_os_error() != Some(libc::ESRCH) => {
+                    return Err(TraceeError::Ptrace { what: "kill", tid: *pid, source });
+                }
+                Ok(()) | Err(_) => {}
+            }
+        }
+        if let Some(process) = self.processes.get_mut(&init) {
+            process.begin_exit(code)?;
+        }
+        // A tracee that has ended stays until its tracer has waited for it, and init until the rest is gone.
+        let mut left: Vec<Pid> = self
+            .processes
+            .values()
+            .chain(self.sessions.values())
+            .flat_map(|process| process.threads.iter().map(|thread| thread.tid))
+            .collect();
+        self.processes.clear();
+        self.sessions.clear();
+        let deadline = Instant::now() + FREEZE_MAX;
+        while !left.is_empty() && Instant::now() < deadline {
+            left.retain(|tid| match wait::poll_one(*tid) {
+                Ok(Some(Status::Exited(_) | Status::Killed(_))) | Err(_) => false,
+                Ok(Some(_)) => {
+                    // A stop on the way to the end; the thread may be gone already.
+                    let _ = ptrace::cont(*tid, 0);
+                    true
+                }
+                Ok(None) => true,
+            });
+            std::thread::sleep(POLL);
+        }
+        Ok(())
+    }
+
+    fn release(&mut self, before_last: &mut dyn FnMut()) -> Result<(), TraceeError> {
+        let mut first_error = Ok(());
+        let everything = std::mem::take(&mut self.processes).into_values();
+        let mut everything: Vec<Process> =
+            everything.chain(std::mem::take(&mut self.sessions).into_values()).collect();
+        for process in &mut everything {
+            let unmapped = process.unmap_arena();
+            let settled = process.threads.iter_mut().map(Thread::settle).fold(Ok(()), Result::and);
+            first_error = first_error.and(unmapped).and(settled);
+        }
+        before_last();
+        for process in &everything {
+            first_error = first_error
+                .and(process.threads.iter().map(Thread::release).fold(Ok(()), Result::and));
+        }
+        first_error
+    }
+}
+
+impl Drop for FrozenTree {
+    fn drop(&mut self) {
+        if let Err(error) = self.release(&mut || {}) {
+            tracing::warn!(error = %error, "a thread could not be let go cleanly; the kernel does it when this process ends");
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Freezer {
+    init: Pid,
+    namespace: (u64, u64),
+    /// Seized and asked to stop: thread to process, and since when.
+    running: BTreeMap<Pid, (Pid, Instant)>,
+    stopped: BTreeMap<Pid, (Pid, Thread)>,
+    zombies: BTreeSet<Pid>,
+    deadline: Instant,
+    stopped_at: Instant,
+    sleepers: BTreeMap<Pid, Sleeper>,
+}
+
+impl Freezer {
+    /// Seizes threads that are not ours yet, and returns how many there were.
+    fn seize_new(&mut self) -> Result<usize, FreezeError> {
+        let mut new = 0;
+        self.zombies.clear();
+        for pid in self.members()? {
+            let Ok(threads) = proc::threads(pid) else { continue };
+            for tid in threads {
+                if !self.running.contains_key(&tid)
+                    && !self.stopped.contains_key(&tid)
+                    && self.seize(pid, tid)?
+                {
+                    new += 1;
+                }
+            }
+        }
+        Ok(new)
+    }
+
+    /// Processes whose pid namespace is the container's.
+    fn members(&self) -> Result<Vec<Pid>, FreezeError> {
+        let mut members = Vec::new();
+        let mut others = Vec::new();
+        for pid in proc::processes().map_err(discover)? {
+            match proc::namespace(pid, "pid") {
+                Ok(namespace) if namespace == self.namespace => members.push(pid),
+                Ok(_) => others.push(pid),
+                // A zombie has no namespaces any more, but still a parent.
+                Err(_) => {
+                    if proc::stat(pid).is_ok_and(|stat| stat.state == 'Z') {
+                        others.push(pid);
+                    }
+                }
+            }
+        }
+        let inside: BTreeSet<Pid> = members.iter().copied().collect();
+        for pid in others {
+            let Ok(stat) = proc::stat(pid) else { continue };
+            if !inside.contains(&stat.ppid) {
+                continue;
+            }
+            if stat.state == 'Z' {
+                members.push(pid);
+            } else if proc::namespace(pid, "pid").is_ok_and(|namespace| namespace != self.namespace)
+            {
+                return Err(FreezeError::NestedPidNamespace { pid, name: stat.comm });
+            }
+        }
+        Ok(members)
+    }
+
+    /// Seizes one thread. False: it is gone, a zombie, or ours already.
+    fn seize(&mut self, pid: Pid, tid: Pid) -> Result<bool, FreezeError> {
+        if let Some(sleeper) = Sleeper::observe(tid) {
+            self.sleepers.insert(tid, sleeper);
+        }
+        let options = Options::SYSGOOD.and(Options::FOLLOW).and(Options::EXEC);
+        let seized = match ptrace::seize(tid, options.and(Options::SUSPEND_SECCOMP)) {
+            // Only a tracer without CAP_SYS_ADMIN, or with a filter of its own, is refused the suspension.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => ptrace::seize(tid, options),
+            other => other,
+        };
+        match seized {
+            Ok(()) => {
+                self.running.insert(tid, (pid, Instant::now()));
+                ptrace::interrupt(tid)
+                    .or_else(gone_is_fine)
+                    .map_err(|source| FreezeError::Seize { pid, tid, source })?;
+                Ok(true)
+            }
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(false),
+            Err(source) => {
+                let Ok(status) = proc::status(tid) else { return Ok(false) };
+                let own = i32::try_from(std::process::id()).expect("pids are ints");
+                let state = status.state.chars().next().unwrap_or('?');
+                if matches!(state, 'Z' | 'X') {
+                    if tid == pid {
+                        if pid == self.init {
+                            return Err(FreezeError::InitEnded { pid });
+                        }
+                        self.zombies.insert(pid);
+                    }
+                    Ok(false)
+                } else if status.tracerpid == own {
+                    // Attached by the kernel as the child of a tracee; its stop is on its way.
+                    self.running.insert(tid, (pid, Instant::now()));
+                    Ok(true)
+                } else if status.tracerpid != 0 {
+                    Err(FreezeError::Traced { pid, name: status.name, tracer: status.tracerpid })
+                } else {
+                    Err(FreezeError::Seize { pid, tid, source })
+                }
+            }
+        }
+    }
+
+    fn wait_for_stops(&mut self) -> Result<(), FreezeError> {
+        while !self.running.is_empty() {
+            let mut quiet = true;
+            for tid in self.running.keys().copied().collect::<Vec<Pid>>() {
+                match wait::poll_one(tid) {
+                    Ok(Some(status)) => {
+                        quiet = false;
+                        self.on_stop(tid, status)?;
+                    }
+                    Ok(None) => {}
+                    // Reaped by somebody else, or merged into its leader by an exec.
+                    Err(error) if error.raw_os_error() == Some(libc::ECHILD) => {
+                        self.running.remove(&tid);
+                    }
+                    Err(source) => return Err(FreezeError::Discover { source }),
+                }
+            }
+            if quiet {
+                self.look_at_late()?;
+                std::thread::sleep(POLL);
+            }
+        }
+        Ok(())
+    }
+
+    fn on_stop(&mut self, tid: Pid, status: Status) -> Result<(), FreezeError> {
+        let resume =
+            |signal| ptrace::cont(tid, signal).or_else(gone_is_fine).map_err(failed("resume", tid));
+        match status {
+            Status::EventStop(signal) => {
+                let (pid, _) = match self.running.remove(&tid) {
+                    Some(found) => found,
+                    None if self.stopped.contains_key(&tid) => return Ok(()),
+                    // A new task whose first stop came before its parent's event.
+                    None => (process_of(tid).map_err(discover)?, Instant::now()),
+                };
+                let group_stop = if signal == libc::SIGTRAP { 0 } else { signal };
+                let mut thread = Thread::at_stop(tid, group_stop)?;
+                restart::mend_interrupted(&mut thread.stop);
+                self.stopped.insert(tid, (pid, thread));
+            }
+            // Delivered now: the interrupt is still due, and stops the thread before the first instruction of the handler.
+            Status::SignalStop(signal) => resume(signal)?,
+            Status::Event(wait::EVENT_EXEC) => {
+                // The other threads of the process are gone, and this one has the leader's number.
+                let pid = tid;
+                self.running.retain(|other, (owner, _)| *owner != pid || *other == tid);
+                self.stopped.retain(|_, (owner, _)| *owner != pid);
+                self.running.insert(tid, (pid, Instant::now()));
+                ptrace::interrupt(tid).or_else(gone_is_fine).map_err(failed("interrupt", tid))?;
+                resume(0)?;
+            }
+            Status::Event(_) => {
+                let child = ptrace::event_message(tid).map_err(failed("read the event of", tid))?;
+                if let Ok(child) = Pid::try_from(child)
+                    && !self.stopped.contains_key(&child)
+                    && let Ok(pid) = process_of(child)
+                {
+                    self.running.insert(child, (pid, Instant::now()));
+                }
+                resume(0)?;
+            }
+            Status::SyscallStop | Status::Continued => resume(0)?,
+            Status::Exited(_) | Status::Killed(_) => {
+                self.running.remove(&tid);
+                self.stopped.remove(&tid);
+                if tid == self.init {
+                    return Err(FreezeError::InitEnded { pid: tid });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets vfork children run whose parents wait for them, and gives up when time is out.
+    fn look_at_late(&mut self) -> Result<(), FreezeError> {
+        let now = Instant::now();
+        let late: Vec<(Pid, Pid)> = self
+            .running
+            .iter()
+            .filter(|(_, (_, since))| now.duration_since(*since) > VFORK_LOOK)
+            .map(|(tid, (pid, _))| (*tid, *pid))
+            .collect();
+        for (tid, pid) in late {
+            let Ok(stat) = proc::stat(tid) else {
+                self.running.remove(&tid);
+                continue;
+            };
+            if now > self.deadline {
+                let waited = FREEZE_MAX;
+                return Err(FreezeError::Late {
+                    pid,
+                    tid,
+                    name: stat.comm,
+                    state: stat.state,
+                    waited,
+                });
+            }
+            // A parent in vfork sleeps without taking signals until its child no longer uses its address space.
+            if stat.state == 'D' {
+                self.run_vfork_children(pid)?;
+            }
+            if let Some((_, since)) = self.running.get_mut(&tid) {
+                *since = now;
+            }
+        }
+        Ok(())
+    }
+
+    fn run_vfork_children(&mut self, parent: Pid) -> Result<(), FreezeError> {
+        let children: Vec<Pid> = self
+            .stopped
+            .iter()
+            .filter(|(tid, (pid, _))| {
+                *tid == pid
+                    && *pid != parent
+                    && kcmp::resource(parent, *pid, Resource::Vm).is_ok_and(|order| order.is_eq())
+            })
+            .map(|(tid, _)| *tid)
+            .collect();
+        for child in children {
+            if let Some((pid, thread)) = self.stopped.remove(&child) {
+                // Not asked to stop again: it stops at its exec, or ends.
+                self.running.insert(child, (pid, Instant::now()));
+                ptrace::set_registers(child, &thread.stop)
+                    .map_err(failed("set the registers of", child))?;
+                ptrace::cont(child, 0).or_else(gone_is_fine).map_err(failed("resume", child))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn into_tree(mut self) -> Result<FrozenTree, FreezeError> {
+        let mut threads: BTreeMap<Pid, Vec<Thread>> = BTreeMap::new();
+        for (pid, thread) in std::mem::take(&mut self.stopped).into_values() {
+            let list = threads.entry(pid).or_default();
+            // The leader first.
+            let position = if thread.tid == pid { 0 } else { list.len() };
+            list.insert(position, thread);
+        }
+        let mut tree = FrozenTree {
+            processes: BTreeMap::new(),
+            zombies: Vec::new(),
+            sessions: BTreeMap::new(),
+            init: self.init,
+            stopped_at: self.stopped_at,
+            sleepers: std::mem::take(&mut self.sleepers),
+        };
+        let parents: BTreeMap<Pid, Pid> = threads
+            .keys()
+            .chain(&self.zombies)
+            .filter_map(|pid| Some((*pid, proc::stat(*pid).ok()?.ppid)))
+            .collect();
+        // From here on `tree` releases on errors; what has not been moved yet goes with the engine's end.
+        for (pid, list) in threads {
+            let process = Process::new(pid, list)?;
+            if descends(pid, self.init, &parents) {
+                tree.processes.insert(pid, process);
+            } else {
+                tree.sessions.insert(pid, process);
+            }
+        }
+        tree.zombies = self
+            .zombies
+            .iter()
+            .filter(|pid| descends(**pid, self.init, &parents))
+            .map(|pid| Zombie { pid: *pid })
+            .collect();
+        Ok(tree)
+    }
+}
+
+impl Drop for Freezer {
+    fn drop(&mut self) {
+        for (_, mut thread) in std::mem::take(&mut self.stopped).into_values() {
+            if let Err(error) = thread.settle().and_then(|()| thread.release()) {
+                tracing::warn!(error = %error, "a thread could not be let go cleanly");
+            }
+        }
+        // Threads that were asked to stop and have not: wait for the stop, bounded, since only a stopped thread can be let go.
+        let deadline = Instant::now() + Duration::from_secs(1);
+        while !self.running.is_empty() && Instant::now() < deadline {
+            self.running.retain(|tid, _| !let_go(*tid));
+            std::thread::sleep(POLL);
+        }
+    }
+}
+
+/// Lets a thread go that was asked to stop, if it has stopped. False: not yet.
+fn let_go(tid: Pid) -> bool {
+    match wait::poll_one(tid) {
+        Ok(None) => false,
+        Ok(Some(Status::EventStop(_))) => {
+            let released = Thread::at_stop(tid, 0).and_then(|mut thread| {
+                restart::mend_interrupted(&mut thread.stop);
+                ptrace::set_registers(tid, &thread.stop)
+                    .map_err(failed("set the registers of", tid))?;
+                thread.release()
+            });
+            if let Err(error) = released {
+                tracing::warn!(error = %error, "a thread could not be let go cleanly");
+            }
+            true
+        }
+        Ok(Some(Status::SignalStop(signal))) => {
+            let _ = ptrace::cont(tid, signal);
+            false
+        }
+        Ok(Some(Status::SyscallStop | Status::Event(_) | Status::Continued)) => {
+            let _ = ptrace::cont(tid, 0);
+            false
+        }
+        Ok(Some(Status::Exited(_) | Status::Killed(_))) | Err(_) => true,
+    }
+}
+
+/// Whether the chain of parents leads from `pid` to `init`.
+fn descends(pid: Pid, init: Pid, parents: &BTreeMap<Pid, Pid>) -> bool {
+    let mut current = pid;
+    // A chain is no longer than there are processes.
+    for _ in 0..=parents.len() {
+        if current == init {
+            return true;
+        }
+        match parents.get(&current) {
+            Some(parent) => current = *parent,
+            None => return false,
+        }
+    }
+    false
+}
+
+fn process_of(tid: Pid) -> io::Result<Pid> {
+    Ok(proc::status(tid)?.tgid)
+}
+
+fn gone_is_fine(error: io::Error) -> io::Result<()> {
+    if error.raw_os_error() == Some(libc::ESRCH) { Ok(()) } else { Err(error) }
+}
+
+fn discover(source: io::Error) -> FreezeError {
+    FreezeError::Discover { source }
+}

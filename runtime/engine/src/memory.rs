@@ -1,0 +1,870 @@
+//! Address spaces and shared memory.
+//!
+//! | mapping | capsule | restore |
+//! |---|---|---|
+//! | private anonymous | pages that were written | mapped, filled |
+//! | private of a file | pages that the process has of its own | file mapped, own pages filled |
+//! | shared of a file | nothing: the content belongs to the file | file mapped |
+//! | shared anonymous, memfd | pages of the object, once | object made anew, filled, mapped |
+//! | vdso and its data | where they were | the new host's own, moved there |
+//!
+//! Memory is read through `/proc/PID/mem`: `process_vm_readv` pins pages, which makes the kernel copy every page that a
+//! forked child still shares with its parent.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+
+use samara_capsule::record::{
+    self, Advice, Alive, Backing, Container, FileCheck, ProcessState, SharedMemoryKind,
+};
+use samara_capsule::transfer::{
+    BATCH_BYTES_MAX, PAGE_BYTES, PageBatch, PageRun, Sink, Source, SpaceId,
+};
+use samara_kernel::pagemap::Pagemap;
+use samara_kernel::proc::Mapping;
+use samara_kernel::tape::End;
+use samara_kernel::{Pid, proc, process_vm};
+
+use crate::capture::{CaptureError, Tables};
+use crate::descriptors::Channel;
+use crate::restore::{RestoreError, Tree, is_filled, make, open_below};
+use crate::root::Root;
+use crate::tracee::Process;
+use crate::unsupported::Place;
+
+const PAGE: u64 = PAGE_BYTES as u64;
+
+/// `VmFlags` that a restore brings back, or that follow from what it brings back.
+const KNOWN_FLAGS: &[&[u8; 2]] = &[
+    b"rd", b"wr", b"ex", b"sh", b"mr", b"mw", b"me", b"ms", b"gd", b"lo", b"lf", b"sr", b"rr",
+    b"dc", b"de", b"ac", b"nr", b"sf", b"wf", b"dd", b"sd", b"hg", b"nh", b"mg", b"dw", b"nl",
+    b"gu",
+];
+
+/// Describes the mappings of a process, and registers the objects that they share.
+pub(crate) fn describe(
+    pid: Pid,
+    mappings: &[Mapping],
+    tables: &mut Tables<'_>,
+) -> Result<Vec<record::Mapping>, CaptureError> {
+    let mut records = Vec::new();
+    let mut special = 0;
+    for mapping in mappings {
+        if mapping.name == "[vsyscall]" {
+            continue;
+        }
+        let protection = u32::from(mapping.read)
+            | u32::from(mapping.write) << 1
+            | u32::from(mapping.execute) << 2;
+        let backing = if is_vdso(mapping) {
+            special += 1;
+            Backing::Vdso { index: special - 1 }
+        } else {
+            match backing(pid, mapping, tables)? {
+                Ok(backing) => backing,
+                Err(what) => {
+                    tables.refuse(pid, Place::Mapping(mapping.start), what);
+                    continue;
+                }
+            }
+        };
+        records.push(record::Mapping {
+            start: mapping.start,
+            end: mapping.end,
+            protection,
+            backing,
+            advice: advice(mapping),
+            guards: Vec::new(),
+        });
+    }
+    Ok(records)
+}
+
+pub(crate) fn is_vdso(mapping: &Mapping) -> bool {
+    mapping.name == "[vdso]" || mapping.name.as_bytes().starts_with(b"[vvar")
+}
+
+fn advice(mapping: &Mapping) -> Advice {
+    Advice {
+        no_reserve: mapping.has_flag(b"nr"),
+        dont_fork: mapping.has_flag(b"dc"),
+        dont_dump: mapping.has_flag(b"dd"),
+        wipe_on_fork: mapping.has_flag(b"wf"),
+        huge_page: mapping.has_flag(b"hg"),
+        no_huge_page: mapping.has_flag(b"nh"),
+        mergeable: mapping.has_flag(b"mg"),
+        sequential: mapping.has_flag(b"sr"),
+        random: mapping.has_flag(b"rr"),
+        locked: mapping.has_flag(b"lo"),
+        locked_on_fault: mapping.has_flag(b"lf"),
+        sync_faults: mapping.has_flag(b"sf"),
+    }
+}
+
+/// What is behind a mapping, or why it can't be saved.
+fn backing(
+    pid: Pid,
+    mapping: &Mapping,
+    tables: &mut Tables<'_>,
+) -> Result<Result<Backing, String>, CaptureError> {
+    let refuse = |what: String| Ok(Err(what));
+    if let Some(flag) = mapping.flags.iter().find(|flag| !KNOWN_FLAGS.contains(flag)) {
+        let flag = String::from_utf8_lossy(flag.as_slice()).into_owned();
+        return refuse(format!("memory with the property `{flag}` of VmFlags is not supported"));
+    }
+    let name = mapping.name.as_bytes();
+    let anonymous = mapping.inode == 0 && (name.is_empty() || name.starts_with(b"["));
+    if anonymous && !mapping.shared {
+        return Ok(Ok(Backing::Anonymous { grows_down: mapping.has_flag(b"gd") }));
+    }
+    if name.starts_with(b"anon_inode:")
+        || name.starts_with(b"/anon_inode:")
+        || name.starts_with(b"socket:")
+    {
+        return refuse(format!("a mapping of {} is not supported", mapping.name.display()));
+    }
+    if name.starts_with(b"/SYSV") {
+        return refuse("System V shared memory is not supported".to_owned());
+    }
+    if name.starts_with(b"/anon_hugepage") {
+        return refuse("explicit huge pages are not supported".to_owned());
+    }
+    let link = format!("/proc/{pid}/map_files/{:x}-{:x}", mapping.start, mapping.end);
+    let metadata =
+        fs::metadata(&link).map_err(|source| CaptureError::Read { what: link.clone(), source })?;
+    let identity = (metadata.dev(), metadata.ino());
+    let may_write = mapping.has_flag(b"mw");
+    let offset = mapping.offset;
+    if name.starts_with(b"/memfd:") || name == b"/dev/zero (deleted)" {
+        let memfd = name
+            .strip_prefix(b"/memfd:")
+            .map(|name| name.strip_suffix(b" (deleted)").unwrap_or(name));
+        if !mapping.shared {
+            return refuse("a private mapping of a memfd is not supported".to_owned());
+        }
+        let memory = tables.shared_memory(identity, &link, memfd)?;
+        return Ok(Ok(Backing::Shared { memory, offset, may_write }));
+    }
+    if metadata.nlink() == 0 {
+        let path = fs::read_link(&link)
+            .map_err(|source| CaptureError::Read { what: link.clone(), source })?;
+        let file = tables.unlinked(identity, &link, &path, &metadata)?;
+        return Ok(Ok(if mapping.shared {
+            Backing::SharedUnlinked { file, offset, may_write }
+        } else {
+            Backing::PrivateUnlinked { file, offset }
+        }));
+    }
+    let path = proc::unescape(Path::new(&mapping.name));
+    let path = path.as_os_str().as_bytes();
+    match tables.root.identity(path) {
+        Ok(found) if found == identity => {}
+        Ok(_) | Err(_) => {
+            let path = String::from_utf8_lossy(path).into_owned();
+            return refuse(format!(
+                "the mapped file {path} is no longer at its path, or outside the container"
+            ));
+        }
+    }
+    let path = record::Path::from(path.to_vec());
+    let check = FileCheck { bytes: metadata.size() };
+    Ok(Ok(if mapping.shared {
+        Backing::SharedFile { path, offset, may_write, check }
+    } else {
+        Backing::PrivateFile { path, offset, check }
+    }))
+}
+
+/// Collects page runs of one space into batches.
+pub(crate) struct Batcher<'a> {
+    sink: &'a mut dyn Sink,
+    space: SpaceId,
+    runs: Vec<PageRun>,
+    bytes: Vec<u8>,
+    exact: bool,
+    pub(crate) pages: u64,
+}
+
+impl<'a> Batcher<'a> {
+    pub(crate) fn new(sink: &'a mut dyn Sink, space: SpaceId) -> Batcher<'a> {
+        let bytes = sink.buffer();
+        Batcher { sink, space, runs: Vec::new(), bytes, exact: false, pages: 0 }
+    }
+
+    /// Adds the pages of `start..end`, whose content `read` supplies: it is given an address and a buffer to fill.
+    ///
+    /// `exact`: pages of zeros count too.
+    pub(crate) fn add(
+        &mut self,
+        start: u64,
+        end: u64,
+        exact: bool,
+        read: &dyn Fn(u64, &mut [u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        if exact != self.exact {
+            self.flush()?;
+            self.exact = exact;
+        }
+        let mut next = start;
+        while next < end {
+            let room = (BATCH_BYTES_MAX - self.bytes.len()) as u64;
+            let bytes = (end - next).min(room);
+            let from = self.bytes.len();
+            self.bytes.resize(from + usize::try_from(bytes).expect("at most a batch"), 0);
+            read(next, self.bytes.get_mut(from..).expect("just resized"))?;
+            self.runs.push(PageRun { first: next / PAGE, count: bytes / PAGE });
+            self.pages += bytes / PAGE;
+            next += bytes;
+            if self.bytes.len() == BATCH_BYTES_MAX {
+                self.flush()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        if self.runs.is_empty() {
+            return Ok(());
+        }
+        let bytes = std::mem::replace(&mut self.bytes, self.sink.buffer());
+        let batch = PageBatch { space: self.space, runs: std::mem::take(&mut self.runs), bytes };
+        if self.exact { self.sink.exact_pages(batch) } else { self.sink.pages(batch) }
+    }
+
+    pub(crate) fn finish(mut self) -> io::Result<u64> {
+        self.flush()?;
+        Ok(self.pages)
+    }
+}
+
+/// Copies the private memory of a stopped process, and fills in the guard ranges of its records.
+pub(crate) fn copy_private(
+    pid: Pid,
+    memory: &File,
+    space: SpaceId,
+    mappings: &mut [record::Mapping],
+    sink: &mut dyn Sink,
+) -> Result<u64, CaptureError> {
+    let failed = |source| CaptureError::Read { what: format!("/proc/{pid}/pagemap"), source };
+    let pagemap = Pagemap::open(pid).map_err(failed)?;
+    let mut batcher = Batcher::new(sink, space);
+    for mapping in mappings {
+        let own_only = match mapping.backing {
+            Backing::Anonymous { .. } => false,
+            Backing::PrivateFile { .. } | Backing::PrivateUnlinked { .. } => true,
+            Backing::SharedFile { .. }
+            | Backing::SharedUnlinked { .. }
+            | Backing::Shared { .. }
+            | Backing::Vdso { .. } => continue,
+        };
+        for run in pagemap.populated(mapping.start, mapping.end).map_err(failed)? {
+            if run.guard {
+                mapping.guards.push((run.start, run.end));
+            } else if !(own_only && run.file) {
+                batcher
+                    .add(run.start, run.end, own_only, &|address, buffer| {
+                        memory.read_exact_at(buffer, address)
+                    })
+                    .map_err(|source| CaptureError::Pages {
+                        pid,
+                        start: run.start,
+                        end: run.end,
+                        source,
+                    })?;
+            }
+        }
+    }
+    batcher.finish().map_err(|source| CaptureError::Sink { source })
+}
+
+/// Copies the data of a file, leaving out its holes.
+pub(crate) fn copy_file(
+    file: &File,
+    space: SpaceId,
+    bytes: u64,
+    sink: &mut dyn Sink,
+) -> Result<u64, CaptureError> {
+    use nix::errno::Errno;
+    use nix::unistd::{Whence, lseek};
+    let failed =
+        |source| CaptureError::Read { what: "a shared or unlinked file".to_owned(), source };
+    let mut batcher = Batcher::new(sink, space);
+    let mut next = 0u64;
+    while next < bytes {
+        let at = i64::try_from(next).map_err(|_| failed(io::ErrorKind::FileTooLarge.into()))?;
+        let data = match lseek(file, at, Whence::SeekData) {
+            Ok(data) => data.unsigned_abs(),
+            Err(Errno::ENXIO) => break,
+            Err(error) => return Err(failed(error.into())),
+        };
+        let hole = lseek(file, data.cast_signed(), Whence::SeekHole)
+            .map_err(|error| failed(error.into()))?;
+        let (start, end) =
+            (data / PAGE * PAGE, hole.unsigned_abs().min(bytes).next_multiple_of(PAGE));
+        let start = start.max(next.next_multiple_of(PAGE));
+        if start < end {
+            batcher
+                .add(start, end, false, &|address, buffer| read_padded(file, buffer, address))
+                .map_err(|source| CaptureError::Sink { source })?;
+        }
+        next = end.max(next + 1);
+    }
+    batcher.finish().map_err(|source| CaptureError::Sink { source })
+}
+
+/// Reads from a file; what lies behind its end is zeros.
+fn read_padded(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+    let mut filled = 0;
+    while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+        match file.read_at(rest, offset + filled as u64) {
+            Ok(0) => {
+                rest.fill(0);
+                break;
+            }
+            Ok(count) => filled += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// The mappings of a process less the engine's own, in case an engine that died has left one behind.
+pub(crate) fn own_mappings(pid: Pid) -> io::Result<Vec<Mapping>> {
+    let mut mappings = proc::mappings(pid)?;
+    mappings.sort_by_key(|mapping| mapping.start);
+    Ok(mappings)
+}
+
+/// Refuses mappings that no kernel could have made, before anything is built from them.
+pub(crate) fn check(alive: &Alive) -> Result<(), RestoreError> {
+    let mut end = 0;
+    for mapping in &alive.mappings {
+        let aligned = mapping.start % PAGE == 0 && mapping.end % PAGE == 0;
+        if !aligned || mapping.start < end || mapping.end <= mapping.start {
+            return Err(RestoreError::Damaged(format!(
+                "a mapping at {:#x} is out of order",
+                mapping.start
+            )));
+        }
+        end = mapping.end;
+    }
+    Ok(())
+}
+
+/// The vdso and its data pages of a process, in address order.
+fn vdso_mappings(process: &Process) -> Result<Vec<Mapping>, RestoreError> {
+    let mappings = proc::mappings(process.pid).map_err(make("a list of mappings"))?;
+    Ok(mappings.into_iter().filter(is_vdso).collect())
+}
+
+/// Moves the vdso and its data pages to one block at `address`.
+pub(crate) fn move_vdso_to(process: &mut Process, address: u64) -> Result<(), RestoreError> {
+    let mut next = address;
+    let places: Vec<u64> = vdso_mappings(process)?
+        .iter()
+        .map(|mapping| {
+            next += mapping.bytes();
+            next - mapping.bytes()
+        })
+        .collect();
+    move_vdso(process, &places)
+}
+
+/// Moves each part of the vdso to its place; no part may lie where another one is going.
+fn move_vdso(process: &mut Process, places: &[u64]) -> Result<(), RestoreError> {
+    const MOVE: u64 = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
+    let present = vdso_mappings(process)?;
+    if present.len() != places.len() {
+        return Err(RestoreError::Incompatible(format!(
+            "its vdso has {} parts, the capsule's has {}",
+            present.len(),
+            places.len()
+        )));
+    }
+    let mut tape = process.tape()?;
+    for (mapping, place) in present.iter().zip(places) {
+        if mapping.start != *place {
+            let bytes = mapping.bytes();
+            tape.call(
+                "move its vdso",
+                libc::SYS_mremap,
+                [mapping.start, bytes, bytes, MOVE, *place, 0],
+            );
+        }
+    }
+    process.run_all(0, &tape, End::Breakpoint)?;
+    for (mapping, place) in present.iter().zip(places) {
+        if mapping.name == "[vdso]" {
+            process.vdso_moved(*place, place + mapping.bytes());
+        }
+    }
+    Ok(())
+}
+
+/// Objects that mappings and descriptors share, made anew and filled; held by the engine until all have them.
+#[derive(Debug, Default)]
+pub(crate) struct Shared {
+    pub(crate) memory: Vec<File>,
+    pub(crate) unlinked: Vec<File>,
+}
+
+impl Shared {
+    /// Opens an object once more, with a description and flags of its own.
+    pub(crate) fn reopen(file: &File, flags: i32) -> io::Result<File> {
+        use std::os::fd::AsRawFd;
+        use std::os::unix::fs::OpenOptionsExt;
+        let writes = flags & libc::O_ACCMODE != libc::O_RDONLY;
+        let reads = flags & libc::O_ACCMODE != libc::O_WRONLY;
+        File::options()
+            .read(reads)
+            .write(writes)
+            .custom_flags(flags & !libc::O_ACCMODE)
+            .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+    }
+}
+
+/// Makes shared memory and files without names, with their content.
+pub(crate) fn make_shared(
+    tree: &mut Tree,
+    container: &Container,
+    root: &Root,
+    source: &dyn Source,
+) -> Result<Shared, RestoreError> {
+    let mut shared = Shared::default();
+    for memory in &container.shared_memory {
+        shared.memory.push(make_memory(tree, memory, source)?);
+    }
+    for (number, unlinked) in (0u32..).zip(&container.unlinked_files) {
+        let file = make_unlinked(root, unlinked, number)?;
+        let space = SpaceId(unlinked.space);
+        let length = unlinked.bytes;
+        source
+            .transfer(&[space], &|_, runs, bytes| {
+                each_run(runs, bytes, &mut |offset, bytes| {
+                    let room = usize::try_from(length.saturating_sub(offset)).unwrap_or(usize::MAX);
+                    file.write_all_at(
+                        bytes.get(..room.min(bytes.len())).unwrap_or_default(),
+                        offset,
+                    )
+                })
+            })
+            .map_err(|source| RestoreError::Fill { source })?;
+        set_modified(&file, unlinked.modified_ns).map_err(make("the times of an unlinked file"))?;
+        shared.unlinked.push(file);
+    }
+    Ok(shared)
+}
+
+fn set_modified(file: &File, modified_ns: i64) -> io::Result<()> {
+    use nix::sys::stat::futimens;
+    use nix::sys::time::{TimeSpec, TimeValLike};
+    let time = TimeSpec::nanoseconds(modified_ns);
+    Ok(futimens(file, &time, &time)?)
+}
+
+/// Makes one shared memory object. It is filled through a mapping in the container's init, so that its pages are charged there.
+fn make_memory(
+    tree: &mut Tree,
+    record: &record::SharedMemory,
+    source: &dyn Source,
+) -> Result<File, RestoreError> {
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    const RW: u64 = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+    const SHARED: u64 = (libc::MAP_SHARED | libc::MAP_FIXED_NOREPLACE) as u64;
+    const ANONYMOUS: u64 = libc::MAP_ANONYMOUS as u64;
+    let what = || make("shared memory");
+    let place = tree.parking + crate::restore::PARKING_BYTES;
+    let bytes = record.bytes.next_multiple_of(PAGE);
+    let memfd = match &record.kind {
+        SharedMemoryKind::Anonymous => None,
+        SharedMemoryKind::Memfd { name, mode, owner, .. } => {
+            let name = std::ffi::CString::new(name.to_vec())
+                .map_err(|_| RestoreError::Damaged("a memfd's name has a zero byte".to_owned()))?;
+            let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+            let file = File::from(
+                memfd_create(name.as_c_str(), flags).map_err(io::Error::from).map_err(what())?,
+            );
+            file.set_len(record.bytes).map_err(what())?;
+            std::os::unix::fs::fchown(&file, Some(owner.0), Some(owner.1)).map_err(what())?;
+            let mode = std::os::unix::fs::PermissionsExt::from_mode(*mode);
+            file.set_permissions(mode).map_err(what())?;
+            Some(file)
+        }
+    };
+    if bytes == 0 {
+        return memfd
+            .ok_or_else(|| RestoreError::Damaged("anonymous shared memory of no size".to_owned()));
+    }
+    let numbers = match &memfd {
+        Some(file) => tree.send(1, &[file.as_fd()])?,
+        None => Vec::new(),
+    };
+    let init = tree.process(1)?;
+    let mut tape = init.tape()?;
+    match numbers.first() {
+        Some(fd) => {
+            let fd = u64::from(fd.unsigned_abs());
+            tape.call("map shared memory", libc::SYS_mmap, [place, bytes, RW, SHARED, fd, 0]);
+            tape.call("close shared memory", libc::SYS_close, [fd, 0, 0, 0, 0, 0]);
+        }
+        None => {
+            let arguments = [place, bytes, RW, SHARED | ANONYMOUS, u64::MAX, 0];
+            tape.call("map shared memory", libc::SYS_mmap, arguments);
+        }
+    }
+    init.run_all(0, &tape, End::Breakpoint)?;
+    let pid = init.pid;
+    let file = match memfd {
+        Some(file) => file,
+        None => File::options()
+            .read(true)
+            .write(true)
+            .open(format!("/proc/{pid}/map_files/{place:x}-{:x}", place + bytes))
+            .map_err(what())?,
+    };
+    source
+        .transfer(&[SpaceId(record.space)], &|_, runs, bytes| write_runs(pid, place, runs, bytes))
+        .map_err(|source| RestoreError::Fill { source })?;
+    let init = tree.process(1)?;
+    let mut tape = init.tape()?;
+    tape.call("unmap shared memory", libc::SYS_munmap, [place, bytes, 0, 0, 0, 0]);
+    init.run_all(0, &tape, End::Breakpoint)?;
+    if let SharedMemoryKind::Memfd { seals, .. } = record.kind {
+        use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+        let seals = SealFlag::from_bits_retain(seals);
+        fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).map_err(io::Error::from).map_err(what())?;
+    }
+    Ok(file)
+}
+
+/// Makes a regular file without a name on the file system where it was.
+fn make_unlinked(
+    root: &Root,
+    record: &record::UnlinkedFile,
+    number: u32,
+) -> Result<File, RestoreError> {
+    let what =
+        || make(format!("an unlinked file in {}", String::from_utf8_lossy(&record.directory)));
+    let directory = root
+        .open(&record.directory, libc::O_DIRECTORY | libc::O_RDONLY)
+        .or_else(|_| root.open(b"/", libc::O_DIRECTORY | libc::O_RDONLY))
+        .map_err(what())?;
+    let file = match nameless(&directory) {
+        Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+            named_and_unlinked(&directory, number)
+        }
+        other => other,
+    }
+    .map_err(what())?;
+    file.set_len(record.bytes).map_err(what())?;
+    std::os::unix::fs::fchown(&file, Some(record.owner.0), Some(record.owner.1)).map_err(what())?;
+    file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(record.mode))
+        .map_err(what())?;
+    Ok(file)
+}
+
+fn nameless(directory: &OwnedFd) -> io::Result<File> {
+    use nix::fcntl::{OFlag, openat};
+    use nix::sys::stat::Mode;
+    let flags = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC;
+    Ok(openat(directory, c".", flags, Mode::S_IRUSR | Mode::S_IWUSR)?.into())
+}
+
+/// For file systems without `O_TMPFILE`, such as overlayfs of older kernels.
+fn named_and_unlinked(directory: &OwnedFd, number: u32) -> io::Result<File> {
+    use nix::fcntl::{OFlag, openat};
+    use nix::sys::stat::Mode;
+    use nix::unistd::{UnlinkatFlags, unlinkat};
+    let name = format!(".samara-unlinked-{number}");
+    let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_RDWR | OFlag::O_CLOEXEC;
+    let file = openat(directory, name.as_str(), flags, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    unlinkat(directory, name.as_str(), UnlinkatFlags::NoRemoveDir)?;
+    Ok(file.into())
+}
+
+/// Maps everything that a process had, writable where it has to be filled, and moves its vdso to where it was.
+pub(crate) fn map(
+    process: &mut Process,
+    channel: &mut Channel,
+    alive: &Alive,
+    root: &Root,
+    shared: &Shared,
+    runs: &[PageRun],
+) -> Result<(), RestoreError> {
+    let places: Vec<u64> = alive
+        .mappings
+        .iter()
+        .filter(|mapping| matches!(mapping.backing, Backing::Vdso { .. }))
+        .map(|mapping| mapping.start)
+        .collect();
+    move_vdso(process, &places)?;
+    for group in alive.mappings.chunks(CHUNK) {
+        map_some(process, channel, group, root, shared, runs)?;
+    }
+    Ok(())
+}
+
+/// Mappings that are made with one tape and one message of descriptors.
+const CHUNK: usize = 100;
+
+fn map_some(
+    process: &mut Process,
+    channel: &mut Channel,
+    mappings: &[record::Mapping],
+    root: &Root,
+    shared: &Shared,
+    runs: &[PageRun],
+) -> Result<(), RestoreError> {
+    let mut files: Vec<File> = Vec::new();
+    let mut index: BTreeMap<(&[u8], i32), usize> = BTreeMap::new();
+    let mut needs = Vec::new();
+    for mapping in mappings {
+        let access = |may_write: bool| if may_write { libc::O_RDWR } else { libc::O_RDONLY };
+        let object = |list: &[File], number: u32, flags: i32| -> Result<File, RestoreError> {
+            let file = list.get(number as usize).ok_or_else(|| {
+                RestoreError::Damaged(format!("a mapping refers to object {number}"))
+            })?;
+            Shared::reopen(file, flags).map_err(make("a shared object"))
+        };
+        let file = match &mapping.backing {
+            Backing::Anonymous { .. } | Backing::Vdso { .. } => None,
+            Backing::PrivateFile { path, .. } => Some((path.as_slice(), libc::O_RDONLY, None)),
+            Backing::SharedFile { path, may_write, .. } => {
+                Some((path.as_slice(), access(*may_write), None))
+            }
+            Backing::PrivateUnlinked { file, .. } => {
+                Some((b"".as_slice(), 0, Some(object(&shared.unlinked, *file, libc::O_RDONLY)?)))
+            }
+            Backing::SharedUnlinked { file, may_write, .. } => Some((
+                b"".as_slice(),
+                0,
+                Some(object(&shared.unlinked, *file, access(*may_write))?),
+            )),
+            Backing::Shared { memory, may_write, .. } => Some((
+                b"".as_slice(),
+                0,
+                Some(object(&shared.memory, *memory, access(*may_write))?),
+            )),
+        };
+        needs.push(match file {
+            None => None,
+            Some((_, _, Some(file))) => {
+                files.push(file);
+                Some(files.len() - 1)
+            }
+            Some((path, flags, None)) => Some(match index.get(&(path, flags)) {
+                Some(known) => *known,
+                None => {
+                    let file = open_below(root, path, flags)?;
+                    check_file(&mapping.backing, &file)?;
+                    files.push(file);
+                    index.insert((path, flags), files.len() - 1);
+                    files.len() - 1
+                }
+            }),
+        });
+    }
+    let borrowed: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
+    let numbers = channel.send(process, &borrowed)?;
+    let mut tape = process.tape()?;
+    for (mapping, need) in mappings.iter().zip(needs) {
+        let Some((flags, offset)) = placement(mapping) else { continue };
+        let fd = need
+            .and_then(|index| numbers.get(index))
+            .map_or(u64::MAX, |fd| u64::from(fd.unsigned_abs()));
+        let filled = is_filled(&mapping.backing) && touches(runs, mapping);
+        let protection =
+            if filled { u64::from(mapping.protection) | 3 } else { u64::from(mapping.protection) };
+        let arguments = [mapping.start, mapping.end - mapping.start, protection, flags, fd, offset];
+        tape.call(
+            format!("map {:#x}-{:#x}", mapping.start, mapping.end),
+            libc::SYS_mmap,
+            arguments,
+        );
+    }
+    for fd in &numbers {
+        tape.call(
+            "close a mapped file",
+            libc::SYS_close,
+            [u64::from(fd.unsigned_abs()), 0, 0, 0, 0, 0],
+        );
+    }
+    process.run_all(0, &tape, End::Breakpoint)?;
+    Ok(())
+}
+
+/// Private pages are only right over the file they came from.
+fn check_file(backing: &Backing, file: &File) -> Result<(), RestoreError> {
+    let (Backing::PrivateFile { path, check, .. } | Backing::SharedFile { path, check, .. }) =
+        backing
+    else {
+        return Ok(());
+    };
+    let bytes = file.metadata().map_err(make("the size of a mapped file"))?.len();
+    if bytes != check.bytes {
+        let path = String::from_utf8_lossy(path);
+        let was = check.bytes;
+        return Err(RestoreError::Incompatible(format!(
+            "{path} has {bytes} bytes, and had {was} when it was mapped"
+        )));
+    }
+    Ok(())
+}
+
+/// Flags and offset for `mmap`; `None` for the vdso.
+fn placement(mapping: &record::Mapping) -> Option<(u64, u64)> {
+    const PRIVATE: i32 = libc::MAP_PRIVATE | libc::MAP_FIXED_NOREPLACE;
+    const SHARED: i32 = libc::MAP_SHARED | libc::MAP_FIXED_NOREPLACE;
+    let (flags, offset) = match mapping.backing {
+        Backing::Anonymous { grows_down } => {
+            (PRIVATE | libc::MAP_ANONYMOUS | if grows_down { libc::MAP_GROWSDOWN } else { 0 }, 0)
+        }
+        Backing::PrivateFile { offset, .. } | Backing::PrivateUnlinked { offset, .. } => {
+            (PRIVATE, offset)
+        }
+        Backing::SharedFile { offset, .. }
+        | Backing::SharedUnlinked { offset, .. }
+        | Backing::Shared { offset, .. } => (SHARED, offset),
+        Backing::Vdso { .. } => return None,
+    };
+    let flags = flags | if mapping.advice.no_reserve { libc::MAP_NORESERVE } else { 0 };
+    Some((u64::from(flags.unsigned_abs()), offset))
+}
+
+/// Whether any of the runs lies in a mapping.
+fn touches(runs: &[PageRun], mapping: &record::Mapping) -> bool {
+    let (first, end) = (mapping.start / PAGE, mapping.end / PAGE);
+    let next = runs.partition_point(|run| run.first + run.count <= first);
+    runs.get(next).is_some_and(|run| run.first < end)
+}
+
+/// Copies the private memory of all processes from the capsule.
+pub(crate) fn fill(
+    tree: &Tree,
+    container: &Container,
+    source: &dyn Source,
+) -> Result<(), RestoreError> {
+    let mut targets: BTreeMap<SpaceId, Pid> = BTreeMap::new();
+    for record in &container.processes {
+        if let (ProcessState::Alive(alive), Some(process)) =
+            (&record.state, tree.processes.get(&record.pid))
+        {
+            targets.insert(SpaceId(alive.space), process.pid);
+        }
+    }
+    let spaces: Vec<SpaceId> = targets.keys().copied().collect();
+    source
+        .transfer(&spaces, &|space, runs, bytes| {
+            let pid = targets.get(&space).copied().ok_or(io::ErrorKind::InvalidData)?;
+            write_runs(pid, 0, runs, bytes)
+        })
+        .map_err(|source| RestoreError::Fill { source })
+}
+
+/// Writes pages to a process: page numbers count from `base`.
+fn write_runs(pid: Pid, base: u64, runs: &[PageRun], bytes: &[u8]) -> io::Result<()> {
+    let mut rest = bytes;
+    for runs in runs.chunks(process_vm::RANGES_MAX) {
+        let ranges: Vec<process_vm::Range> = runs
+            .iter()
+            .map(|run| {
+                let bytes =
+                    run.count.checked_mul(PAGE).and_then(|bytes| usize::try_from(bytes).ok());
+                let address =
+                    run.first.checked_mul(PAGE).and_then(|offset| offset.checked_add(base));
+                match (address, bytes) {
+                    (Some(address), Some(bytes)) => Ok(process_vm::Range { address, bytes }),
+                    _ => Err(io::ErrorKind::InvalidData.into()),
+                }
+            })
+            .collect::<io::Result<_>>()?;
+        let bytes = ranges.iter().map(|range| range.bytes).sum();
+        let (now, later) = rest.split_at_checked(bytes).ok_or(io::ErrorKind::InvalidData)?;
+        let written = process_vm::write(pid, &ranges, now)?;
+        if written != bytes {
+            let address = ranges.first().map_or(0, |range| range.address);
+            return Err(io::Error::other(format!(
+                "only {written} of {bytes} bytes fit at {address:#x} of process {pid}"
+            )));
+        }
+        rest = later;
+    }
+    Ok(())
+}
+
+/// Passes the runs of a batch one by one: offset in bytes, and content.
+fn each_run(
+    runs: &[PageRun],
+    bytes: &[u8],
+    write: &mut dyn FnMut(u64, &[u8]) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut rest = bytes;
+    for run in runs {
+        let length = run.count.checked_mul(PAGE).and_then(|bytes| usize::try_from(bytes).ok());
+        let (now, later) = length
+            .and_then(|length| rest.split_at_checked(length))
+            .ok_or(io::ErrorKind::InvalidData)?;
+        write(run.first.checked_mul(PAGE).ok_or(io::ErrorKind::InvalidData)?, now)?;
+        rest = later;
+    }
+    Ok(())
+}
+
+/// Gives filled mappings their own protection, and all their advice.
+pub(crate) fn protect(process: &mut Process, alive: &Alive) -> Result<(), RestoreError> {
+    const RW: u32 = 3;
+    let mut tape = process.tape()?;
+    for mapping in &alive.mappings {
+        // Each mapping takes a dozen calls at most, besides its guards.
+        if !tape.has_room(16 + mapping.guards.len(), 0) {
+            process.run_all(0, &tape, End::Breakpoint)?;
+            tape = process.tape()?;
+        }
+        let (start, bytes) = (mapping.start, mapping.end - mapping.start);
+        if is_filled(&mapping.backing) && mapping.protection & RW != RW {
+            let arguments = [start, bytes, mapping.protection.into(), 0, 0, 0];
+            tape.call(format!("protect {start:#x}"), libc::SYS_mprotect, arguments);
+        }
+        for (start, end) in &mapping.guards {
+            const MADV_GUARD_INSTALL: u64 = 102;
+            let arguments = [*start, end.saturating_sub(*start), MADV_GUARD_INSTALL, 0, 0, 0];
+            tape.call("install guard pages", libc::SYS_madvise, arguments);
+        }
+        for advice in advices(&mapping.advice) {
+            let advice = u64::from(advice.unsigned_abs());
+            tape.call(
+                format!("advise on {start:#x}"),
+                libc::SYS_madvise,
+                [start, bytes, advice, 0, 0, 0],
+            );
+        }
+        if mapping.advice.locked || mapping.advice.locked_on_fault {
+            let flags = u64::from(mapping.advice.locked_on_fault);
+            tape.call(format!("lock {start:#x}"), libc::SYS_mlock2, [start, bytes, flags, 0, 0, 0]);
+        }
+    }
+    process.run_all(0, &tape, End::Breakpoint)?;
+    Ok(())
+}
+
+fn advices(advice: &Advice) -> impl Iterator<Item = i32> {
+    [
+        (advice.dont_fork, libc::MADV_DONTFORK),
+        (advice.dont_dump, libc::MADV_DONTDUMP),
+        (advice.wipe_on_fork, libc::MADV_WIPEONFORK),
+        (advice.huge_page, libc::MADV_HUGEPAGE),
+        (advice.no_huge_page, libc::MADV_NOHUGEPAGE),
+        (advice.mergeable, libc::MADV_MERGEABLE),
+        (advice.sequential, libc::MADV_SEQUENTIAL),
+        (advice.random, libc::MADV_RANDOM),
+    ]
+    .into_iter()
+    .filter(|(wanted, _)| *wanted)
+    .map(|(_, advice)| advice)
+}

@@ -1,0 +1,930 @@
+//! Processes and threads: ids, registers, signals, credentials, scheduling, limits.
+
+use std::collections::BTreeMap;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+
+use samara_capsule::record::{
+    self, Alive, AlternateStack, Bytes, Credentials, IntervalTimer, ProcessState, Restart,
+    Scheduling, Seccomp, SeccompFilter, SignalAction,
+};
+use samara_capsule::transfer::SpaceId;
+use samara_kernel::ptrace::{self, Queue, Registers};
+use samara_kernel::tape::End;
+use samara_kernel::wait::{self, Status};
+use samara_kernel::{Pid, proc, sched};
+
+use crate::capture::{CaptureError, Tables, attribute, inner_pid, link, name, read};
+use crate::descriptors::{Channel, Descriptors};
+use crate::restart::{self, Goal};
+use crate::restore::{RestoreError, make, open_below};
+use crate::root::Root;
+use crate::tracee::{Output, Process, Tape, Thread, TraceeError, failed};
+use crate::unsupported::{Place, UnsupportedList};
+
+/// Signals are numbered from 1 to this.
+pub(crate) const SIGNALS: u32 = 64;
+/// Bytes of the kernel's `struct sigaction`: handler, flags, restorer, mask.
+pub(crate) const SIGACTION_BYTES: usize = 32;
+/// Bytes of `stack_t`.
+pub(crate) const STACK_BYTES: usize = 24;
+/// Bytes of `struct itimerval`.
+pub(crate) const ITIMERVAL_BYTES: usize = 32;
+
+/// `prctl` operations that libc has no name for on every target.
+const PR_GET_TID_ADDRESS: u64 = 40;
+const SECCOMP_STRICT: u32 = 1;
+
+/// Describes a stopped process. Its memory has been described already, since this maps the engine's own.
+///
+/// Every thread is left with the engine's corrections of interrupted calls, ready to be thawed.
+pub(crate) fn collect(
+    process: &mut Process,
+    mappings: Vec<record::Mapping>,
+    descriptors: Descriptors,
+    space: SpaceId,
+    elapsed: &BTreeMap<Pid, u64>,
+    tables: &mut Tables<'_>,
+) -> Result<record::Process, CaptureError> {
+    let pid = process.pid;
+    let what = || read(format!("process {pid} in /proc"));
+    let stat = proc::stat(pid).map_err(what())?;
+    let status = proc::status(pid).map_err(what())?;
+    check(pid, &status, tables)?;
+    for thread in &process.threads {
+        // Code segments of 64-bit programs (USER_CS of arch/x86/include/asm/segment.h).
+        const USER_CS: u64 = 0x33;
+        if thread.stop.cs != USER_CS {
+            tables.refuse(pid, Place::Thread(thread.tid), "32-bit code is not supported");
+        }
+    }
+    if !tables.unsupported.is_empty() {
+        return Err(CaptureError::Unsupported(UnsupportedList(std::mem::take(
+            &mut tables.unsupported,
+        ))));
+    }
+    leave_critical_sections(process)?;
+    // What the capsule gets is decided before the corrections for the thaw change the registers.
+    let restored: Vec<(Registers, Restart)> = process
+        .threads
+        .iter()
+        .map(|thread| corrected(process, thread, Goal::Restore, elapsed))
+        .collect();
+    mend_for_thaw(process, elapsed)?;
+    process.map_arena(None)?;
+    let answers = Answers::ask(process, &status)?;
+    let mut threads = Vec::new();
+    for (index, (registers, restart)) in restored.into_iter().enumerate() {
+        threads.push(collect_thread(process, index, registers, restart)?);
+    }
+    process.unmap_arena()?;
+
+    let layout = proc::layout(&stat);
+    let alive = Alive {
+        space: space.0,
+        mappings,
+        layout: record::Layout {
+            start_code: layout.start_code,
+            end_code: layout.end_code,
+            start_data: layout.start_data,
+            end_data: layout.end_data,
+            start_brk: layout.start_brk,
+            brk: answers.brk,
+            start_stack: layout.start_stack,
+            arg_start: layout.arg_start,
+            arg_end: layout.arg_end,
+            env_start: layout.env_start,
+            env_end: layout.env_end,
+        },
+        executable: link(pid, "exe")?,
+        auxiliary_vector: Bytes::from(proc::auxiliary_vector(pid).map_err(what())?),
+        working_directory: link(pid, "cwd")?,
+        umask: status.umask.unwrap_or(0o022),
+        descriptors: descriptors.list,
+        locks: descriptors.locks,
+        limits: proc::limits(pid).map_err(what())?,
+        actions: answers.actions,
+        pending: pending(process.threads.first().map_or(pid, |thread| thread.tid), Queue::Process)?,
+        interval_timers: answers.interval_timers,
+        stopped: process.threads.iter().any(|thread| thread.group_stop != 0),
+        dumpable: answers.dumpable,
+        subreaper: answers.subreaper,
+        oom_score_adjust: attribute(pid, "oom_score_adj")?.parse().unwrap_or(0),
+        personality: u32::from_str_radix(&attribute(pid, "personality")?, 16).unwrap_or(0),
+        exit_signal: stat.exit_signal.unwrap_or(libc::SIGCHLD),
+        threads,
+    };
+    Ok(record::Process { state: ProcessState::Alive(Box::new(alive)), ..identity(pid, &status)? })
+}
+
+pub(crate) fn collect_zombie(pid: Pid) -> Result<record::Process, CaptureError> {
+    let what = || read(format!("process {pid} in /proc"));
+    let status = proc::status(pid).map_err(what())?;
+    let exit_status = proc::stat(pid).map_err(what())?.exit_code.unwrap_or(0);
+    Ok(record::Process { state: ProcessState::Zombie { exit_status }, ..identity(pid, &status)? })
+}
+
+/// The ids of a process in the innermost namespace; the state is the caller's to set.
+fn identity(pid: Pid, status: &proc::Status) -> Result<record::Process, CaptureError> {
+    let last =
+        |list: &Option<Vec<i32>>| list.as_ref().and_then(|list| list.last().copied()).unwrap_or(0);
+    let inner = last(&status.nspid);
+    let parent =
+        if inner == 1 { 0 } else { inner_pid(status.ppid).map_err(read("a parent process"))? };
+    Ok(record::Process {
+        pid: inner,
+        parent,
+        group: last(&status.nspgid),
+        session: last(&status.nssid),
+        name: Bytes::from(name(pid).into_bytes()),
+        state: ProcessState::Zombie { exit_status: 0 },
+    })
+}
+
+/// Sorts processes so that each comes after its parent.
+pub(crate) fn parents_first(mut processes: Vec<record::Process>) -> Vec<record::Process> {
+    processes.sort_by_key(|process| process.pid);
+    let mut sorted: Vec<record::Process> = Vec::with_capacity(processes.len());
+    while !processes.is_empty() {
+        let (ready, waiting): (Vec<_>, Vec<_>) = processes.into_iter().partition(|process| {
+            process.parent == 0 || sorted.iter().any(|earlier| earlier.pid == process.parent)
+        });
+        if ready.is_empty() {
+            // Only a broken capsule has processes whose parents are missing; they are kept for whoever checks.
+            sorted.extend(waiting);
+            break;
+        }
+        sorted.extend(ready);
+        processes = waiting;
+    }
+    sorted
+}
+
+/// Notes what of a process can't be saved.
+fn check(pid: Pid, status: &proc::Status, tables: &mut Tables<'_>) -> Result<(), CaptureError> {
+    if !attribute(pid, "timers").unwrap_or_default().is_empty() {
+        tables.refuse(pid, Place::Process, "POSIX timers (timer_create) are not supported");
+    }
+    for kind in ["ipc", "mnt", "net", "uts", "user", "cgroup", "time"] {
+        let (Ok(own), Ok(init)) =
+            (proc::namespace(pid, kind), proc::namespace(tables.request.init, kind))
+        else {
+            continue;
+        };
+        if own != init {
+            tables.refuse(
+                pid,
+                Place::Process,
+                format!("it has a {kind} namespace of its own, which is not supported"),
+            );
+        }
+    }
+    let executable = link(pid, "exe")?;
+    let identity = std::fs::metadata(format!("/proc/{pid}/exe"))
+        .map(|metadata| (metadata.dev(), metadata.ino()));
+    if tables.root.identity(&executable).ok() != identity.ok() {
+        let path = String::from_utf8_lossy(&executable).into_owned();
+        tables.refuse(pid, Place::Process, format!("its program {path} is no longer at its path"));
+    }
+    let root = link(pid, "root")?;
+    if root.as_slice() != b"/" {
+        tables.refuse(
+            pid,
+            Place::Process,
+            format!("its root directory is {}", String::from_utf8_lossy(&root)),
+        );
+    }
+    let layers = status.nspid.as_ref().map_or(0, Vec::len);
+    let inits = proc::status(tables.request.init)
+        .ok()
+        .and_then(|status| status.nspid)
+        .map_or(0, |pids| pids.len());
+    if layers != inits {
+        tables.refuse(pid, Place::Process, "it is in a nested pid namespace");
+    }
+    Ok(())
+}
+
+/// Lets threads that were stopped inside a restartable sequence start it anew, as the kernel does after a preemption.
+///
+/// The kernel looks at the instruction pointer when a thread returns to user mode; it would see the engine's code there, and
+/// take the sequence for finished.
+fn leave_critical_sections(process: &mut Process) -> Result<(), TraceeError> {
+    /// Offset of `rseq_cs` in `struct rseq`, and the size of `struct rseq_cs` (linux/rseq.h).
+    const SECTION: u64 = 8;
+    const SECTION_BYTES: usize = 32;
+    for index in 0..process.threads.len() {
+        let Some(thread) = process.threads.get(index) else { continue };
+        let tid = thread.tid;
+        let Some(rseq) = ptrace::rseq(tid).map_err(failed("read the rseq registration of", tid))?
+        else {
+            continue;
+        };
+        let Ok(section) = process.read(rseq.address + SECTION, 8) else { continue };
+        let [section] = words(&section);
+        if section == 0 {
+            continue;
+        }
+        let Ok(section) = process.read(section, SECTION_BYTES) else { continue };
+        let [_, start, bytes, abort] = words(&section);
+        if let Some(thread) = process.threads.get_mut(index)
+            && thread.stop.rip.wrapping_sub(start) < bytes
+        {
+            thread.stop.rip = abort;
+            ptrace::set_registers(tid, &thread.stop)
+                .map_err(failed("set the registers of", tid))?;
+        }
+    }
+    Ok(())
+}
+
+/// Corrects the interrupted calls of all threads of a process that will be thawed.
+pub(crate) fn mend_for_thaw(
+    process: &mut Process,
+    elapsed: &BTreeMap<Pid, u64>,
+) -> Result<(), TraceeError> {
+    let corrections: Vec<(Registers, Restart)> = process
+        .threads
+        .iter()
+        .map(|thread| corrected(process, thread, Goal::Thaw, elapsed))
+        .collect();
+    let places = process.scratch_for(corrections.iter().map(|(_, restart)| *restart))?;
+    for (thread, ((mut registers, restart), place)) in
+        process.threads.iter_mut().zip(corrections.into_iter().zip(places))
+    {
+        if let (Restart::Timespec { argument, .. }, Some(address)) = (restart, place) {
+            restart::point_at(&mut registers, argument, address);
+        }
+        if registers != thread.stop {
+            thread.stop = registers;
+            let tid = thread.tid;
+            ptrace::set_registers(tid, &registers).map_err(failed("set the registers of", tid))?;
+        }
+    }
+    Ok(())
+}
+
+fn corrected(
+    process: &Process,
+    thread: &Thread,
+    goal: Goal,
+    elapsed: &BTreeMap<Pid, u64>,
+) -> (Registers, Restart) {
+    let mut registers = thread.stop;
+    let elapsed_ns = elapsed.get(&thread.tid).copied().unwrap_or(0);
+    let read = |address| process.read(address, 16).ok().and_then(|bytes| bytes.try_into().ok());
+    let restart = restart::shorten(&mut registers, goal, elapsed_ns, &read);
+    (registers, restart)
+}
+
+/// What only the process itself can ask the kernel.
+struct Answers {
+    actions: Vec<SignalAction>,
+    interval_timers: [IntervalTimer; 3],
+    brk: u64,
+    dumpable: bool,
+    subreaper: bool,
+}
+
+impl Answers {
+    fn ask(process: &mut Process, status: &proc::Status) -> Result<Answers, TraceeError> {
+        let mut tape = process.tape()?;
+        // Signals that are neither caught nor ignored have no action worth a call.
+        let interesting: Vec<u32> = (1..=SIGNALS)
+            .filter(|signal| (status.sigcgt | status.sigign) >> (signal - 1) & 1 == 1)
+            .collect();
+        let actions: Vec<Output> = interesting
+            .iter()
+            .map(|signal| {
+                let output = tape.output(SIGACTION_BYTES);
+                let arguments = [u64::from(*signal), 0, output.address, 8, 0, 0];
+                tape.call("ask for a signal action", libc::SYS_rt_sigaction, arguments);
+                output
+            })
+            .collect();
+        let timers: Vec<Output> = (0..3)
+            .map(|which| {
+                let output = tape.output(ITIMERVAL_BYTES);
+                tape.call(
+                    "ask for an interval timer",
+                    libc::SYS_getitimer,
+                    [which, output.address, 0, 0, 0, 0],
+                );
+                output
+            })
+            .collect();
+        let subreaper = tape.output(8);
+        prctl(&mut tape, libc::PR_GET_CHILD_SUBREAPER, subreaper.address);
+        let dumpable = tape.len();
+        prctl(&mut tape, libc::PR_GET_DUMPABLE, 0);
+        let brk = tape.len();
+        tape.call("ask for its break", libc::SYS_brk, [0; 6]);
+        let results = process.run_all(0, &tape, End::Call)?;
+        let result = |index: usize| results.get(index).copied().unwrap_or(0);
+
+        let mut table = vec![SignalAction::default(); SIGNALS as usize];
+        for (signal, output) in interesting.iter().zip(actions) {
+            let [handler, flags, restorer, mask] = words(&process.output(output)?);
+            if let Some(entry) = table.get_mut(*signal as usize - 1) {
+                *entry = SignalAction { handler, flags, restorer, mask };
+            }
+        }
+        let mut interval_timers = [IntervalTimer::default(); 3];
+        for (timer, output) in interval_timers.iter_mut().zip(timers) {
+            let [interval_s, interval_us, rest_s, rest_us] = words(&process.output(output)?);
+            let us = |seconds: u64, us: u64| seconds.saturating_mul(1_000_000).saturating_add(us);
+            *timer = IntervalTimer {
+                interval_us: us(interval_s, interval_us),
+                rest_us: us(rest_s, rest_us),
+            };
+        }
+        let [subreaper] = words(&process.output(subreaper)?);
+        Ok(Answers {
+            actions: table,
+            interval_timers,
+            brk: result(brk),
+            // 2 (root only) can't be set by anybody but the kernel; it counts as not dumpable.
+            dumpable: result(dumpable) == 1,
+            subreaper: subreaper & 0xffff_ffff != 0,
+        })
+    }
+}
+
+fn collect_thread(
+    process: &mut Process,
+    index: usize,
+    registers: Registers,
+    restart: Restart,
+) -> Result<record::Thread, CaptureError> {
+    let mut tape = process.tape()?;
+    let stack = tape.output(STACK_BYTES);
+    tape.call("ask for its alternate stack", libc::SYS_sigaltstack, [0, stack.address, 0, 0, 0, 0]);
+    let clear = tape.output(8);
+    prctl(
+        &mut tape,
+        libc::c_int::try_from(PR_GET_TID_ADDRESS).expect("a small number"),
+        clear.address,
+    );
+    let death = tape.output(8);
+    prctl(&mut tape, libc::PR_GET_PDEATHSIG, death.address);
+    let slack = tape.len();
+    prctl(&mut tape, libc::PR_GET_TIMERSLACK, 0);
+    let bits = tape.len();
+    prctl(&mut tape, libc::PR_GET_SECUREBITS, 0);
+    let results = process.run_all(index, &tape, End::Call)?;
+    let result = |index: usize| results.get(index).copied().unwrap_or(0);
+    let [address, flags, bytes] = words(&process.output(stack)?);
+    let [clear_child_tid] = words(&process.output(clear)?);
+    let [death] = words(&process.output(death)?);
+
+    let pid = process.pid;
+    let Some(thread) = process.threads.get(index) else {
+        return Err(TraceeError::NoRoom { pid, why: "it has no such thread" }.into());
+    };
+    let tid = thread.tid;
+    let what = || read(format!("thread {tid} in /proc"));
+    let status = proc::status(tid).map_err(what())?;
+    let stat = proc::stat(tid).map_err(what())?;
+    let online = sched::affinity(0).map_err(what())?;
+    let affinity = sched::affinity(tid).map_err(what())?;
+    let policy = stat.policy.unwrap_or(0);
+    Ok(record::Thread {
+        tid: inner_pid(tid).map_err(what())?,
+        name: Bytes::from(attribute(tid, "comm")?.into_bytes()),
+        registers: to_record(&registers),
+        xstate: Bytes::from(
+            ptrace::xstate(tid).map_err(failed("read the vector registers of", tid))?,
+        ),
+        signal_mask: thread.mask,
+        pending: pending(tid, Queue::Thread)?,
+        alternate_stack: AlternateStack { address, flags: low_int(flags), bytes },
+        clear_child_tid,
+        robust_list: samara_kernel::robust_list::get(tid).map_err(what())?,
+        rseq: ptrace::rseq(tid).map_err(failed("read the rseq registration of", tid))?.map(
+            |rseq| record::Rseq {
+                address: rseq.address,
+                bytes: rseq.bytes,
+                signature: rseq.signature,
+            },
+        ),
+        credentials: Credentials {
+            uids: [status.ruid, status.euid, status.suid, status.fuid],
+            gids: [status.rgid, status.egid, status.sgid, status.fgid],
+            groups: status.groups.clone(),
+            inheritable: status.capinh,
+            permitted: status.capprm,
+            effective: status.capeff,
+            bounding: status.capbnd.unwrap_or(0),
+            ambient: status.capamb.unwrap_or(0),
+            secure_bits: u32::try_from(result(bits)).unwrap_or(0),
+        },
+        scheduling: Scheduling {
+            policy,
+            priority: stat.rt_priority.unwrap_or(0),
+            nice: i32::try_from(stat.nice).unwrap_or(0),
+            reset_on_fork: false,
+            affinity: if affinity == online { Vec::new() } else { affinity },
+        },
+        parent_death_signal: low_int(death),
+        timer_slack_ns: result(slack),
+        seccomp: seccomp(tid, &status)?,
+        no_new_privileges: status.nonewprivs == Some(1),
+        restart,
+    })
+}
+
+/// All filters of a thread, oldest first.
+fn seccomp(tid: Pid, status: &proc::Status) -> Result<Seccomp, CaptureError> {
+    /// The kernel bounds the sum of all filters to 32768 instructions (kernel/seccomp.c, MAX_INSNS_PER_PATH).
+    const FILTERS_MAX: usize = 32 << 10;
+    match status.seccomp {
+        None | Some(0) => return Ok(Seccomp::Off),
+        Some(SECCOMP_STRICT) => return Ok(Seccomp::Strict),
+        Some(_) => {}
+    }
+    let mut filters = Vec::new();
+    for index in 0..FILTERS_MAX {
+        let program = ptrace::seccomp_filter(tid, index)
+            .map_err(failed("read the seccomp filters of", tid))?;
+        let Some(program) = program else { break };
+        let flags = ptrace::seccomp_filter_flags(tid, index)
+            .map_err(failed("read the seccomp filters of", tid))?;
+        filters.push(SeccompFilter { program: Bytes::from(program), flags });
+    }
+    filters.reverse();
+    Ok(Seccomp::Filters(filters))
+}
+
+fn pending(tid: Pid, queue: Queue) -> Result<Vec<Bytes>, TraceeError> {
+    let signals =
+        ptrace::pending(tid, queue).map_err(failed("read the pending signals of", tid))?;
+    Ok(signals.into_iter().map(|info| Bytes::from(info.to_vec())).collect())
+}
+
+/// Appends `prctl(operation, argument)`.
+pub(crate) fn prctl(tape: &mut Tape, operation: libc::c_int, argument: u64) {
+    let arguments = [u64::from(operation.unsigned_abs()), argument, 0, 0, 0, 0];
+    tape.call(format!("do prctl {operation}"), libc::SYS_prctl, arguments);
+}
+
+pub(crate) fn words<const N: usize>(bytes: &[u8]) -> [u64; N] {
+    let mut words = [0; N];
+    for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(8)) {
+        *word = u64::from_le_bytes(bytes.try_into().expect("chunks of eight bytes"));
+    }
+    words
+}
+
+/// The `int` in the low half of a word.
+fn low_int(word: u64) -> i32 {
+    let [a, b, c, d, ..] = word.to_le_bytes();
+    i32::from_le_bytes([a, b, c, d])
+}
+
+macro_rules! copy_registers {
+    ($from:expr => $to:path) => {{
+        let from = $from;
+        $to {
+            r15: from.r15,
+            r14: from.r14,
+            r13: from.r13,
+            r12: from.r12,
+            rbp: from.rbp,
+            rbx: from.rbx,
+            r11: from.r11,
+            r10: from.r10,
+            r9: from.r9,
+            r8: from.r8,
+            rax: from.rax,
+            rcx: from.rcx,
+            rdx: from.rdx,
+            rsi: from.rsi,
+            rdi: from.rdi,
+            orig_rax: from.orig_rax,
+            rip: from.rip,
+            cs: from.cs,
+            eflags: from.eflags,
+            rsp: from.rsp,
+            ss: from.ss,
+            fs_base: from.fs_base,
+            gs_base: from.gs_base,
+            ds: from.ds,
+            es: from.es,
+            fs: from.fs,
+            gs: from.gs,
+        }
+    }};
+}
+
+fn to_record(registers: &Registers) -> record::Registers {
+    copy_registers!(registers => record::Registers)
+}
+
+pub(crate) fn from_record(registers: &record::Registers) -> Registers {
+    copy_registers!(registers => Registers)
+}
+
+/// What a restored container is allowed, from its new configuration. Nothing goes beyond it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Confinement {
+    /// Capabilities that any thread may have.
+    pub bounding: u64,
+    /// The configuration demands no_new_privs.
+    pub no_new_privileges: bool,
+    pub seccomp: SeccompPolicy,
+}
+
+/// How the filter that the configuration demands relates to those in the capsule.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SeccompPolicy {
+    /// The capsule's own filters are right: the configuration's is among them, or it demands none.
+    AsSaved,
+    /// The first `drop` filters of the capsule were the old configuration's; `program` takes their place.
+    Replace { drop: usize, program: Vec<u8> },
+}
+
+/// Gives a process the name, the boundaries and the program that the kernel shows for it.
+///
+/// Comes before its files are mapped: the kernel replaces the program only while nothing maps the old one, which may be the same.
+pub(crate) fn set_layout(
+    process: &mut Process,
+    channel: &mut Channel,
+    alive: &Alive,
+    root: &Root,
+) -> Result<(), RestoreError> {
+    const PR_SET_MM_MAP_BYTES: u64 = 104;
+    let executable = open_below(root, &alive.executable, libc::O_RDONLY)?;
+    let numbers = channel.send(process, &[executable.as_fd()])?;
+    let executable = numbers.first().map_or(0, |number| number.unsigned_abs());
+    let mut tape = process.tape()?;
+    let layout = layout_words(alive, executable, &mut tape);
+    let set_map = u64::from(libc::PR_SET_MM_MAP.unsigned_abs());
+    let arguments =
+        [u64::from(libc::PR_SET_MM.unsigned_abs()), set_map, layout, PR_SET_MM_MAP_BYTES, 0, 0];
+    tape.call("set the layout of its memory", libc::SYS_prctl, arguments);
+    tape.call("close a descriptor", libc::SYS_close, [executable.into(), 0, 0, 0, 0, 0]);
+    process.run_all(0, &tape, End::Breakpoint)?;
+    Ok(())
+}
+
+/// Gives a process all but its memory, its descriptors, its confinement and its registers.
+pub(crate) fn furnish(
+    process: &mut Process,
+    channel: &mut Channel,
+    alive: &Alive,
+    root: &Root,
+) -> Result<(), RestoreError> {
+    let directory = open_below(root, &alive.working_directory, libc::O_PATH | libc::O_DIRECTORY)?;
+    let numbers = channel.send(process, &[directory.as_fd()])?;
+    let directory = numbers.first().map_or(0, |number| u64::from(number.unsigned_abs()));
+    let mut tape = process.tape()?;
+    tape.call("change its working directory", libc::SYS_fchdir, [directory, 0, 0, 0, 0, 0]);
+    tape.call("close a descriptor", libc::SYS_close, [directory, 0, 0, 0, 0, 0]);
+    tape.call("set its umask", libc::SYS_umask, [alive.umask.into(), 0, 0, 0, 0, 0]);
+    tape.call(
+        "set its personality",
+        libc::SYS_personality,
+        [alive.personality.into(), 0, 0, 0, 0, 0],
+    );
+    prctl(&mut tape, libc::PR_SET_CHILD_SUBREAPER, alive.subreaper.into());
+    for (signal, action) in (1u64..).zip(&alive.actions) {
+        if [libc::SIGKILL, libc::SIGSTOP]
+            .iter()
+            .any(|fixed| u64::from(fixed.unsigned_abs()) == signal)
+        {
+            continue;
+        }
+        let address = tape.words(&[action.handler, action.flags, action.restorer, action.mask]);
+        let what = format!("set its action for signal {signal}");
+        tape.call(what, libc::SYS_rt_sigaction, [signal, address, 0, 8, 0, 0]);
+    }
+    process.run_all(0, &tape, End::Breakpoint)?;
+    let pid = process.pid;
+    let current =
+        proc::attribute(pid, "oom_score_adj").map_err(make("the OOM score of a process"))?;
+    if current != alive.oom_score_adjust.to_string() {
+        // Lowering it needs a capability that Samara does without; the container's own value holds then.
+        let path = format!("/proc/{pid}/oom_score_adj");
+        if let Err(error) = std::fs::write(path, alive.oom_score_adjust.to_string()) {
+            tracing::warn!(%error, pid, "the OOM score of a process stays that of the new container");
+        }
+    }
+    Ok(())
+}
+
+/// `struct prctl_mm_map` of linux/prctl.h.
+fn layout_words(alive: &Alive, executable: u32, tape: &mut Tape) -> u64 {
+    let auxiliary = tape.data(&alive.auxiliary_vector);
+    let layout = &alive.layout;
+    let bytes = alive.auxiliary_vector.len() as u64;
+    tape.words(&[
+        layout.start_code,
+        layout.end_code,
+        layout.start_data,
+        layout.end_data,
+        layout.start_brk,
+        layout.brk,
+        layout.start_stack,
+        layout.arg_start,
+        layout.arg_end,
+        layout.env_start,
+        layout.env_end,
+        auxiliary,
+        bytes & 0xffff_ffff | u64::from(executable) << 32,
+    ])
+}
+
+/// Ends a process so that its parent finds this status.
+pub(crate) fn bury(mut process: Process, exit_status: i32) -> Result<(), RestoreError> {
+    let (code, signal) = (exit_status >> 8 & 0xff, exit_status & 0x7f);
+    let mut tape = process.tape()?;
+    if signal == 0 {
+        tape.call("end", libc::SYS_exit_group, [u64::from(code.unsigned_abs()), 0, 0, 0, 0, 0]);
+        return match process.run(0, &tape, End::Breakpoint) {
+            Err(TraceeError::Ended { .. }) => Ok(()),
+            Err(error) => Err(error.into()),
+            Ok(_) => Err(RestoreError::Damaged("a process did not end".to_owned())),
+        };
+    }
+    // It ends by the signal itself: nothing else leaves that status.
+    let tid = process.pid;
+    ptrace::set_signal_mask(tid, 0).map_err(failed("set the signal mask of", tid))?;
+    let handle = samara_kernel::pidfd::PidFd::open(tid).map_err(make("a handle on a process"))?;
+    handle.send_signal(signal).map_err(make("the end of a process"))?;
+    ptrace::cont(tid, 0).map_err(failed("resume", tid))?;
+    loop {
+        match wait::one(tid).map_err(failed("wait for", tid))? {
+            Status::Exited(_) | Status::Killed(_) => return Ok(()),
+            Status::SignalStop(signal) => ptrace::cont(tid, signal),
+            Status::EventStop(_) | Status::Event(_) | Status::SyscallStop | Status::Continued => {
+                ptrace::cont(tid, 0)
+            }
+        }
+        .map_err(failed("resume", tid))?;
+    }
+}
+
+/// Gives the threads of a process their attributes, and takes the engine's privileges from them.
+pub(crate) fn confine(
+    process: &mut Process,
+    alive: &Alive,
+    confinement: &Confinement,
+) -> Result<(), RestoreError> {
+    if process.threads.len() != alive.threads.len() {
+        return Err(RestoreError::Damaged("a process has other threads than were made".to_owned()));
+    }
+    limits(process.pid, &alive.limits)?;
+    // The leader last: timers and the dumpable flag belong to the process, and changing ids resets the latter.
+    for (index, thread) in alive.threads.iter().enumerate().rev() {
+        let mut tape = process.tape()?;
+        attributes(&mut tape, thread);
+        for info in &thread.pending {
+            queue_signal(&mut tape, alive, Some(thread.tid), info);
+        }
+        if index == 0 {
+            for info in &alive.pending {
+                queue_signal(&mut tape, alive, None, info);
+            }
+        }
+        process.run_all(index, &tape, End::Breakpoint)?;
+        let mut tape = process.tape()?;
+        credentials(&mut tape, thread, confinement);
+        process.run_all(index, &tape, End::Breakpoint)?;
+        for program in filters(thread, confinement) {
+            install_filter(process, index, program)?;
+        }
+        let mut tape = process.tape()?;
+        capabilities(&mut tape, thread, confinement);
+        let signal = u64::from(thread.parent_death_signal.unsigned_abs());
+        prctl(&mut tape, libc::PR_SET_PDEATHSIG, signal);
+        if index == 0 {
+            prctl(&mut tape, libc::PR_SET_DUMPABLE, alive.dumpable.into());
+            for (which, timer) in (0u64..).zip(alive.interval_timers) {
+                if timer.rest_us != 0 {
+                    let split = |us: u64| [us / 1_000_000, us % 1_000_000];
+                    let [interval, rest] = [split(timer.interval_us), split(timer.rest_us)];
+                    let address = tape.words(&[interval, rest].concat());
+                    tape.call(
+                        "set an interval timer",
+                        libc::SYS_setitimer,
+                        [which, address, 0, 0, 0, 0],
+                    );
+                }
+            }
+        }
+        process.run_all(index, &tape, End::Breakpoint)?;
+    }
+    Ok(())
+}
+
+/// Soft and hard limits. A hard limit that may not be raised stays as the new container has it.
+fn limits(pid: Pid, limits: &[(u64, u64)]) -> Result<(), RestoreError> {
+    let current = proc::limits(pid).map_err(make("the limits of a process"))?;
+    for (resource, ((soft, hard), (_, hard_now))) in (0u32..).zip(limits.iter().zip(current)) {
+        let set = match proc::set_limit(pid, resource, *soft, *hard) {
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+                proc::set_limit(pid, resource, (*soft).min(hard_now), (*hard).min(hard_now))
+            }
+            other => other,
+        };
+        set.map_err(make(format!("limit {resource} of a process")))?;
+    }
+    Ok(())
+}
+
+/// What a thread can set without being somebody else.
+fn attributes(tape: &mut Tape, thread: &record::Thread) {
+    tape.call(
+        "set its thread id address",
+        libc::SYS_set_tid_address,
+        [thread.clear_child_tid, 0, 0, 0, 0, 0],
+    );
+    let (head, bytes) = thread.robust_list;
+    if head != 0 {
+        tape.call("set its robust list", libc::SYS_set_robust_list, [head, bytes, 0, 0, 0, 0]);
+    }
+    let stack = thread.alternate_stack;
+    // SS_ONSTACK only reports; setting it would be refused.
+    let settable = stack.flags & !libc::SS_ONSTACK;
+    let flags = if stack.address == 0 { libc::SS_DISABLE } else { settable };
+    let address = tape.words(&[stack.address, u64::from(flags.cast_unsigned()), stack.bytes]);
+    tape.call("set its alternate stack", libc::SYS_sigaltstack, [address, 0, 0, 0, 0, 0]);
+    if let Some(rseq) = thread.rseq {
+        let arguments = [rseq.address, rseq.bytes.into(), 0, rseq.signature.into(), 0, 0];
+        tape.call("register its rseq area", libc::SYS_rseq, arguments);
+    }
+    let mut name = thread.name.to_vec();
+    name.push(0);
+    let address = tape.data(&name);
+    prctl(tape, libc::PR_SET_NAME, address);
+    if thread.timer_slack_ns != 0 {
+        prctl(tape, libc::PR_SET_TIMERSLACK, thread.timer_slack_ns);
+    }
+    let scheduling = &thread.scheduling;
+    if scheduling.policy != 0 {
+        let priority = tape.words(&[scheduling.priority.into()]);
+        let arguments = [0, scheduling.policy.into(), priority, 0, 0, 0];
+        tape.call("set its scheduling policy", libc::SYS_sched_setscheduler, arguments);
+    }
+    if scheduling.nice != 0 {
+        let nice = i64::from(scheduling.nice).cast_unsigned();
+        tape.call("set its nice value", libc::SYS_setpriority, [0, 0, nice, 0, 0, 0]);
+    }
+    if !scheduling.affinity.is_empty() {
+        let words = sched::affinity_words(&scheduling.affinity);
+        let bytes = words.len() as u64 * 8;
+        let address = tape.words(&words);
+        // Processors that the new machine lacks leave the thread free to run on any.
+        tape.try_call(
+            "set its affinity",
+            libc::SYS_sched_setaffinity,
+            [0, bytes, address, 0, 0, 0],
+        );
+    }
+}
+
+/// Queues a pending signal as it was; a thread may pretend any origin to itself.
+fn queue_signal(tape: &mut Tape, alive: &Alive, tid: Option<i32>, info: &[u8]) {
+    let pid = alive.threads.first().map_or(0, |thread| u64::from(thread.tid.unsigned_abs()));
+    let signal = info.first_chunk::<4>().map_or(0, |number| u64::from(u32::from_le_bytes(*number)));
+    let address = tape.data(info);
+    let what = format!("queue signal {signal}");
+    match tid {
+        Some(tid) => {
+            let arguments = [pid, u64::from(tid.unsigned_abs()), signal, address, 0, 0];
+            tape.call(what, libc::SYS_rt_tgsigqueueinfo, arguments);
+        }
+        None => tape.call(what, libc::SYS_rt_sigqueueinfo, [pid, signal, address, 0, 0, 0]),
+    }
+}
+
+/// `SECBIT_NO_SETUID_FIXUP`: changing ids leaves capabilities alone.
+const NO_SETUID_FIXUP: u64 = 1 << 2;
+
+fn credentials(tape: &mut Tape, thread: &record::Thread, confinement: &Confinement) {
+    let saved = &thread.credentials;
+    prctl(tape, libc::PR_SET_SECUREBITS, NO_SETUID_FIXUP);
+    let bounding = saved.bounding & confinement.bounding;
+    for capability in (0..64).filter(|capability| bounding >> capability & 1 == 0) {
+        // Numbers that this kernel does not know are not there to be dropped.
+        let drop = u64::from(libc::PR_CAPBSET_DROP.unsigned_abs());
+        tape.try_call("drop a capability", libc::SYS_prctl, [drop, capability, 0, 0, 0, 0]);
+    }
+    let groups: Vec<u8> = saved.groups.iter().flat_map(|group| group.to_le_bytes()).collect();
+    let address = tape.data(&groups);
+    tape.call(
+        "set its groups",
+        libc::SYS_setgroups,
+        [saved.groups.len() as u64, address, 0, 0, 0, 0],
+    );
+    let [real, effective, set, files] = saved.gids.map(u64::from);
+    tape.call("set its group ids", libc::SYS_setresgid, [real, effective, set, 0, 0, 0]);
+    if files != effective {
+        tape.call("set its file system group id", libc::SYS_setfsgid, [files, 0, 0, 0, 0, 0]);
+    }
+    let [real, effective, set, files] = saved.uids.map(u64::from);
+    tape.call("set its user ids", libc::SYS_setresuid, [real, effective, set, 0, 0, 0]);
+    if files != effective {
+        tape.call("set its file system user id", libc::SYS_setfsuid, [files, 0, 0, 0, 0, 0]);
+    }
+    if thread.no_new_privileges || confinement.no_new_privileges {
+        let arguments = [u64::from(libc::PR_SET_NO_NEW_PRIVS.unsigned_abs()), 1, 0, 0, 0, 0];
+        tape.call("set no_new_privs", libc::SYS_prctl, arguments);
+    }
+}
+
+/// The filters of a thread in the order of their installation.
+fn filters(thread: &record::Thread, confinement: &Confinement) -> Vec<SeccompFilter> {
+    let saved = match &thread.seccomp {
+        Seccomp::Off | Seccomp::Strict => Vec::new(),
+        Seccomp::Filters(filters) => filters.clone(),
+    };
+    match &confinement.seccomp {
+        SeccompPolicy::AsSaved => saved,
+        SeccompPolicy::Replace { drop, program } => {
+            let new = (!program.is_empty())
+                .then(|| SeccompFilter { program: Bytes::from(program.clone()), flags: 0 });
+            new.into_iter().chain(saved.into_iter().skip(*drop)).collect()
+        }
+    }
+}
+
+/// Installs one filter. It does not apply to the engine's own calls: the tracer suspends it.
+fn install_filter(
+    process: &mut Process,
+    index: usize,
+    filter: SeccompFilter,
+) -> Result<(), RestoreError> {
+    const INSTRUCTION_BYTES: usize = 8;
+    const SECCOMP_SET_MODE_FILTER: u64 = 1;
+    const SECCOMP_FILTER_FLAG_LOG: u64 = 2;
+    let mut tape = process.tape()?;
+    if !tape.has_room(1, filter.program.len() + 64) {
+        return Err(RestoreError::Damaged(
+            "a seccomp filter is longer than the kernel allows".to_owned(),
+        ));
+    }
+    let instructions = tape.data(&filter.program);
+    let count = (filter.program.len() / INSTRUCTION_BYTES) as u64;
+    let program = tape.words(&[count, instructions]);
+    let flags = filter.flags & SECCOMP_FILTER_FLAG_LOG;
+    let arguments = [SECCOMP_SET_MODE_FILTER, flags, program, 0, 0, 0];
+    tape.call("install a seccomp filter", libc::SYS_seccomp, arguments);
+    process.run_all(index, &tape, End::Breakpoint)?;
+    Ok(())
+}
+
+fn capabilities(tape: &mut Tape, thread: &record::Thread, confinement: &Confinement) {
+    const VERSION_3: u64 = 0x2008_0522;
+    let saved = &thread.credentials;
+    if thread.seccomp == Seccomp::Strict {
+        const SECCOMP_SET_MODE_STRICT: u64 = 0;
+        tape.call(
+            "enter strict seccomp",
+            libc::SYS_seccomp,
+            [SECCOMP_SET_MODE_STRICT, 0, 0, 0, 0, 0],
+        );
+    }
+    prctl(tape, libc::PR_SET_SECUREBITS, saved.secure_bits.into());
+    let allowed = |set: u64| set & confinement.bounding;
+    let sets = [saved.effective, saved.permitted, saved.inheritable].map(allowed);
+    let half = |shift: u32| sets.map(|set| (set >> shift & 0xffff_ffff).to_le_bytes());
+    let data: Vec<u8> = [half(0), half(32)]
+        .iter()
+        .flatten()
+        .flat_map(|set| set.first_chunk::<4>().copied().unwrap_or_default())
+        .collect();
+    let data = tape.data(&data);
+    let header = tape.words(&[VERSION_3]);
+    tape.call("set its capabilities", libc::SYS_capset, [header, data, 0, 0, 0, 0]);
+    for capability in (0..64).filter(|capability| allowed(saved.ambient) >> capability & 1 == 1) {
+        const PR_CAP_AMBIENT_RAISE: u64 = 2;
+        let operation = u64::from(libc::PR_CAP_AMBIENT.unsigned_abs());
+        let arguments = [operation, PR_CAP_AMBIENT_RAISE, capability, 0, 0, 0];
+        tape.call("raise an ambient capability", libc::SYS_prctl, arguments);
+    }
+}
+
+/// Gives every thread the registers and the signal mask that it goes on with. Nothing may run in the process after this.
+pub(crate) fn set_registers(process: &mut Process, alive: &Alive) -> Result<(), RestoreError> {
+    let places = process.scratch_for(alive.threads.iter().map(|thread| thread.restart))?;
+    for ((thread, record), place) in process.threads.iter_mut().zip(&alive.threads).zip(places) {
+        let tid = thread.tid;
+        let mut registers = from_record(&record.registers);
+        if let (Restart::Timespec { argument, .. }, Some(address)) = (record.restart, place) {
+            restart::point_at(&mut registers, argument, address);
+        }
+        ptrace::set_xstate(tid, &record.xstate)
+            .map_err(failed("set the vector registers of", tid))?;
+        ptrace::set_signal_mask(tid, record.signal_mask)
+            .map_err(failed("set the signal mask of", tid))?;
+        thread.mask = record.signal_mask;
+        thread.stop = registers;
+    }
+    if alive.stopped
+        && let Some(leader) = process.threads.first_mut()
+    {
+        leader.owed_signal = libc::SIGSTOP;
+    }
+    Ok(())
+}

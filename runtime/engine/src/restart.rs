@@ -1,0 +1,357 @@
+//! System calls that a stop has interrupted.
+//!
+//! A thread that sleeps in a call leaves it when it is stopped. The kernel marks in `rax` how the call goes on:
+//!
+//! | `rax` | kernel's meaning | here |
+//! |---|---|---|
+//! | `-ERESTARTSYS`, `-ERESTARTNOINTR`, `-ERESTARTNOHAND` | issue it again, unless a signal handler runs first | nothing to do |
+//! | `-ERESTART_RESTARTBLOCK` | go on with the rest of the time, which only the kernel knows | thaw: nothing to do; restore: issue it again with what is left |
+//! | `-EINTR`, of calls that `signal(7)` lists as never restarted | fails, even without a signal handler | issue it again with what is left |
+//!
+//! What is left is known where the call wrote it to memory, or from the time at which the scheduler put the thread to sleep.
+//! A thread that woke in between without returning is taken to have begun then: timeouts may come late, never early.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use samara_capsule::record::Restart;
+use samara_kernel::ptrace::Registers;
+use samara_kernel::{Pid, proc};
+
+const ERESTARTSYS: i64 = 512;
+const ERESTARTNOINTR: i64 = 513;
+const ERESTARTNOHAND: i64 = 514;
+const ERESTART_RESTARTBLOCK: i64 = 516;
+
+/// The registers of a thread that was stopped, in a form that needs no restart by the kernel: the call is about to be issued.
+///
+/// For a thread whose rest of time the kernel holds, that is `restart_syscall`; nothing that the engine runs in a tracee
+/// touches what it refers to.
+pub(crate) fn explicit(stop: &Registers) -> Registers {
+    let mut registers = *stop;
+    registers.orig_rax = u64::MAX;
+    if stop.orig_rax.cast_signed() < 0 {
+        return registers;
+    }
+    let again = match -stop.rax.cast_signed() {
+        ERESTARTSYS | ERESTARTNOINTR | ERESTARTNOHAND => stop.orig_rax,
+        ERESTART_RESTARTBLOCK => libc::SYS_restart_syscall.unsigned_abs(),
+        _ => return registers,
+    };
+    registers.rax = again;
+    registers.rip -= 2;
+    registers
+}
+
+/// Undoes the failure that the stop itself has caused: a call that `signal(7)` lists as never restarted has just returned EINTR.
+///
+/// It becomes one that is issued again unless a signal handler runs first, so a signal that really came still ends it.
+/// A thread that shows EINTR with a call number has not run anything since: a handler's return clears the number.
+/// The timeout is corrected by [`shorten`] later, when there is time to look at memory.
+pub(crate) fn mend_interrupted(stop: &mut Registers) {
+    let number = stop.orig_rax.cast_signed();
+    if -stop.rax.cast_signed() == i64::from(libc::EINTR) && never_restarted(number) {
+        stop.rax = (-ERESTARTNOHAND).cast_unsigned();
+    }
+}
+
+/// Not in the libc crate for this target (asm/unistd_64.h).
+const SYS_IO_PGETEVENTS: i64 = 333;
+
+/// Calls that fail with EINTR when a stop interrupts them (`signal(7)`, "Interruption of system calls … by stop signals").
+fn never_restarted(number: i64) -> bool {
+    matches!(
+        number,
+        libc::SYS_epoll_wait
+            | libc::SYS_epoll_pwait
+            | libc::SYS_epoll_pwait2
+            | libc::SYS_semop
+            | libc::SYS_semtimedop
+            | libc::SYS_rt_sigtimedwait
+            | libc::SYS_io_getevents
+            | SYS_IO_PGETEVENTS
+            | libc::SYS_io_uring_enter
+            | libc::SYS_read
+            | libc::SYS_readv
+            | libc::SYS_write
+            | libc::SYS_writev
+            | libc::SYS_accept
+            | libc::SYS_accept4
+            | libc::SYS_connect
+            | libc::SYS_recvfrom
+            | libc::SYS_recvmsg
+            | libc::SYS_recvmmsg
+            | libc::SYS_sendto
+            | libc::SYS_sendmsg
+            | libc::SYS_sendmmsg
+            | libc::SYS_msgrcv
+            | libc::SYS_msgsnd
+            | libc::SYS_futex
+            | libc::SYS_getrandom
+    )
+}
+
+/// A thread that was found asleep in a call with a timeout, and since when.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Sleeper {
+    /// The scheduler's figure, in nanoseconds of the task clock of `processor`.
+    since_ns: u64,
+    processor: i32,
+}
+
+impl Sleeper {
+    /// Looks at a thread that still runs undisturbed. `None`: it is not in a call whose timeout would have to be corrected.
+    pub(crate) fn observe(tid: Pid) -> Option<Sleeper> {
+        let call = proc::attribute(tid, "syscall").ok()?;
+        let number: i64 = call.split(' ').next()?.parse().ok()?;
+        timeout(number)?;
+        let (since_ns, _) = proc::scheduled(tid)?;
+        Some(Sleeper { since_ns, processor: proc::stat(tid).ok()?.processor? })
+    }
+}
+
+/// Where a call has its timeout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Timeout {
+    /// Milliseconds in an argument register; negative is for ever.
+    Milliseconds(Argument),
+    /// A relative timespec in memory that the kernel only reads.
+    Timespec(Argument),
+    /// A relative sleep: the timespec, and where the kernel writes what is left.
+    Sleep { request: Argument, rest: Argument },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Argument {
+    Rdi,
+    Rsi,
+    Rdx,
+    R10,
+    R8,
+}
+
+impl Argument {
+    fn of(self, registers: &mut Registers) -> &mut u64 {
+        match self {
+            Argument::Rdi => &mut registers.rdi,
+            Argument::Rsi => &mut registers.rsi,
+            Argument::Rdx => &mut registers.rdx,
+            Argument::R10 => &mut registers.r10,
+            Argument::R8 => &mut registers.r8,
+        }
+    }
+}
+
+/// The calls whose timeout a re-issue would start anew. `select`, `pselect6` and `ppoll` are not among them: the kernel writes
+/// what is left to the program's own memory before they restart. Absolute timeouts need no correction.
+fn timeout(number: i64) -> Option<Timeout> {
+    Some(match number {
+        libc::SYS_epoll_wait | libc::SYS_epoll_pwait => Timeout::Milliseconds(Argument::R10),
+        libc::SYS_poll => Timeout::Milliseconds(Argument::Rdx),
+        libc::SYS_epoll_pwait2 | libc::SYS_semtimedop | libc::SYS_futex => {
+            Timeout::Timespec(Argument::R10)
+        }
+        libc::SYS_rt_sigtimedwait => Timeout::Timespec(Argument::Rdx),
+        libc::SYS_io_getevents | SYS_IO_PGETEVENTS => Timeout::Timespec(Argument::R8),
+        libc::SYS_nanosleep => Timeout::Sleep { request: Argument::Rdi, rest: Argument::Rsi },
+        libc::SYS_clock_nanosleep => Timeout::Sleep { request: Argument::Rdx, rest: Argument::R10 },
+        _ => return None,
+    })
+}
+
+/// For which way of going on a timeout is corrected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Goal {
+    /// The same thread goes on: what the kernel keeps for `restart_syscall` is exact.
+    Thaw,
+    /// Another kernel goes on, which knows nothing.
+    Restore,
+}
+
+/// Corrects the timeout of an interrupted call in the registers that the thread will go on with.
+///
+/// `elapsed_ns` is how long the thread had been asleep when it was stopped, 0 if that is not known: then a timeout
+/// starts anew. `read` reads the program's memory. The result says whether a timespec has to be placed in memory too.
+pub(crate) fn shorten(
+    registers: &mut Registers,
+    goal: Goal,
+    elapsed_ns: u64,
+    read: &dyn Fn(u64) -> Option<[u8; 16]>,
+) -> Restart {
+    const ABSOLUTE: u64 = libc::TIMER_ABSTIME as u64;
+    const FUTEX_WAIT: u64 = 0;
+    const FUTEX_COMMAND: u64 = 0x7f;
+    const MS: u64 = 1_000_000;
+    let number = registers.orig_rax.cast_signed();
+    let code = -registers.rax.cast_signed();
+    let by_kernel = code == ERESTART_RESTARTBLOCK;
+    if number < 0 || !(by_kernel || code == ERESTARTNOHAND || code == ERESTARTSYS) {
+        return Restart::AsIs;
+    }
+    if by_kernel && goal == Goal::Thaw {
+        return Restart::AsIs;
+    }
+    if by_kernel {
+        registers.rax = (-ERESTARTNOHAND).cast_unsigned();
+    }
+    let relative_futex = number == libc::SYS_futex && registers.rsi & FUTEX_COMMAND == FUTEX_WAIT;
+    if number == libc::SYS_futex && !relative_futex
+        || number == libc::SYS_clock_nanosleep && registers.rsi & ABSOLUTE != 0
+    {
+        return Restart::AsIs;
+    }
+    match timeout(number) {
+        None => Restart::AsIs,
+        Some(Timeout::Milliseconds(argument)) => {
+            let register = argument.of(registers);
+            // The kernel takes an int.
+            let whole_ms = (*register & 0xffff_ffff) as u32;
+            if whole_ms.cast_signed() > 0 {
+                let rest_ns = (u64::from(whole_ms) * MS).saturating_sub(elapsed_ns);
+                *register = rest_ns.div_ceil(MS);
+            }
+            Restart::AsIs
+        }
+        Some(Timeout::Timespec(argument)) => {
+            let index = match argument {
+                Argument::Rdi => 0,
+                Argument::Rsi => 1,
+                Argument::Rdx => 2,
+                Argument::R10 => 3,
+                Argument::R8 => 4,
+            };
+            match read(*argument.of(registers)).and_then(timespec_ns) {
+                Some(whole_ns) if elapsed_ns > 0 => Restart::Timespec {
+                    argument: index,
+                    rest_ns: whole_ns.saturating_sub(elapsed_ns),
+                },
+                _ => Restart::AsIs,
+            }
+        }
+        Some(Timeout::Sleep { request, rest }) => {
+            let rest_address = *rest.of(registers);
+            if rest_address != 0 {
+                // The kernel has written there what is left (hrtimer_nanosleep); sleeping on from there keeps it written.
+                *request.of(registers) = rest_address;
+                return Restart::AsIs;
+            }
+            let whole_ns = read(*request.of(registers)).and_then(timespec_ns).unwrap_or(0);
+            let rest_ms = whole_ns.saturating_sub(elapsed_ns).div_ceil(MS);
+            // Without a place for the rest a sleep is the same as polling nothing: both return 0, or EINTR for a handler.
+            if i32::try_from(rest_ms).is_ok() {
+                registers.orig_rax = libc::SYS_poll.unsigned_abs();
+                (registers.rdi, registers.rsi, registers.rdx) = (0, 0, rest_ms);
+            }
+            Restart::AsIs
+        }
+    }
+}
+
+/// Puts the address of a timespec into the argument that [`Restart::Timespec`] names.
+pub(crate) fn point_at(registers: &mut Registers, argument: u32, address: u64) {
+    let argument = match argument {
+        0 => Argument::Rdi,
+        1 => Argument::Rsi,
+        2 => Argument::Rdx,
+        3 => Argument::R10,
+        _ => Argument::R8,
+    };
+    *argument.of(registers) = address;
+}
+
+fn timespec_ns(bytes: [u8; 16]) -> Option<u64> {
+    let (seconds, ns) = bytes.split_at(8);
+    let seconds = u64::from_le_bytes(seconds.try_into().ok()?);
+    let ns = u64::from_le_bytes(ns.try_into().ok()?);
+    seconds.checked_mul(1_000_000_000)?.checked_add(ns)
+}
+
+/// How long sleepers had been asleep at `stopped_at`, in nanoseconds.
+///
+/// The scheduler's clock differs from processor to processor by the time that the host has stolen, so it is read on each in
+/// turn; the container is stopped, so the visit is short.
+pub(crate) fn elapsed(
+    sleepers: &BTreeMap<Pid, Sleeper>,
+    stopped_at: Instant,
+) -> BTreeMap<Pid, u64> {
+    let mut by_processor: BTreeMap<i32, Vec<(Pid, u64)>> = BTreeMap::new();
+    for (tid, sleeper) in sleepers {
+        by_processor.entry(sleeper.processor).or_default().push((*tid, sleeper.since_ns));
+    }
+    let mut elapsed = BTreeMap::new();
+    for (processor, members) in by_processor {
+        let Some(now_ns) = samara_kernel::sched::task_clock_on(processor) else { continue };
+        let since_stop = u64::try_from(stopped_at.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        for (tid, since_ns) in members {
+            elapsed.insert(tid, now_ns.saturating_sub(since_ns).saturating_sub(since_stop));
+        }
+    }
+    elapsed
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn interrupted(number: i64, code: i64) -> Registers {
+        Registers {
+            orig_rax: number.cast_unsigned(),
+            rax: (-code).cast_unsigned(),
+            rip: 0x1002,
+            ..Registers::default()
+        }
+    }
+
+    /// A re-issued wait that started anew at each capture would never time out under frequent captures.
+    #[test]
+    fn millisecond_timeouts_shrink_and_never_turn_infinite() {
+        for (whole, elapsed_ms, rest) in
+            [(1000u64, 400u64, 600u64), (1000, 5000, 0), (0, 10, 0), (0xffff_ffff, 10, 0xffff_ffff)]
+        {
+            let mut registers = interrupted(libc::SYS_epoll_wait, i64::from(libc::EINTR));
+            mend_interrupted(&mut registers);
+            registers.r10 = whole;
+            let restart = shorten(&mut registers, Goal::Thaw, elapsed_ms * 1_000_000, &|_| None);
+            assert_eq!((registers.r10, restart), (rest, Restart::AsIs));
+            assert_eq!(explicit(&registers).rax, libc::SYS_epoll_wait.unsigned_abs());
+            assert_eq!(explicit(&registers).rip, 0x1000);
+        }
+    }
+
+    /// A sleep that is thawed goes on with what the kernel remembers; one that is restored, with what we know.
+    #[test]
+    fn sleeps_keep_their_end() {
+        let read = |address| {
+            (address == 0x5000).then(|| {
+                let mut timespec = [0; 16];
+                timespec[0] = 10;
+                timespec
+            })
+        };
+        let mut registers = interrupted(libc::SYS_nanosleep, ERESTART_RESTARTBLOCK);
+        registers.rdi = 0x5000;
+        let stop = registers;
+        shorten(&mut registers, Goal::Thaw, 4_000_000_000, &read);
+        assert_eq!(registers, stop);
+        shorten(&mut registers, Goal::Restore, 4_000_000_000, &read);
+        assert_eq!(registers.orig_rax, libc::SYS_poll.unsigned_abs());
+        assert_eq!((registers.rdi, registers.rsi, registers.rdx), (0, 0, 6000));
+
+        let mut registers = Registers { rsi: 0x6000, ..stop };
+        shorten(&mut registers, Goal::Restore, 0, &read);
+        assert_eq!(
+            (registers.orig_rax, registers.rdi),
+            (libc::SYS_nanosleep.unsigned_abs(), 0x6000)
+        );
+    }
+
+    /// A call that really returned EINTR because of a handler must not be issued again.
+    #[test]
+    fn a_delivered_interruption_stays() {
+        let mut registers = interrupted(-1, i64::from(libc::EINTR));
+        let before = registers;
+        mend_interrupted(&mut registers);
+        assert_eq!(registers, before);
+        assert_eq!(explicit(&registers), before);
+    }
+}

@@ -1,0 +1,548 @@
+//! Restore: records and pages become a running container.
+//!
+//! It begins with a container that the caller has prepared: namespaces, mounts, cgroups and all, with a *blank* init that
+//! does nothing, runs as root with all capabilities and without seccomp. The engine empties the blank init, lets it fork
+//! the tree, builds each process from inside by system calls, and confines it last.
+//!
+//! Until the last step every process is traced with `EXITKILL`: if the engine dies, nothing half-built runs.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
+
+use samara_capsule::record::{Alive, Backing, Container, Process as Record, ProcessState};
+use samara_capsule::transfer::{Source, SpaceId};
+use samara_kernel::pidfd::PidFd;
+use samara_kernel::ptrace::{self, Options};
+use samara_kernel::tape::{Call, End};
+use samara_kernel::wait::{self, Status};
+use samara_kernel::{Pid, proc};
+
+use crate::capture::vdso_digest;
+use crate::descriptors::Channel;
+use crate::plan::{self, PlanError, Step};
+use crate::process::Confinement;
+use crate::root::Root;
+use crate::tracee::{ARENA_BYTES, Process, Thread, TraceeError, failed};
+use crate::{descriptors, memory, process};
+
+/// Why a container could not be restored. Nothing of it is left but the blank init, if that still lives, for the caller to remove.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    #[error(transparent)]
+    Tracee(#[from] TraceeError),
+    #[error("this host can't run the capsule: {0}")]
+    Incompatible(String),
+    #[error("the capsule is damaged: {0}")]
+    Damaged(String),
+    #[error("could not make {what} again")]
+    Make { what: String, source: io::Error },
+    #[error("could not fill the container's memory")]
+    Fill { source: io::Error },
+    #[error("the restored container ended at once")]
+    Ended,
+}
+
+/// What to restore, and into what.
+#[derive(Debug)]
+pub struct RestoreRequest<'a> {
+    /// The blank init, as this process numbers it.
+    pub init: Pid,
+    pub container: &'a Container,
+    /// What the new container is allowed.
+    pub confinement: Confinement,
+}
+
+/// What happened, for the user.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RestoreReport {
+    pub processes: usize,
+    pub threads: usize,
+    pub spawn: Duration,
+    pub map: Duration,
+    pub fill: Duration,
+    pub finish: Duration,
+}
+
+/// Builds the container that was saved from a blank one and lets it go on.
+///
+/// Success: it runs. Failure: every process that was made has been killed; the blank init too, if it was touched.
+pub fn restore(
+    request: &RestoreRequest<'_>,
+    source: &dyn Source,
+) -> Result<RestoreReport, RestoreError> {
+    let container = request.container;
+    let begun = Instant::now();
+    let mut tree = Tree::begin(request)?;
+    tree.spawn(&container.processes)?;
+    let spawn = begun.elapsed();
+
+    let begun = Instant::now();
+    let root = Root::of(request.init).map_err(make("the container's root directory"))?;
+    let shared = memory::make_shared(&mut tree, container, &root, source)?;
+    for record in &container.processes {
+        if let ProcessState::Alive(alive) = &record.state {
+            tree.map(record.pid, alive, &root, &shared, source)?;
+        }
+    }
+    let map = begun.elapsed();
+
+    let begun = Instant::now();
+    memory::fill(&tree, container, source)?;
+    let fill = begun.elapsed();
+
+    let begun = Instant::now();
+    let files = descriptors::make_files(container, &root, &tree.outside, &shared)?;
+    for record in &container.processes {
+        if let ProcessState::Alive(alive) = &record.state {
+            tree.furnish(record, alive, &root, &files)?;
+        }
+    }
+    drop(files);
+    for record in &container.processes {
+        if let ProcessState::Zombie { exit_status } = record.state {
+            tree.bury(record.pid, exit_status)?;
+        }
+    }
+    for record in &container.processes {
+        if let ProcessState::Alive(alive) = &record.state {
+            tree.confine(record.pid, alive, &request.confinement)?;
+        }
+    }
+    let threads = tree.processes.values().map(|process| process.threads.len()).sum();
+    tree.resume(&container.processes)?;
+    let finish = begun.elapsed();
+    if !proc::stat(request.init).is_ok_and(|stat| stat.state != 'Z') {
+        return Err(RestoreError::Ended);
+    }
+    Ok(RestoreReport { processes: container.processes.len(), threads, spawn, map, fill, finish })
+}
+
+/// The processes of a restore under way, by their number in the container. Dropping it kills them.
+#[derive(Debug)]
+pub(crate) struct Tree {
+    pub(crate) processes: BTreeMap<i32, Process>,
+    /// Where the engine's mapping is, in all of them.
+    arena: u64,
+    /// Room for mappings that are made for a moment.
+    pub(crate) parking: u64,
+    pub(crate) channel: Channel,
+    /// The new container's own streams.
+    pub(crate) outside: Vec<Option<OwnedFd>>,
+    finished: bool,
+}
+
+/// Room that [`plan::gap`] finds for the vdso on its way.
+pub(crate) const PARKING_BYTES: u64 = 1 << 20;
+
+impl Tree {
+    /// Takes over the blank init and empties it.
+    fn begin(request: &RestoreRequest<'_>) -> Result<Tree, RestoreError> {
+        let init = request.init;
+        let container = request.container;
+        let present = proc::mappings(init).map_err(make("a list of the blank init's mappings"))?;
+        let mut occupied: Vec<(u64, u64)> =
+            present.iter().map(|mapping| (mapping.start, mapping.end)).collect();
+        let mut taken: BTreeSet<RawFd> = BTreeSet::new();
+        for record in &container.processes {
+            if let ProcessState::Alive(alive) = &record.state {
+                occupied.extend(alive.mappings.iter().map(|mapping| (mapping.start, mapping.end)));
+                taken.extend(alive.descriptors.iter().map(|descriptor| descriptor.fd));
+            }
+        }
+        let largest = container.shared_memory.iter().map(|memory| memory.bytes).max().unwrap_or(0);
+        let room = largest.max(PARKING_BYTES).next_multiple_of(4096) + PARKING_BYTES;
+        let parking = plan::gap(&occupied, room + ARENA_BYTES)?;
+        let arena = parking + room;
+
+        let outside = outside_streams(init)?;
+        let options = Options::SYSGOOD
+            .and(Options::FOLLOW)
+            .and(Options::EXIT_KILL)
+            .and(Options::SUSPEND_SECCOMP);
+        ptrace::seize(init, options).map_err(failed("seize", init))?;
+        ptrace::interrupt(init).map_err(failed("interrupt", init))?;
+        let thread = first_stop(init)?;
+        let mut process = Process::new(init, vec![thread])?;
+        process.set_vdso(&present);
+        check_host(&process, &present, container)?;
+        process.map_arena(Some(arena))?;
+        let channel = Channel::make(&mut process, &taken)?;
+        let mut tree = Tree {
+            processes: BTreeMap::from([(1, process)]),
+            arena,
+            parking,
+            channel,
+            outside,
+            finished: false,
+        };
+        tree.empty_init(&present)?;
+        Ok(tree)
+    }
+
+    /// Unmaps everything of the blank init but the vdso, and forgets what the kernel would inherit to its children.
+    fn empty_init(&mut self, present: &[proc::Mapping]) -> Result<(), RestoreError> {
+        let parking = self.parking;
+        let init = self.process(1)?;
+        let rseq =
+            ptrace::rseq(init.pid).map_err(failed("read the rseq registration of", init.pid))?;
+        let mut tape = init.tape()?;
+        if let Some(rseq) = rseq {
+            const UNREGISTER: u64 = 1;
+            let arguments =
+                [rseq.address, rseq.bytes.into(), UNREGISTER, rseq.signature.into(), 0, 0];
+            tape.call("unregister its rseq area", libc::SYS_rseq, arguments);
+        }
+        tape.call("forget its robust list", libc::SYS_set_robust_list, [0, 24, 0, 0, 0, 0]);
+        tape.call("forget its thread id address", libc::SYS_set_tid_address, [0; 6]);
+        let off = tape.words(&[0, libc::SS_DISABLE.unsigned_abs().into(), 0]);
+        tape.call("forget its alternate stack", libc::SYS_sigaltstack, [off, 0, 0, 0, 0, 0]);
+        for mapping in present {
+            if !memory::is_vdso(mapping) && mapping.name != "[vsyscall]" {
+                tape.call(
+                    "unmap its memory",
+                    libc::SYS_munmap,
+                    [mapping.start, mapping.bytes(), 0, 0, 0, 0],
+                );
+            }
+        }
+        init.run_all(0, &tape, End::Breakpoint)?;
+        memory::move_vdso_to(init, parking)?;
+        Ok(())
+    }
+
+    pub(crate) fn process(&mut self, pid: i32) -> Result<&mut Process, RestoreError> {
+        self.processes.get_mut(&pid).ok_or_else(|| {
+            RestoreError::Damaged(format!("process {pid} is referred to, but not there"))
+        })
+    }
+
+    /// Makes all processes and threads, blank.
+    fn spawn(&mut self, records: &[Record]) -> Result<(), RestoreError> {
+        let init = self.process(1)?.pid;
+        let leads = proc::status(init)
+            .ok()
+            .and_then(|status| status.nssid?.last().copied())
+            .is_some_and(|session| session == 1);
+        for step in plan::tree(records, leads)? {
+            match step {
+                Step::Fork { creator, pid, sibling, exit_signal } => {
+                    self.fork(creator, pid, sibling, exit_signal)?
+                }
+                Step::NewSession { pid } => {
+                    self.call(pid, "make a session", libc::SYS_setsid, [0; 6])?
+                }
+                Step::JoinGroup { pid, group } => {
+                    let arguments = [0, u64::from(group.unsigned_abs()), 0, 0, 0, 0];
+                    self.call(pid, "join a process group", libc::SYS_setpgid, arguments)?;
+                }
+                Step::End { pid, reaper } => {
+                    self.bury(pid, 0)?;
+                    let arguments = [u64::from(pid.unsigned_abs()), 0, 0, 0, 0, 0];
+                    self.call(reaper, "wait for a helper", libc::SYS_wait4, arguments)?;
+                }
+            }
+        }
+        for record in records {
+            if let ProcessState::Alive(alive) = &record.state {
+                self.make_threads(record.pid, alive)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Hands descriptors of the engine to a process, and returns the numbers that they have there.
+    pub(crate) fn send(
+        &mut self,
+        pid: i32,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<Vec<RawFd>, RestoreError> {
+        let process = self
+            .processes
+            .get_mut(&pid)
+            .ok_or_else(|| RestoreError::Damaged(format!("process {pid} is missing")))?;
+        self.channel.send(process, files)
+    }
+
+    fn call(
+        &mut self,
+        pid: i32,
+        what: &str,
+        number: libc::c_long,
+        arguments: [u64; 6],
+    ) -> Result<(), RestoreError> {
+        let process = self.process(pid)?;
+        let mut tape = process.tape()?;
+        tape.call(what, number, arguments);
+        process.run_all(0, &tape, End::Breakpoint)?;
+        Ok(())
+    }
+
+    fn fork(
+        &mut self,
+        creator: i32,
+        pid: i32,
+        sibling: bool,
+        exit_signal: i32,
+    ) -> Result<(), RestoreError> {
+        let flags = if sibling { u64::try_from(libc::CLONE_PARENT).expect("a flag") } else { 0 };
+        // A sibling inherits its creator's signal; clone3 refuses another one.
+        let signal = if sibling { 0 } else { u64::from(exit_signal.unsigned_abs()) };
+        let arena = self.arena;
+        let creator = self.process(creator)?;
+        let child = clone(creator, flags, signal, &[pid])?;
+        let [child] = child.as_slice() else {
+            return Err(RestoreError::Damaged(format!("process {pid} could not be made")));
+        };
+        let thread = first_stop(*child)?;
+        let mut process = Process::new(*child, vec![thread])?;
+        process.arena = Some(arena);
+        process.inherit_vdso(creator);
+        self.processes.insert(pid, process);
+        Ok(())
+    }
+
+    fn make_threads(&mut self, pid: i32, alive: &Alive) -> Result<(), RestoreError> {
+        const THREAD: i32 = libc::CLONE_VM
+            | libc::CLONE_FS
+            | libc::CLONE_FILES
+            | libc::CLONE_SIGHAND
+            | libc::CLONE_THREAD
+            | libc::CLONE_SYSVSEM;
+        let process = self.process(pid)?;
+        let tids: Vec<i32> = alive.threads.iter().skip(1).map(|thread| thread.tid).collect();
+        if alive.threads.first().map(|thread| thread.tid) != Some(pid) {
+            return Err(RestoreError::Damaged(format!(
+                "process {pid} does not begin with its leader"
+            )));
+        }
+        /// A tape holds the arguments of this many clones.
+        const AT_ONCE: usize = 512;
+        for tids in tids.chunks(AT_ONCE) {
+            for tid in clone(process, u64::from(THREAD.unsigned_abs()), 0, tids)? {
+                process.threads.push(first_stop(tid)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Maps the memory of one process, writable where it has to be filled.
+    fn map(
+        &mut self,
+        pid: i32,
+        alive: &Alive,
+        root: &Root,
+        shared: &memory::Shared,
+        source: &dyn Source,
+    ) -> Result<(), RestoreError> {
+        let runs =
+            source.runs(SpaceId(alive.space)).map_err(|source| RestoreError::Fill { source })?;
+        let process = self
+            .processes
+            .get_mut(&pid)
+            .ok_or_else(|| RestoreError::Damaged(format!("process {pid} is missing")))?;
+        process::set_layout(process, &mut self.channel, alive, root)?;
+        memory::map(process, &mut self.channel, alive, root, shared, &runs)
+    }
+
+    /// Gives one process all that is not memory and not confinement.
+    fn furnish(
+        &mut self,
+        record: &Record,
+        alive: &Alive,
+        root: &Root,
+        files: &descriptors::Files,
+    ) -> Result<(), RestoreError> {
+        let process = self
+            .processes
+            .get_mut(&record.pid)
+            .ok_or_else(|| RestoreError::Damaged(format!("process {} is missing", record.pid)))?;
+        memory::protect(process, alive)?;
+        process::furnish(process, &mut self.channel, alive, root)?;
+        descriptors::install(process, &mut self.channel, alive, files)?;
+        Ok(())
+    }
+
+    /// Ends a process so that its parent can wait for this status.
+    fn bury(&mut self, pid: i32, exit_status: i32) -> Result<(), RestoreError> {
+        let process = self
+            .processes
+            .remove(&pid)
+            .ok_or_else(|| RestoreError::Damaged(format!("process {pid} is missing")))?;
+        process::bury(process, exit_status)
+    }
+
+    fn confine(
+        &mut self,
+        pid: i32,
+        alive: &Alive,
+        confinement: &Confinement,
+    ) -> Result<(), RestoreError> {
+        let process = self.process(pid)?;
+        process::confine(process, alive, confinement)
+    }
+
+    /// Removes the engine from all processes and lets them go.
+    fn resume(&mut self, records: &[Record]) -> Result<(), RestoreError> {
+        for process in self.processes.values_mut() {
+            process.unmap_arena()?;
+        }
+        for record in records {
+            if let ProcessState::Alive(alive) = &record.state {
+                let process = self.process(record.pid)?;
+                process::set_registers(process, alive)?;
+            }
+        }
+        // From here on a failure kills all that has not been released when this process ends, and with init the rest.
+        let mut processes: Vec<Process> =
+            std::mem::take(&mut self.processes).into_values().collect();
+        // Init last: as long as it is held, the kernel's EXITKILL ends everything with it.
+        processes.reverse();
+        for process in &mut processes {
+            for thread in &mut process.threads {
+                thread.settle()?;
+            }
+        }
+        for thread in processes.iter().flat_map(|process| &process.threads) {
+            thread.release()?;
+        }
+        self.finished = true;
+        Ok(())
+    }
+}
+
+impl Drop for Tree {
+    fn drop(&mut self) {
+        if self.finished {
+            return;
+        }
+        // Killing its init ends a pid namespace.
+        for process in self.processes.values() {
+            if let Ok(handle) = PidFd::open(process.pid) {
+                let _ = handle.send_signal(libc::SIGKILL);
+            }
+        }
+    }
+}
+
+/// Makes processes or threads with the given numbers, one after another, and returns the engine's numbers for them.
+fn clone(
+    creator: &mut Process,
+    flags: u64,
+    exit_signal: u64,
+    numbers: &[i32],
+) -> Result<Vec<Pid>, RestoreError> {
+    /// `struct clone_args` as of Linux 5.7: flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid,
+    /// set_tid_size, cgroup.
+    const CLONE_ARGS_BYTES: u64 = 88;
+    let mut tape = creator.tape()?;
+    for number in numbers {
+        let set_tid = tape.data(&number.to_le_bytes());
+        let arguments = tape.words(&[flags, 0, 0, 0, exit_signal, 0, 0, 0, set_tid, 1, 0]);
+        let what = format!("make process or thread {number}");
+        tape.call(what, libc::SYS_clone3, [arguments, CLONE_ARGS_BYTES, 0, 0, 0, 0]);
+    }
+    let results = creator.run(0, &tape, End::Breakpoint)?;
+    for (number, result) in numbers.iter().zip(results) {
+        if let Err(errno) = Call::outcome(result) {
+            let what = format!("process or thread {number}");
+            return Err(RestoreError::Make { what, source: io::Error::from_raw_os_error(errno) });
+        }
+    }
+    Ok(std::mem::take(&mut creator.born))
+}
+
+/// Waits for the first stop of a new or just interrupted thread.
+fn first_stop(tid: Pid) -> Result<Thread, RestoreError> {
+    loop {
+        match wait::one(tid).map_err(failed("wait for", tid))? {
+            Status::EventStop(_) => return Ok(Thread::at_stop(tid, 0)?),
+            status @ (Status::Exited(_) | Status::Killed(_)) => {
+                return Err(TraceeError::Ended { tid, status }.into());
+            }
+            Status::SignalStop(_) | Status::SyscallStop | Status::Event(_) | Status::Continued => {
+                ptrace::cont(tid, 0).map_err(failed("resume", tid))?;
+            }
+        }
+    }
+}
+
+/// The streams 0, 1 and 2 of the blank init, which are the new container's.
+fn outside_streams(init: Pid) -> Result<Vec<Option<OwnedFd>>, RestoreError> {
+    let handle = PidFd::open(init).map_err(make("a handle on the blank init"))?;
+    (0..3)
+        .map(|fd| match handle.get_fd(fd) {
+            Ok(stream) => Ok(Some(stream)),
+            Err(error) if error.raw_os_error() == Some(libc::EBADF) => Ok(None),
+            Err(source) => {
+                Err(RestoreError::Make { what: format!("the standard stream {fd}"), source })
+            }
+        })
+        .collect()
+}
+
+/// Whether this kernel and processor can go on with what was saved.
+fn check_host(
+    process: &Process,
+    present: &[proc::Mapping],
+    container: &Container,
+) -> Result<(), RestoreError> {
+    let Some(vdso) = present.iter().find(|mapping| mapping.name == "[vdso]") else {
+        return Err(RestoreError::Incompatible("its kernel offers no vdso".to_owned()));
+    };
+    if vdso_digest(process, vdso.start, vdso.end)? != container.vdso_sha256 {
+        return Err(RestoreError::Incompatible(
+            "its kernel's vdso differs from the one that the container was saved with; restore it on a host with the same kernel".to_owned(),
+        ));
+    }
+    let tid = process.pid;
+    let here = ptrace::xstate(tid).map_err(failed("read the vector registers of", tid))?.len();
+    let alive = container.processes.iter().filter_map(|record| match &record.state {
+        ProcessState::Alive(alive) => Some(alive),
+        ProcessState::Zombie { .. } => None,
+    });
+    for thread in alive.flat_map(|alive| &alive.threads) {
+        if thread.xstate.len() > here {
+            return Err(RestoreError::Incompatible(format!(
+                "its processor's vector state has {here} bytes, the capsule's has {}",
+                thread.xstate.len()
+            )));
+        }
+    }
+    for alive in container.processes.iter().filter_map(|record| match &record.state {
+        ProcessState::Alive(alive) => Some(alive),
+        ProcessState::Zombie { .. } => None,
+    }) {
+        memory::check(alive)?;
+    }
+    Ok(())
+}
+
+pub(crate) fn make(what: impl Into<String>) -> impl FnOnce(io::Error) -> RestoreError {
+    let what = what.into();
+    move |source| RestoreError::Make { what, source }
+}
+
+/// A file of the container as a mapping or descriptor needs it.
+pub(crate) fn open_below(root: &Root, path: &[u8], flags: i32) -> Result<File, RestoreError> {
+    root.open(path, flags)
+        .map(File::from)
+        .map_err(make(format!("the open file {}", String::from_utf8_lossy(path))))
+}
+
+/// Whether a mapping's content comes from the capsule.
+pub(crate) fn is_filled(backing: &Backing) -> bool {
+    match backing {
+        Backing::Anonymous { .. }
+        | Backing::PrivateFile { .. }
+        | Backing::PrivateUnlinked { .. } => true,
+        Backing::SharedFile { .. }
+        | Backing::SharedUnlinked { .. }
+        | Backing::Shared { .. }
+        | Backing::Vdso { .. } => false,
+    }
+}

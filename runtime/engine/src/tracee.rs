@@ -1,0 +1,544 @@
+//! Stopped threads in which the engine runs system calls.
+//!
+//! Capture runs reading calls in them, restore runs building calls; both go through [`Process::run`].
+//!
+//! Invariants:
+//! - Between two calls of this module every thread is in a ptrace stop.
+//! - While a process is being captured, the engine may be killed between any two instructions: each thread then goes on as if
+//!   nothing had been. Registers are set before the signal mask is, and put back after it, because the code in the tracee
+//!   puts back both by itself.
+//!
+//! What this module does not do: decide what to call.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use samara_capsule::record::Restart;
+use samara_kernel::ptrace::{self, Registers};
+use samara_kernel::tape::{self, CALL_BYTES, Call, End, ONCE_BYTES, ONCE_PREFIX, RETURN_BLOCK};
+use samara_kernel::wait::{self, Status};
+use samara_kernel::{Pid, proc};
+
+use crate::restart;
+
+/// Why something could not be done in a tracee.
+#[derive(Debug, thiserror::Error)]
+pub enum TraceeError {
+    #[error("could not {what} thread {tid}")]
+    Ptrace { what: &'static str, tid: Pid, source: io::Error },
+    #[error("could not {what} the memory of process {pid} at {address:#x}")]
+    Memory { what: &'static str, pid: Pid, address: u64, source: io::Error },
+    #[error("thread {tid} ended while it was stopped ({status:?})")]
+    Ended { tid: Pid, status: Status },
+    #[error("thread {tid} stopped unexpectedly at {rip:#x} ({status:?})")]
+    Astray { tid: Pid, rip: u64, status: Status },
+    #[error("process {pid} has no room for the engine's code: {why}")]
+    NoRoom { pid: Pid, why: &'static str },
+    #[error("process {pid} could not {what}")]
+    Call { pid: Pid, what: String, source: io::Error },
+}
+
+/// Where the parts of the arena are, from its start.
+const TAPE: u64 = RETURN_BLOCK + 4096;
+/// Calls that one run takes.
+pub(crate) const CALLS_MAX: usize = 2048;
+const DATA: u64 = TAPE + (CALLS_MAX * CALL_BYTES) as u64;
+/// Bytes of data that the calls of one run may refer to.
+pub(crate) const DATA_BYTES: u64 = 256 << 10;
+/// Size of the mapping that the engine makes in a tracee.
+pub(crate) const ARENA_BYTES: u64 = DATA + DATA_BYTES;
+/// The part of the arena that is code.
+const CODE_BYTES: u64 = 4096;
+
+/// The part at the end of the vdso's last page that the engine uses. Kernels leave more than a kilobyte there.
+pub(crate) const PADDING_BYTES: usize = 1024;
+
+const ALL_SIGNALS: u64 = u64::MAX;
+
+/// A thread in a ptrace stop.
+#[derive(Debug)]
+pub(crate) struct Thread {
+    pub(crate) tid: Pid,
+    /// The registers with which it goes on, as the kernel shows them in a stop: a call that was interrupted still has its
+    /// restart code in `rax`.
+    pub(crate) stop: Registers,
+    pub(crate) mask: u64,
+    /// The signal of the group stop that it was found in, or 0.
+    pub(crate) group_stop: i32,
+    /// A stop signal came while the thread was ours; it gets it back when it goes on.
+    pub(crate) owed_signal: i32,
+}
+
+impl Thread {
+    /// Reads the state of a thread that has just stopped.
+    pub(crate) fn at_stop(tid: Pid, group_stop: i32) -> Result<Thread, TraceeError> {
+        let stop = ptrace::registers(tid).map_err(failed("read the registers of", tid))?;
+        let mask = ptrace::signal_mask(tid).map_err(failed("read the signal mask of", tid))?;
+        Ok(Thread { tid, stop, mask, group_stop, owed_signal: 0 })
+    }
+
+    /// Brings the thread to the stop from which it goes on with [`Thread::stop`].
+    ///
+    /// The registers are set in a signal stop, because only there the kernel still looks at the restart code: a signal that came
+    /// meanwhile then has the effect on the interrupted call that it would have had.
+    pub(crate) fn settle(&mut self) -> Result<(), TraceeError> {
+        let tid = self.tid;
+        if ptrace::registers(tid).map_err(failed("read the registers of", tid))? == self.stop {
+            return Ok(());
+        }
+        ptrace::interrupt(tid).map_err(failed("interrupt", tid))?;
+        ptrace::cont(tid, 0).map_err(failed("resume", tid))?;
+        loop {
+            match wait::one(tid).map_err(failed("wait for", tid))? {
+                Status::EventStop(_) => break,
+                status @ (Status::Exited(_) | Status::Killed(_)) => {
+                    return Err(TraceeError::Ended { tid, status });
+                }
+                // The mask is the program's own again, so a signal may be taken first: it is given back with the release.
+                Status::SignalStop(signal) => {
+                    self.owed_signal = signal;
+                    break;
+                }
+                Status::SyscallStop | Status::Event(_) | Status::Continued => {
+                    ptrace::cont(tid, 0).map_err(failed("resume", tid))?;
+                }
+            }
+        }
+        ptrace::set_registers(tid, &self.stop).map_err(failed("set the registers of", tid))
+    }
+
+    /// Lets a settled thread go on.
+    pub(crate) fn release(&self) -> Result<(), TraceeError> {
+        ptrace::detach(self.tid, self.owed_signal).map_err(failed("let go of", self.tid))
+    }
+}
+
+/// A process all of whose threads are in ptrace stops.
+#[derive(Debug)]
+pub(crate) struct Process {
+    pub(crate) pid: Pid,
+    pub(crate) threads: Vec<Thread>,
+    pub(crate) memory: File,
+    /// Where the vdso's code is.
+    vdso: Option<(u64, u64)>,
+    /// Start of the engine's mapping.
+    pub(crate) arena: Option<u64>,
+    /// Processes and threads that calls of this one have made since the list was last taken, as the engine numbers them.
+    pub(crate) born: Vec<Pid>,
+}
+
+impl Process {
+    /// Takes over a process whose threads have stopped.
+    pub(crate) fn new(pid: Pid, threads: Vec<Thread>) -> Result<Process, TraceeError> {
+        let path = format!("/proc/{pid}/mem");
+        let memory = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(path)
+            .map_err(|source| TraceeError::Memory { what: "open", pid, address: 0, source })?;
+        Ok(Process { pid, threads, memory, vdso: None, arena: None, born: Vec::new() })
+    }
+
+    /// Says where the vdso is, which [`Process::map_arena`] needs.
+    pub(crate) fn set_vdso(&mut self, mappings: &[proc::Mapping]) {
+        self.vdso = mappings
+            .iter()
+            .find(|mapping| mapping.name == "[vdso]")
+            .map(|mapping| (mapping.start, mapping.end));
+    }
+
+    /// Takes over where the vdso is from the process that made this one.
+    pub(crate) fn inherit_vdso(&mut self, creator: &Process) {
+        self.vdso = creator.vdso;
+    }
+
+    /// Says that the vdso has been moved.
+    pub(crate) fn vdso_moved(&mut self, start: u64, end: u64) {
+        self.vdso = Some((start, end));
+    }
+
+    pub(crate) fn read(&self, address: u64, bytes: usize) -> Result<Vec<u8>, TraceeError> {
+        let mut buffer = vec![0; bytes];
+        self.memory.read_exact_at(&mut buffer, address).map_err(|source| TraceeError::Memory {
+            what: "read",
+            pid: self.pid,
+            address,
+            source,
+        })?;
+        Ok(buffer)
+    }
+
+    pub(crate) fn write(&self, address: u64, bytes: &[u8]) -> Result<(), TraceeError> {
+        self.memory.write_all_at(bytes, address).map_err(|source| TraceeError::Memory {
+            what: "write",
+            pid: self.pid,
+            address,
+            source,
+        })
+    }
+
+    /// Makes the mapping that tapes need: at `address` if one is given, else where the kernel likes.
+    ///
+    /// The first call is made by code in the padding behind the vdso's image, which no program uses. The page becomes the
+    /// process's own copy by that, and stays so.
+    pub(crate) fn map_arena(&mut self, address: Option<u64>) -> Result<(), TraceeError> {
+        const RW: u64 = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+        const RX: u64 = (libc::PROT_READ | libc::PROT_EXEC) as u64;
+        const PRIVATE: u64 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
+        const FIXED: u64 = libc::MAP_FIXED_NOREPLACE as u64;
+        let flags = if address.is_some() { PRIVATE | FIXED } else { PRIVATE };
+        let arguments = [address.unwrap_or(0), ARENA_BYTES, RW, flags, u64::MAX, 0];
+        let base = self.once(libc::SYS_mmap, arguments, "map the engine's memory")?;
+        self.arena = Some(base);
+        self.once(
+            libc::SYS_mprotect,
+            [base, CODE_BYTES, RX, 0, 0, 0],
+            "protect the engine's code",
+        )?;
+        self.write(base, tape::interpreter())
+    }
+
+    /// Removes what [`Process::map_arena`] made. Does nothing where there is nothing.
+    pub(crate) fn unmap_arena(&mut self) -> Result<(), TraceeError> {
+        if let Some(base) = self.arena.take() {
+            self.once(
+                libc::SYS_munmap,
+                [base, ARENA_BYTES, 0, 0, 0, 0],
+                "unmap the engine's memory",
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Lets the process end with an exit code. Its threads have to be waited for.
+    pub(crate) fn begin_exit(&mut self, code: u8) -> Result<(), TraceeError> {
+        let stub = self.stub_address()?;
+        let Some(thread) = self.threads.first() else { return Ok(()) };
+        let tid = thread.tid;
+        let rax = libc::SYS_exit_group.unsigned_abs();
+        let after = restart::explicit(&thread.stop);
+        let start = Registers { rip: stub, rax, rdi: code.into(), orig_rax: u64::MAX, ..after };
+        self.write(stub, &tape::once(&after, thread.mask))?;
+        ptrace::set_registers(tid, &start).map_err(failed("set the registers of", tid))?;
+        ptrace::set_signal_mask(tid, ALL_SIGNALS).map_err(failed("block the signals of", tid))?;
+        ptrace::cont(tid, 0).map_err(failed("resume", tid))
+    }
+
+    /// Makes one call in the first thread by code in the vdso's padding.
+    fn once(
+        &mut self,
+        number: libc::c_long,
+        arguments: [u64; 6],
+        what: &str,
+    ) -> Result<u64, TraceeError> {
+        let stub = self.stub_address()?;
+        let pid = self.pid;
+        let thread =
+            self.threads.first_mut().ok_or(TraceeError::NoRoom { pid, why: "it has no thread" })?;
+        let after = restart::explicit(&thread.stop);
+        let code = tape::once(&after, thread.mask);
+        let [rdi, rsi, rdx, r10, r8, r9] = arguments;
+        let rax = number.unsigned_abs();
+        let start =
+            Registers { rip: stub, rax, rdi, rsi, rdx, r10, r8, r9, orig_rax: u64::MAX, ..after };
+        self.memory.write_all_at(&code, stub).map_err(|source| TraceeError::Memory {
+            what: "write",
+            pid,
+            address: stub,
+            source,
+        })?;
+        let result = thread.run(&start, &after, Until::Calls(1), &mut Vec::new())?;
+        Call::outcome(result.rax).map_err(|errno| TraceeError::Call {
+            pid,
+            what: what.to_owned(),
+            source: io::Error::from_raw_os_error(errno),
+        })
+    }
+
+    /// Where [`tape::once`]'s code goes: at the end of the vdso's last page, if nothing but padding is there.
+    fn stub_address(&self) -> Result<u64, TraceeError> {
+        let (_, end) =
+            self.vdso.ok_or(TraceeError::NoRoom { pid: self.pid, why: "it has no vdso" })?;
+        let address = end - (ONCE_BYTES as u64).next_multiple_of(16);
+        let padding = self.read(end - PADDING_BYTES as u64, PADDING_BYTES)?;
+        let (_, present) = padding
+            .split_at(PADDING_BYTES - usize::try_from(end - address).expect("a short distance"));
+        if padding.iter().all(|&byte| byte == 0) || present.starts_with(&ONCE_PREFIX) {
+            Ok(address)
+        } else {
+            Err(TraceeError::NoRoom { pid: self.pid, why: "its vdso has no padding" })
+        }
+    }
+
+    /// Places the timespecs that interrupted calls of the threads go on with, and returns their addresses.
+    ///
+    /// They live below the stub in the vdso's padding: the kernel only reads them, and no stack has to have room.
+    /// A thread for which there is no room gets none, and its timeout starts anew.
+    pub(crate) fn scratch_for(
+        &self,
+        restarts: impl Iterator<Item = Restart>,
+    ) -> Result<Vec<Option<u64>>, TraceeError> {
+        const SLOT: u64 = 16;
+        let mut places = Vec::new();
+        let mut slot = None;
+        for restart in restarts {
+            let Restart::Timespec { rest_ns, .. } = restart else {
+                places.push(None);
+                continue;
+            };
+            let address = match slot {
+                None => self.stub_address()? - SLOT,
+                Some(last) => last - SLOT,
+            };
+            let (_, end) =
+                self.vdso.ok_or(TraceeError::NoRoom { pid: self.pid, why: "it has no vdso" })?;
+            if address < end - PADDING_BYTES as u64 {
+                places.push(None);
+                continue;
+            }
+            let mut timespec = [0u8; 16];
+            let (seconds, ns) = timespec.split_at_mut(8);
+            seconds.copy_from_slice(&(rest_ns / 1_000_000_000).to_le_bytes());
+            ns.copy_from_slice(&(rest_ns % 1_000_000_000).to_le_bytes());
+            self.write(address, &timespec)?;
+            slot = Some(address);
+            places.push(Some(address));
+        }
+        Ok(places)
+    }
+
+    /// Runs the calls of a tape in one thread and returns what they returned, in order; [`tape::NOT_RUN`] for those after a
+    /// required call that failed.
+    ///
+    /// Data that the calls wrote is read with [`Tape::output`] afterwards.
+    pub(crate) fn run(
+        &mut self,
+        index: usize,
+        tape: &Tape,
+        end: End,
+    ) -> Result<Vec<u64>, TraceeError> {
+        let pid = self.pid;
+        let base = self.arena.ok_or(TraceeError::NoRoom { pid, why: "the arena is not mapped" })?;
+        assert_eq!(base, tape.base, "a tape is made for one arena");
+        let table: Vec<u8> = tape.calls.iter().flat_map(|call| call.to_bytes()).collect();
+        self.write(base + TAPE, &table)?;
+        if !tape.data.is_empty() {
+            self.write(base + DATA, &tape.data)?;
+        }
+        let thread = self
+            .threads
+            .get_mut(index)
+            .ok_or(TraceeError::NoRoom { pid, why: "it has no such thread" })?;
+        let after = restart::explicit(&thread.stop);
+        let block = tape::return_block(&after, thread.mask);
+        let address = base + RETURN_BLOCK;
+        self.memory.write_all_at(&block, address).map_err(|source| TraceeError::Memory {
+            what: "write",
+            pid,
+            address,
+            source,
+        })?;
+        let start = tape::start(base, base + TAPE, tape.calls.len() as u64, end, &after);
+        let until = match end {
+            End::Call => Until::Marker(base + tape::interpreter_marker()),
+            End::Breakpoint => Until::Breakpoint,
+        };
+        let mut born = Vec::new();
+        thread.run(&start, &after, until, &mut born)?;
+        self.born.extend(born);
+        let table = self.read(base + TAPE, tape.calls.len() * CALL_BYTES)?;
+        Ok(table
+            .chunks_exact(CALL_BYTES)
+            .map(|call| {
+                let result = call.last_chunk().expect("a call has 64 bytes");
+                u64::from_le_bytes(*result)
+            })
+            .collect())
+    }
+
+    /// As [`Process::run`], and the first required call that failed is the error.
+    pub(crate) fn run_all(
+        &mut self,
+        index: usize,
+        tape: &Tape,
+        end: End,
+    ) -> Result<Vec<u64>, TraceeError> {
+        let results = self.run(index, tape, end)?;
+        for (position, (call, result)) in tape.calls.iter().zip(&results).enumerate() {
+            if call.is_required()
+                && let Err(errno) = Call::outcome(*result)
+            {
+                let what = tape.names.get(position).cloned().unwrap_or_default();
+                return Err(TraceeError::Call {
+                    pid: self.pid,
+                    what,
+                    source: io::Error::from_raw_os_error(errno),
+                });
+            }
+        }
+        Ok(results)
+    }
+
+    /// A new tape for this process.
+    pub(crate) fn tape(&self) -> Result<Tape, TraceeError> {
+        let base = self
+            .arena
+            .ok_or(TraceeError::NoRoom { pid: self.pid, why: "the arena is not mapped" })?;
+        Ok(Tape { base, calls: Vec::new(), names: Vec::new(), data: Vec::new() })
+    }
+
+    /// Reads what a call of the last tape wrote.
+    pub(crate) fn output(&self, output: Output) -> Result<Vec<u8>, TraceeError> {
+        self.read(output.address, output.bytes)
+    }
+}
+
+enum Until {
+    /// This many calls have returned.
+    Calls(usize),
+    /// The call that ends at this address has returned.
+    Marker(u64),
+    /// A breakpoint instruction.
+    Breakpoint,
+}
+
+impl Thread {
+    /// Runs from `start` with all signals blocked, then has the registers `after` and its own mask again.
+    fn run(
+        &mut self,
+        start: &Registers,
+        after: &Registers,
+        until: Until,
+        born: &mut Vec<Pid>,
+    ) -> Result<Registers, TraceeError> {
+        let tid = self.tid;
+        // In this order: see the module's invariants.
+        ptrace::set_registers(tid, start).map_err(failed("set the registers of", tid))?;
+        ptrace::set_signal_mask(tid, ALL_SIGNALS).map_err(failed("block the signals of", tid))?;
+        let mut stops = 0usize;
+        let end = loop {
+            match until {
+                Until::Breakpoint => ptrace::cont(tid, 0),
+                Until::Calls(_) | Until::Marker(_) => ptrace::cont_to_syscall(tid, 0),
+            }
+            .map_err(failed("resume", tid))?;
+            match wait::one(tid).map_err(failed("wait for", tid))? {
+                Status::SyscallStop => {
+                    stops += 1;
+                    if stops % 2 == 1 {
+                        continue;
+                    }
+                    let now =
+                        ptrace::registers(tid).map_err(failed("read the registers of", tid))?;
+                    match until {
+                        Until::Calls(count) if stops == 2 * count => break now,
+                        Until::Marker(address) if now.rip == address => break now,
+                        Until::Calls(_) | Until::Marker(_) | Until::Breakpoint => {}
+                    }
+                }
+                Status::SignalStop(libc::SIGTRAP) if matches!(until, Until::Breakpoint) => {
+                    break ptrace::registers(tid).map_err(failed("read the registers of", tid))?;
+                }
+                // All signals are blocked but these two: a fault of the code in the tracee can't be delivered either, it kills.
+                Status::SignalStop(signal) if signal == libc::SIGSTOP => self.owed_signal = signal,
+                status @ Status::SignalStop(_) => {
+                    let rip = ptrace::registers(tid).map_or(0, |registers| registers.rip);
+                    return Err(TraceeError::Astray { tid, rip, status });
+                }
+                Status::Event(_) => {
+                    let child =
+                        ptrace::event_message(tid).map_err(failed("read the event of", tid))?;
+                    born.extend(Pid::try_from(child));
+                }
+                // An interrupt that was still due.
+                Status::EventStop(_) | Status::Continued => {}
+                status @ (Status::Exited(_) | Status::Killed(_)) => {
+                    return Err(TraceeError::Ended { tid, status });
+                }
+            }
+        };
+        ptrace::set_signal_mask(tid, self.mask).map_err(failed("set the signal mask of", tid))?;
+        ptrace::set_registers(tid, after).map_err(failed("set the registers of", tid))?;
+        Ok(end)
+    }
+}
+
+/// Calls to be made in a tracee, and the data that they refer to.
+#[derive(Debug)]
+pub(crate) struct Tape {
+    base: u64,
+    calls: Vec<Call>,
+    names: Vec<String>,
+    data: Vec<u8>,
+}
+
+/// Where a call of a tape writes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Output {
+    pub(crate) address: u64,
+    pub(crate) bytes: usize,
+}
+
+impl Tape {
+    /// Appends a call; after one that fails the tape ends. `what` completes "process N could not …".
+    pub(crate) fn call(
+        &mut self,
+        what: impl Into<String>,
+        number: libc::c_long,
+        arguments: [u64; 6],
+    ) {
+        assert!(self.calls.len() < CALLS_MAX, "callers split tapes before they are full");
+        self.calls.push(Call::new(number, arguments).required());
+        self.names.push(what.into());
+    }
+
+    /// Appends a call that may fail.
+    pub(crate) fn try_call(
+        &mut self,
+        what: impl Into<String>,
+        number: libc::c_long,
+        arguments: [u64; 6],
+    ) {
+        assert!(self.calls.len() < CALLS_MAX, "callers split tapes before they are full");
+        self.calls.push(Call::new(number, arguments));
+        self.names.push(what.into());
+    }
+
+    /// Places data and returns its address in the tracee.
+    pub(crate) fn data(&mut self, bytes: &[u8]) -> u64 {
+        let offset = self.data.len().next_multiple_of(16);
+        assert!(
+            (offset + bytes.len()) as u64 <= DATA_BYTES,
+            "callers split tapes before they are full"
+        );
+        self.data.resize(offset, 0);
+        self.data.extend(bytes);
+        self.base + DATA + offset as u64
+    }
+
+    /// Places words and returns their address in the tracee.
+    pub(crate) fn words(&mut self, words: &[u64]) -> u64 {
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        self.data(&bytes)
+    }
+
+    /// Reserves room for a call to write to.
+    pub(crate) fn output(&mut self, bytes: usize) -> Output {
+        Output { address: self.data(&vec![0; bytes]), bytes }
+    }
+
+    /// Whether another `calls` calls with `bytes` bytes of data fit.
+    pub(crate) fn has_room(&self, calls: usize, bytes: usize) -> bool {
+        self.calls.len() + calls <= CALLS_MAX
+            && (self.data.len() + bytes + 16 * calls) as u64 <= DATA_BYTES
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.calls.len()
+    }
+}
+
+pub(crate) fn failed(what: &'static str, tid: Pid) -> impl FnOnce(io::Error) -> TraceeError {
+    move |source| TraceeError::Ptrace { what, tid, source }
+}

@@ -1,0 +1,276 @@
+//! Captures real programs and restores them in another pid namespace, without any container engine.
+//!
+//! Each test starts a program as init of a new pid and mount namespace, captures and kills it, and restores it into the init of
+//! another one. Needs root.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use samara_capsule::transfer::{
+    PAGE_BYTES, PageBatch, PageRun, Place, Sink, Source, SpaceId, StreamName,
+};
+use samara_engine::capture::{CaptureRequest, Captured, capture};
+use samara_engine::restore::{RestoreRequest, restore};
+use samara_engine::{Confinement, SeccompPolicy};
+
+/// A capsule in memory.
+#[derive(Default)]
+struct Memory {
+    pages: Mutex<BTreeMap<(SpaceId, u64), Vec<u8>>>,
+}
+
+impl Sink for Memory {
+    fn buffer(&mut self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn pages(&mut self, batch: PageBatch) -> io::Result<()> {
+        let mut pages = self.pages.lock().expect("no panic holds it");
+        let mut contents = batch.bytes.chunks_exact(PAGE_BYTES);
+        for run in batch.runs {
+            for page in run.first..run.first + run.count {
+                let content = contents.next().expect("as many pages as the runs say");
+                if content.iter().any(|byte| *byte != 0) {
+                    pages.insert((batch.space, page), content.to_vec());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn exact_pages(&mut self, batch: PageBatch) -> io::Result<()> {
+        let mut pages = self.pages.lock().expect("no panic holds it");
+        let mut contents = batch.bytes.chunks_exact(PAGE_BYTES);
+        for run in batch.runs {
+            for page in run.first..run.first + run.count {
+                let content = contents.next().expect("as many pages as the runs say");
+                pages.insert((batch.space, page), content.to_vec());
+            }
+        }
+        Ok(())
+    }
+
+    fn append(&mut self, _: &StreamName, _: &[u8]) -> io::Result<()> {
+        unreachable!("the engine writes pages only")
+    }
+}
+
+impl Source for Memory {
+    fn runs(&self, space: SpaceId) -> io::Result<Vec<PageRun>> {
+        let pages = self.pages.lock().expect("no panic holds it");
+        let of_space = pages.range((space, 0)..=(space, u64::MAX));
+        Ok(of_space.map(|((_, page), _)| PageRun { first: *page, count: 1 }).collect())
+    }
+
+    fn transfer(&self, spaces: &[SpaceId], place: &Place<'_>) -> io::Result<()> {
+        for ((space, page), content) in &*self.pages.lock().expect("no panic holds it") {
+            if spaces.contains(space) {
+                place(*space, &[PageRun { first: *page, count: 1 }], content)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn stream(&self, _: &StreamName) -> io::Result<Option<Box<dyn io::Read + Send + '_>>> {
+        Ok(None)
+    }
+}
+
+/// A program that is init of its own pid namespace.
+struct Namespace {
+    unshare: Child,
+    init: i32,
+}
+
+impl Namespace {
+    /// Starts `command` with its standard streams on null, null and the log.
+    fn start(command: &[&str], log: &Path, offsets: &[String]) -> Namespace {
+        let output = fs::OpenOptions::new().create(true).append(true).open(log).expect("log");
+        let mut unshare = Command::new("unshare");
+        unshare
+            .args(["--pid", "--fork", "--mount-proc", "--kill-child"])
+            .args(offsets)
+            .arg("--")
+            .args(command)
+            .stdin(Stdio::null())
+            .stdout(output.try_clone().expect("dup"))
+            .stderr(output)
+            .process_group(0);
+        let unshare = unshare.spawn().expect("unshare of util-linux is installed");
+        let children = format!("/proc/{0}/task/{0}/children", unshare.id());
+        let init = wait_for("init", || {
+            let init = fs::read_to_string(&children)
+                .ok()?
+                .split_whitespace()
+                .next()?
+                .parse::<i32>()
+                .ok()?;
+            // Until its exec the child is a copy of unshare.
+            let name = fs::read_link(format!("/proc/{init}/exe")).ok()?;
+            (!name.ends_with("unshare")).then_some(init)
+        });
+        Namespace { unshare, init }
+    }
+
+    fn exit_code(&mut self) -> Option<i32> {
+        self.unshare.wait().expect("wait").code()
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = self.unshare.kill();
+        let _ = self.unshare.wait();
+    }
+}
+
+fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        if let Some(found) = condition() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "waited too long for {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Folder {
+        let folder =
+            std::env::temp_dir().join(format!("samara-roundtrip-{name}-{}", std::process::id()));
+        fs::create_dir_all(&folder).expect("folder");
+        Folder(folder)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Tracees belong to the thread that seized them, so each test does its captures in its own thread; but a wait for any tracee
+/// sees those of the whole process.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+fn snapshot(init: i32) -> (Memory, Captured) {
+    let mut memory = Memory::default();
+    let request = CaptureRequest { init, outside: Vec::new() };
+    let captured = capture(&request, &mut || Ok(()), &mut memory)
+        .unwrap_or_else(|error| panic!("{}", chain(&error)));
+    (memory, captured)
+}
+
+fn bring_back(
+    memory: &Memory,
+    captured: &samara_capsule::record::Container,
+    log: &Path,
+) -> Namespace {
+    let blank = Namespace::start(&["sleep", "infinity"], log, &[]);
+    let confinement = Confinement {
+        bounding: u64::MAX,
+        no_new_privileges: false,
+        seccomp: SeccompPolicy::AsSaved,
+    };
+    let request = RestoreRequest { init: blank.init, container: captured, confinement };
+    let report = restore(&request, memory).unwrap_or_else(|error| panic!("{}", chain(&error)));
+    assert_eq!(report.processes, captured.processes.len());
+    blank
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
+
+/// Runs a program, moves it `moves` times when `ready` says so, and returns its exit code and log.
+fn moved(
+    name: &str,
+    command: &[&str],
+    moves: usize,
+    ready: impl Fn(&str, usize) -> bool,
+) -> (Option<i32>, String) {
+    let guard = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let folder = Folder::new(name);
+    let log = folder.0.join("log");
+    let text =
+        |log: &Path| String::from_utf8_lossy(&fs::read(log).unwrap_or_default()).into_owned();
+    let mut namespace = Namespace::start(command, &log, &[]);
+    for number in 0..moves {
+        wait_for("progress", || ready(&text(&log), number).then_some(()));
+        let (memory, captured) = snapshot(namespace.init);
+        let Captured { container, frozen, .. } = captured;
+        frozen.end(143).expect("end");
+        assert_eq!(namespace.exit_code(), Some(143));
+        drop(namespace);
+        namespace = bring_back(&memory, &container, &log);
+    }
+    let code = namespace.exit_code();
+    drop(guard);
+    let text = text(&log);
+    (code, text)
+}
+
+/// The least that a capsule has to do: without it nothing else matters.
+#[test]
+fn a_sleep_wakes_in_another_namespace() {
+    let (code, log) = moved("sleep", &["sleep", "1"], 1, |_, _| true);
+    assert_eq!((code, log.as_str()), (Some(0), ""));
+}
+
+/// Loops, children, pipes and positions of a shell: a lost or repeated line would show.
+#[test]
+fn a_shell_goes_on_counting() {
+    let script = "i=0; while [ $i -lt 60 ]; do i=$((i+1)); echo $i | cat; sleep 0.01; done; exit 7";
+    let lines = |log: &str| log.lines().count();
+    let (code, log) =
+        moved("shell", &["bash", "-c", script], 3, |log, number| lines(log) > 10 * (number + 1));
+    let expected: String = (1..=60).map(|number| format!("{number}\n")).collect();
+    assert_eq!((code, log), (Some(7), expected));
+}
+
+/// Threads, their locals, locks and timeouts.
+#[test]
+fn python_threads_finish_their_sums() {
+    let program = r#"
+import threading, time, sys
+results = {}
+lock = threading.Lock()
+local = threading.local()
+def work(number):
+    local.value = number
+    total = 0.0
+    for step in range(150):
+        total += (step * number) ** 0.5
+        time.sleep(0.01)
+        with lock:
+            results[number] = total
+        assert local.value == number
+threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+[thread.start() for thread in threads]
+print("ready", flush=True)
+began = time.monotonic()
+[thread.join() for thread in threads]
+expected = {n: sum(((s * n) ** 0.5 for s in range(150)), 0.0) for n in range(8)}
+assert all(abs(results[n] - expected[n]) < 1e-6 for n in range(8)), results
+print("done", flush=True)
+"#;
+    let (code, log) =
+        moved("python", &["python3", "-c", program], 2, |log, _| log.contains("ready"));
+    assert_eq!((code, log.as_str()), (Some(0), "ready\ndone\n"));
+}

@@ -1,0 +1,338 @@
+//! `proc(5)`: what the kernel tells of processes in text.
+//!
+//! Status and stat come from the `procfs` crate. Mappings are parsed here, because names must survive byte by byte and unknown
+//! flags must be seen: an unknown flag is a state that nobody would restore.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use procfs::process::Process;
+pub use procfs::process::{Stat, Status};
+
+use crate::Pid;
+
+/// One mapping of an address space, as `/proc/PID/smaps` shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mapping {
+    pub start: u64,
+    pub end: u64,
+    pub read: bool,
+    pub write: bool,
+    pub execute: bool,
+    pub shared: bool,
+    /// Offset in the mapped file, in bytes.
+    pub offset: u64,
+    /// `(major, minor)` of the mapped file's device; `(0, 0)` for anonymous memory.
+    pub device: (u32, u32),
+    pub inode: u64,
+    /// The path or the name in brackets; empty for anonymous memory. Newlines are escaped as `\012`.
+    pub name: OsString,
+    /// The two-letter codes of `VmFlags`.
+    pub flags: Vec<[u8; 2]>,
+}
+
+impl Mapping {
+    #[must_use]
+    pub fn has_flag(&self, flag: &[u8; 2]) -> bool {
+        self.flags.contains(flag)
+    }
+
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.end - self.start
+    }
+}
+
+/// The mappings of a process in address order, with their flags.
+///
+/// # Errors
+/// Of the read, and `InvalidData` for a line that is not as `proc_pid_smaps(5)` says.
+pub fn mappings(pid: Pid) -> io::Result<Vec<Mapping>> {
+    parse_mappings(&fs::read(format!("/proc/{pid}/smaps"))?)
+}
+
+fn parse_mappings(text: &[u8]) -> io::Result<Vec<Mapping>> {
+    let mut mappings: Vec<Mapping> = Vec::new();
+    for line in text.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()) {
+        if let Some(flags) = line.strip_prefix(b"VmFlags:") {
+            let last = mappings.last_mut().ok_or_else(|| malformed(line))?;
+            last.flags = flags
+                .split(|&byte| byte == b' ')
+                .filter(|flag| !flag.is_empty())
+                .map(|flag| flag.try_into().map_err(|_| malformed(line)))
+                .collect::<io::Result<_>>()?;
+        } else if line
+            .first()
+            .is_some_and(|byte| byte.is_ascii_digit() || byte.is_ascii_lowercase())
+        {
+            mappings.push(parse_header(line).ok_or_else(|| malformed(line))?);
+        }
+    }
+    Ok(mappings)
+}
+
+/// `start-end perms offset major:minor inode   name`
+fn parse_header(line: &[u8]) -> Option<Mapping> {
+    let mut rest = line;
+    let mut field = || {
+        let begin = rest.iter().position(|&byte| byte != b' ')?;
+        let tail = rest.get(begin..)?;
+        let end = tail.iter().position(|&byte| byte == b' ').unwrap_or(tail.len());
+        rest = tail.get(end..)?;
+        std::str::from_utf8(tail.get(..end)?).ok()
+    };
+    let (start, end) = field()?.split_once('-')?;
+    let permissions = field()?.as_bytes();
+    let offset = field()?;
+    let (major, minor) = field()?.split_once(':')?;
+    let inode = field()?;
+    let name = rest
+        .iter()
+        .position(|&byte| byte != b' ')
+        .and_then(|begin| rest.get(begin..))
+        .unwrap_or_default();
+    let hex = |text| u64::from_str_radix(text, 16).ok();
+    Some(Mapping {
+        start: hex(start)?,
+        end: hex(end)?,
+        read: permissions.first() == Some(&b'r'),
+        write: permissions.get(1) == Some(&b'w'),
+        execute: permissions.get(2) == Some(&b'x'),
+        shared: permissions.get(3) == Some(&b's'),
+        offset: hex(offset)?,
+        device: (u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?),
+        inode: inode.parse().ok()?,
+        name: OsString::from_vec(name.to_vec()),
+        flags: Vec::new(),
+    })
+}
+
+/// `/proc/PID/stat`.
+pub fn stat(pid: Pid) -> io::Result<Stat> {
+    Process::new(pid).and_then(|process| process.stat()).map_err(into_io)
+}
+
+/// `/proc/PID/status`; for a thread pass its own id.
+pub fn status(tid: Pid) -> io::Result<Status> {
+    Process::new(tid).and_then(|process| process.status()).map_err(into_io)
+}
+
+/// The threads of a process.
+pub fn threads(pid: Pid) -> io::Result<Vec<Pid>> {
+    numbers(&format!("/proc/{pid}/task"))
+}
+
+/// The processes that this `/proc` shows.
+pub fn processes() -> io::Result<Vec<Pid>> {
+    numbers("/proc")
+}
+
+/// The open descriptors of a process, ascending.
+pub fn descriptors(pid: Pid) -> io::Result<Vec<i32>> {
+    numbers(&format!("/proc/{pid}/fd"))
+}
+
+fn numbers(folder: &str) -> io::Result<Vec<i32>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        if let Some(number) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) {
+            found.push(number);
+        }
+    }
+    found.sort_unstable();
+    Ok(found)
+}
+
+/// Identity of a namespace of a process: `kind` as in `/proc/PID/ns`.
+pub fn namespace(pid: Pid, kind: &str) -> io::Result<(u64, u64)> {
+    let metadata = fs::metadata(format!("/proc/{pid}/ns/{kind}"))?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+/// What a descriptor refers to, as its link in `/proc/PID/fd` says.
+pub fn descriptor_target(pid: Pid, fd: i32) -> io::Result<PathBuf> {
+    fs::read_link(format!("/proc/{pid}/fd/{fd}"))
+}
+
+/// The fields of `/proc/PID/fdinfo/FD` that every descriptor has, and the lines that only some have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DescriptorInfo {
+    pub position: u64,
+    /// Flags of `open(2)`, `O_CLOEXEC` among them.
+    pub flags: i32,
+    pub mount: i32,
+    /// Lines that depend on the kind of file, `name:\tvalue`.
+    pub others: Vec<(String, String)>,
+}
+
+/// Reads `/proc/PID/fdinfo/FD`.
+pub fn descriptor_info(pid: Pid, fd: i32) -> io::Result<DescriptorInfo> {
+    let text = fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}"))?;
+    let mut info = DescriptorInfo { position: 0, flags: 0, mount: 0, others: Vec::new() };
+    for line in text.lines() {
+        let (name, value) = line.split_once(':').ok_or_else(|| malformed(line.as_bytes()))?;
+        let (name, value) = (name.trim(), value.trim());
+        let bad = || malformed(line.as_bytes());
+        match name {
+            "pos" => info.position = value.parse().map_err(|_| bad())?,
+            "flags" => info.flags = i32::from_str_radix(value, 8).map_err(|_| bad())?,
+            "mnt_id" => info.mount = value.parse().map_err(|_| bad())?,
+            _ => info.others.push((name.to_owned(), value.to_owned())),
+        }
+    }
+    Ok(info)
+}
+
+/// Number of resources (`RLIM_NLIMITS` of asm-generic/resource.h; libc deprecates its constant).
+pub const RLIMITS: u32 = 16;
+
+/// Soft and hard limit of every resource, in the order of the `RLIMIT_` numbers; `u64::MAX` is no limit.
+///
+/// # Errors
+/// Of the calls, which need the right to trace the process.
+pub fn limits(pid: Pid) -> io::Result<Vec<(u64, u64)>> {
+    (0..RLIMITS)
+        .map(|resource| {
+            let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+            // SAFETY: `limit` outlives the call; a null new limit means that none is set.
+            let result = unsafe { libc::prlimit(pid, resource, std::ptr::null(), &raw mut limit) };
+            crate::check(result.into())?;
+            Ok((limit.rlim_cur, limit.rlim_max))
+        })
+        .collect()
+}
+
+/// Sets one limit of another process.
+pub fn set_limit(pid: Pid, resource: u32, soft: u64, hard: u64) -> io::Result<()> {
+    let limit = libc::rlimit { rlim_cur: soft, rlim_max: hard };
+    // SAFETY: `limit` outlives the call; a null old limit means that it is not asked for.
+    let result = unsafe { libc::prlimit(pid, resource, &raw const limit, std::ptr::null_mut()) };
+    crate::check(result.into()).map(drop)
+}
+
+/// The auxiliary vector as the kernel holds it for `/proc/PID/auxv`.
+pub fn auxiliary_vector(pid: Pid) -> io::Result<Vec<u8>> {
+    fs::read(format!("/proc/{pid}/auxv"))
+}
+
+/// The layout of the address space that `/proc/PID/stat` shows and `PR_SET_MM_MAP` takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Layout {
+    pub start_code: u64,
+    pub end_code: u64,
+    pub start_data: u64,
+    pub end_data: u64,
+    pub start_brk: u64,
+    pub start_stack: u64,
+    pub arg_start: u64,
+    pub arg_end: u64,
+    pub env_start: u64,
+    pub env_end: u64,
+}
+
+/// The layout part of a stat.
+#[must_use]
+pub fn layout(stat: &Stat) -> Layout {
+    Layout {
+        start_code: stat.startcode,
+        end_code: stat.endcode,
+        start_data: stat.start_data.unwrap_or_default(),
+        end_data: stat.end_data.unwrap_or_default(),
+        start_brk: stat.start_brk.unwrap_or_default(),
+        start_stack: stat.startstack,
+        arg_start: stat.arg_start.unwrap_or_default(),
+        arg_end: stat.arg_end.unwrap_or_default(),
+        env_start: stat.env_start.unwrap_or_default(),
+        env_end: stat.env_end.unwrap_or_default(),
+    }
+}
+
+/// When the scheduler last accounted for a thread, in nanoseconds of its processor's task clock, and how often the thread was
+/// switched: for a sleeping thread, when it went to sleep. `None` where the kernel does not tell (`CONFIG_SCHED_DEBUG`).
+#[must_use]
+pub fn scheduled(tid: Pid) -> Option<(u64, u64)> {
+    let text = fs::read_to_string(format!("/proc/{tid}/sched")).ok()?;
+    let field = |name: &str| {
+        text.lines()
+            .find(|line| line.split([' ', ':']).next() == Some(name))
+            .and_then(|line| line.rsplit(' ').next())
+    };
+    let (ms, fraction) = field("se.exec_start")?.split_once('.')?;
+    let ns = ms.parse::<u64>().ok()?.checked_mul(1_000_000)?.checked_add(fraction.parse().ok()?)?;
+    Some((ns, field("nr_switches")?.parse().ok()?))
+}
+
+/// A small file of `/proc/PID` as text without its final newline.
+pub fn attribute(pid: Pid, name: &str) -> io::Result<String> {
+    let text = fs::read_to_string(format!("/proc/{pid}/{name}"))?;
+    Ok(text.strip_suffix('\n').map(str::to_owned).unwrap_or(text))
+}
+
+/// Undoes the escaping that `/proc` applies to newlines and backslashes in the names of mappings.
+#[must_use]
+pub fn unescape(name: &Path) -> PathBuf {
+    let bytes = name.as_os_str().as_bytes();
+    let mut out = Vec::with_capacity(bytes.len());
+    let mut rest = bytes;
+    while let Some((&first, tail)) = rest.split_first() {
+        if let (b'\\', Some(b"012")) = (first, tail.get(..3)) {
+            out.push(b'\n');
+            rest = tail.get(3..).unwrap_or_default();
+        } else {
+            out.push(first);
+            rest = tail;
+        }
+    }
+    PathBuf::from(OsString::from_vec(out))
+}
+
+fn malformed(line: &[u8]) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        format!("unexpected line in /proc: {:?}", String::from_utf8_lossy(line)),
+    )
+}
+
+fn into_io(error: procfs::ProcError) -> io::Error {
+    match error {
+        procfs::ProcError::Io(error, _) => error,
+        procfs::ProcError::NotFound(_) => io::Error::from_raw_os_error(libc::ESRCH),
+        procfs::ProcError::PermissionDenied(_) => io::Error::from_raw_os_error(libc::EPERM),
+        other => io::Error::other(other),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A name that was cut or trimmed would make a restore map another file.
+    #[test]
+    fn mapping_names_survive_spaces_and_escapes() {
+        let text = b"00400000-00401000 r-xp 00001000 fe:01 77       /a b/c\\012d (deleted)\nSize: 4 kB\nVmFlags: rd ex mr \n\
+            7f0000000000-7f0000001000 rw-s 00000000 00:00 0 \nVmFlags: rd wr sh mr mw me ms sd \n";
+        let mappings = parse_mappings(text).expect("well formed");
+        assert_eq!(mappings.len(), 2);
+        assert_eq!(mappings[0].name, "/a b/c\\012d (deleted)");
+        assert_eq!(unescape(Path::new(&mappings[0].name)), Path::new("/a b/c\nd (deleted)"));
+        assert_eq!(
+            (mappings[0].offset, mappings[0].device, mappings[0].inode),
+            (0x1000, (0xfe, 1), 77)
+        );
+        assert!(mappings[0].execute && !mappings[0].write && !mappings[0].shared);
+        assert!(mappings[1].name.is_empty() && mappings[1].shared && mappings[1].has_flag(b"sd"));
+    }
+
+    #[test]
+    fn own_mappings_parse() {
+        let own = mappings(i32::try_from(std::process::id()).expect("a pid")).expect("own smaps");
+        assert!(own.iter().any(|mapping| mapping.name == "[stack]"));
+        assert!(
+            own.iter().all(|mapping| mapping.name == "[vsyscall]" || !mapping.flags.is_empty())
+        );
+    }
+}

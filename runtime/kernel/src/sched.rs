@@ -1,0 +1,92 @@
+//! `sched(7)`: scheduling attributes of threads, and the scheduler's clock.
+
+use std::io;
+use std::mem::size_of;
+
+use crate::{Pid, check, proc};
+
+/// The processors that a thread may run on, ascending.
+pub fn affinity(tid: Pid) -> io::Result<Vec<u32>> {
+    let mut words = [0u64; 128];
+    // SAFETY: the mask is `words`, and its size is passed along.
+    let result = unsafe {
+        libc::syscall(libc::SYS_sched_getaffinity, tid, size_of_val(&words), words.as_mut_ptr())
+    };
+    check(result)?;
+    let mut processors = Vec::new();
+    for (index, word) in (0u32..).zip(words) {
+        processors.extend((0..64).filter(|bit| word >> bit & 1 == 1).map(|bit| index * 64 + bit));
+    }
+    Ok(processors)
+}
+
+/// Restricts a thread to `processors`.
+///
+/// # Errors
+/// EINVAL: none of them is one that the thread's cpuset allows.
+pub fn set_affinity(tid: Pid, processors: &[u32]) -> io::Result<()> {
+    let words = affinity_words(processors);
+    // SAFETY: the mask is `words`, and its size is passed along.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_sched_setaffinity,
+            tid,
+            words.len() * size_of::<u64>(),
+            words.as_ptr(),
+        )
+    };
+    check(result).map(drop)
+}
+
+/// The bit mask that `sched_setaffinity` takes.
+#[must_use]
+pub fn affinity_words(processors: &[u32]) -> Vec<u64> {
+    let mut words = vec![0u64; 128];
+    for processor in processors {
+        if let Some(word) = words.get_mut(*processor as usize / 64) {
+            *word |= 1 << (processor % 64);
+        }
+    }
+    words
+}
+
+/// The scheduler's task clock of one processor, in nanoseconds: the clock of [`proc::scheduled`].
+///
+/// Visits the processor. `None` where the kernel does not tell, or the processor is not ours to visit.
+#[must_use]
+pub fn task_clock_on(processor: i32) -> Option<u64> {
+    let before = affinity(0).ok()?;
+    set_affinity(0, &[u32::try_from(processor).ok()?]).ok()?;
+    // Yielding makes the scheduler account for this thread up to now.
+    std::thread::yield_now();
+    // SAFETY: the call takes nothing and always succeeds.
+    let tid = unsafe { libc::syscall(libc::SYS_gettid) };
+    let clock = Pid::try_from(tid).ok().and_then(proc::scheduled);
+    set_affinity(0, &before).ok()?;
+    clock.map(|(ns, _)| ns)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// If the clock could not be read or ran at another rate, interrupted timeouts would be wrong after a restore.
+    #[test]
+    fn the_task_clock_advances_like_time() {
+        let Some(processor) = affinity(0).expect("own affinity").first().copied() else {
+            panic!("no processor")
+        };
+        let processor = i32::try_from(processor).expect("few processors");
+        let first = task_clock_on(processor).expect("this kernel tells");
+        let began = std::time::Instant::now();
+        while began.elapsed().as_millis() < 20 {
+            std::hint::spin_loop();
+        }
+        let second = task_clock_on(processor).expect("this kernel tells");
+        // Stolen time is missing from the task clock; more than was measured can't be there.
+        assert!(
+            second > first
+                && second - first < 2 * u64::try_from(began.elapsed().as_nanos()).expect("short")
+        );
+    }
+}

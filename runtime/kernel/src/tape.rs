@@ -1,0 +1,251 @@
+//! The code that runs inside a tracee.
+//!
+//! Two pieces of position-independent x86-64 code. Both end by themselves with the registers and the instruction pointer that
+//! they were given, so a tracer that dies while they run costs the tracee nothing. Neither touches the stack of the tracee
+//! (a goroutine's stack has other objects right below it) nor its floating point and vector state; the kernel keeps all
+//! registers over a system call but `rax`, `rcx` and `r11`.
+//!
+//! - [`once`] makes a single system call, and holds everything it restores as immediate operands. It fits into the padding at
+//!   the end of the vdso, and makes the first mapping.
+//! - [`INTERPRETER`] lives in a mapping of its own and makes the calls of a table, the *tape*.
+
+use std::arch::global_asm;
+
+use crate::ptrace::Registers;
+
+/// One system call of a tape: 64 bytes that the interpreter reads and, in `result`, writes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Call {
+    /// Number of the system call, plus [`STOP_ON_ERROR`].
+    pub number: u64,
+    pub arguments: [u64; 6],
+    /// What the call returned, or [`NOT_RUN`].
+    pub result: u64,
+}
+
+/// Flag in [`Call::number`]: if the call fails, the tape ends after it.
+pub const STOP_ON_ERROR: u64 = 1 << 32;
+/// [`Call::result`] of a call that the tape did not reach.
+pub const NOT_RUN: u64 = u64::MAX / 2;
+pub const CALL_BYTES: usize = 64;
+
+/// Offset, from the start of the interpreter, of the block with the registers to return to.
+///
+/// The interpreter addresses it relative to itself, and uses it as a stack for one `popfq`. The memory from the code's page up
+/// to the block is writable and no longer needed by then, so that a signal in that very instruction finds room for its frame.
+pub const RETURN_BLOCK: u64 = 32 << 10;
+/// Size of the return block.
+pub const RETURN_BLOCK_BYTES: usize = 19 * 8;
+
+impl Call {
+    #[must_use]
+    pub fn new(number: libc::c_long, arguments: [u64; 6]) -> Call {
+        Call { number: number.unsigned_abs(), arguments, result: NOT_RUN }
+    }
+
+    /// The call ends the tape if it fails.
+    #[must_use]
+    pub fn required(mut self) -> Call {
+        self.number |= STOP_ON_ERROR;
+        self
+    }
+
+    /// Whether the tape ends if the call fails.
+    #[must_use]
+    pub fn is_required(&self) -> bool {
+        self.number & STOP_ON_ERROR != 0
+    }
+
+    #[must_use]
+    pub fn to_bytes(self) -> [u8; CALL_BYTES] {
+        let mut bytes = [0u8; CALL_BYTES];
+        let words = [self.number].into_iter().chain(self.arguments).chain([self.result]);
+        for (target, word) in bytes.chunks_exact_mut(8).zip(words) {
+            target.copy_from_slice(&word.to_le_bytes());
+        }
+        bytes
+    }
+
+    /// What the call returned: a value, or the error number.
+    pub fn outcome(result: u64) -> Result<u64, i32> {
+        match result.cast_signed() {
+            error @ -4095..=-1 => Err(i32::try_from(-error).expect("at most 4095")),
+            _ => Ok(result),
+        }
+    }
+}
+
+/// How a tape ends where its tracer lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// With a system call at which the tracer takes over. Without a tracer it is harmless.
+    Call,
+    /// With a breakpoint, so that the tape runs without a stop up to there. Without a tracer it is deadly.
+    Breakpoint,
+}
+
+/// Registers with which a thread starts to run `calls` calls at `tape`, with the interpreter mapped at `interpreter`.
+#[must_use]
+pub fn start(interpreter: u64, tape: u64, calls: u64, end: End, from: &Registers) -> Registers {
+    let breakpoint = u64::from(end == End::Breakpoint);
+    Registers {
+        rip: interpreter,
+        rbx: tape,
+        rbp: calls,
+        r12: breakpoint,
+        orig_rax: u64::MAX,
+        ..*from
+    }
+}
+
+/// The block at [`RETURN_BLOCK`], in the order in which the interpreter loads it: registers, and the signal mask.
+#[must_use]
+pub fn return_block(to: &Registers, mask: u64) -> [u8; RETURN_BLOCK_BYTES] {
+    let words = [
+        to.eflags, to.rsp, to.rax, to.rbx, to.rcx, to.rdx, to.rsi, to.rdi, to.rbp, to.r8, to.r9,
+        to.r10, to.r11, to.r12, to.r13, to.r14, to.r15, to.rip, mask,
+    ];
+    let mut bytes = [0u8; RETURN_BLOCK_BYTES];
+    for (target, word) in bytes.chunks_exact_mut(8).zip(words) {
+        target.copy_from_slice(&word.to_le_bytes());
+    }
+    bytes
+}
+
+/// Bytes of the code that [`once`] makes.
+pub const ONCE_BYTES: usize = ONCE_PREFIX.len() + 9 * 10 + 14 + 8;
+
+/// Code for one system call after which the thread has the general registers of `to` and the signal mask `mask`.
+///
+/// The call's number and arguments are in the registers with which the thread starts at the first byte.
+/// Flags need no restoring: `syscall` keeps them, `mov` and `lea` do not change them.
+#[must_use]
+pub fn once(to: &Registers, mask: u64) -> [u8; ONCE_BYTES] {
+    let loads: [([u8; 2], u64); 9] = [
+        ([0x48, 0xb8], to.rax),
+        ([0x48, 0xb9], to.rcx),
+        ([0x48, 0xba], to.rdx),
+        ([0x48, 0xbe], to.rsi),
+        ([0x48, 0xbf], to.rdi),
+        ([0x49, 0xb8], to.r8),
+        ([0x49, 0xb9], to.r9),
+        ([0x49, 0xba], to.r10),
+        ([0x49, 0xbb], to.r11),
+    ];
+    let mut code = Vec::with_capacity(ONCE_BYTES);
+    code.extend(ONCE_PREFIX);
+    for (opcode, value) in loads {
+        code.extend(opcode);
+        code.extend(value.to_le_bytes());
+    }
+    // jmp *0(%rip), its target, and the mask.
+    code.extend([0xff, 0x25, 0, 0, 0, 0]);
+    code.extend(to.rip.to_le_bytes());
+    code.extend(mask.to_le_bytes());
+    code.try_into().expect("the parts add up to ONCE_BYTES")
+}
+
+/// How [`once`]'s code begins: the call, and `rt_sigprocmask(SIG_SETMASK, &mask, NULL, 8)`.
+pub const ONCE_PREFIX: [u8; 32] = [
+    0x0f, 0x05, // syscall
+    0xb8, 14, 0, 0, 0, // mov $14, %eax
+    0xbf, 2, 0, 0, 0, // mov $2, %edi
+    0x48, 0x8d, 0x35, 0x75, 0, 0, 0, // lea 117(%rip), %rsi: the mask behind the jump
+    0xba, 0, 0, 0, 0, // mov $0, %edx
+    0x41, 0xba, 8, 0, 0, 0, // mov $8, %r10d
+    0x0f, 0x05, // syscall
+];
+
+global_asm!(
+    ".pushsection .rodata.samara_tape, \"a\"",
+    ".globl samara_tape_begin",
+    "samara_tape_begin:",
+    "2:",
+    "test rbp, rbp",
+    "jz 3f",
+    "mov eax, dword ptr [rbx]",
+    "mov rdi, [rbx + 8]",
+    "mov rsi, [rbx + 16]",
+    "mov rdx, [rbx + 24]",
+    "mov r10, [rbx + 32]",
+    "mov r8, [rbx + 40]",
+    "mov r9, [rbx + 48]",
+    "syscall",
+    "mov [rbx + 56], rax",
+    "cmp rax, -4095",
+    "jb 4f",
+    "cmp dword ptr [rbx + 4], 0",
+    "jne 3f",
+    "4:",
+    "add rbx, 64",
+    "dec rbp",
+    "jmp 2b",
+    "3:",
+    "test r12, r12",
+    "jz 5f",
+    "int3",
+    // One more call, at which the tracer takes over.
+    "5:",
+    "mov eax, 186", // gettid
+    "syscall",
+    ".globl samara_tape_marker",
+    "samara_tape_marker:",
+    // From here on there is no tracer: the signal mask was its doing.
+    "mov eax, 14", // rt_sigprocmask
+    "mov edi, 2",  // SIG_SETMASK
+    "lea rsi, [rip + samara_tape_begin + {block} + 144]",
+    "xor edx, edx",
+    "mov r10d, 8",
+    "syscall",
+    // Flags come back through a stack; for two instructions it is our own block.
+    "lea rsp, [rip + samara_tape_begin + {block}]",
+    "popfq",
+    "mov rsp, [rip + samara_tape_begin + {block} + 8]",
+    "mov rax, [rip + samara_tape_begin + {block} + 16]",
+    "mov rbx, [rip + samara_tape_begin + {block} + 24]",
+    "mov rcx, [rip + samara_tape_begin + {block} + 32]",
+    "mov rdx, [rip + samara_tape_begin + {block} + 40]",
+    "mov rsi, [rip + samara_tape_begin + {block} + 48]",
+    "mov rdi, [rip + samara_tape_begin + {block} + 56]",
+    "mov rbp, [rip + samara_tape_begin + {block} + 64]",
+    "mov r8, [rip + samara_tape_begin + {block} + 72]",
+    "mov r9, [rip + samara_tape_begin + {block} + 80]",
+    "mov r10, [rip + samara_tape_begin + {block} + 88]",
+    "mov r11, [rip + samara_tape_begin + {block} + 96]",
+    "mov r12, [rip + samara_tape_begin + {block} + 104]",
+    "mov r13, [rip + samara_tape_begin + {block} + 112]",
+    "mov r14, [rip + samara_tape_begin + {block} + 120]",
+    "mov r15, [rip + samara_tape_begin + {block} + 128]",
+    "jmp [rip + samara_tape_begin + {block} + 136]",
+    ".globl samara_tape_end",
+    "samara_tape_end:",
+    ".popsection",
+    block = const RETURN_BLOCK,
+);
+
+/// The number of the call that ends every tape.
+pub const END_CALL: u64 = 186;
+
+/// Offset of the instruction after the call that ends a tape.
+#[must_use]
+pub fn interpreter_marker() -> u64 {
+    unsafe extern "C" {
+        static samara_tape_begin: u8;
+        static samara_tape_marker: u8;
+    }
+    ((&raw const samara_tape_marker).addr() - (&raw const samara_tape_begin).addr()) as u64
+}
+
+/// The interpreter's code.
+#[must_use]
+pub fn interpreter() -> &'static [u8] {
+    unsafe extern "C" {
+        static samara_tape_begin: u8;
+        static samara_tape_end: u8;
+    }
+    let begin = &raw const samara_tape_begin;
+    let bytes = (&raw const samara_tape_end).addr() - begin.addr();
+    // SAFETY: both symbols delimit the bytes that the assembler wrote between them into read-only data.
+    unsafe { std::slice::from_raw_parts(begin, bytes) }
+}

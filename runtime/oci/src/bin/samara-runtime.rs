@@ -1,0 +1,99 @@
+//! An OCI runtime with runc's command line.
+
+use std::error::Error;
+use std::io::Write;
+use std::process::ExitCode;
+
+use samara_oci::command_line::{self, CommandLine, Global, Verb};
+use samara_oci::create::{self, CreateRequest, Init};
+use samara_oci::report::Log;
+use samara_oci::state_dir::StateDir;
+use samara_oci::{
+    events, exec, features, hooks, lifecycle, output, report, run, sealed, spec_template, update,
+};
+
+fn main() -> ExitCode {
+    let args: Result<Vec<String>, _> =
+        std::env::args_os().skip(1).map(std::ffi::OsString::into_string).collect();
+    let Ok(args) = args else {
+        Log::new(&Global::default()).failure("an argument is not UTF-8");
+        return ExitCode::FAILURE;
+    };
+    let line = match command_line::parse(&args) {
+        Ok(line) => line,
+        Err(error) => {
+            Log::new(&Global::default()).failure(&report::chain(&error));
+            return ExitCode::FAILURE;
+        }
+    };
+    let log = Log::new(&line.global);
+    match act(line, &log) {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            log.failure(&report::chain(&*error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn act(line: CommandLine, log: &Log) -> Result<u8, Box<dyn Error>> {
+    let CommandLine { global, verb } = line;
+    let root = lifecycle::root(global.root);
+    let dir = |id| StateDir::new(&root, id);
+    match verb {
+        Verb::Create(args) => {
+            sealed::ensure()?;
+            create::create(&CreateRequest {
+                root: &root,
+                id: args.id,
+                bundle: &args.bundle,
+                console_socket: args.console_socket.as_deref(),
+                pid_file: args.pid_file.as_deref(),
+                no_pivot: args.no_pivot,
+                no_new_keyring: args.no_new_keyring,
+                preserve_fds: args.preserve_fds,
+                systemd_cgroup: global.systemd_cgroup,
+                init: Init::Program,
+                log,
+                debug: global.debug,
+            })?;
+        }
+        Verb::Run(args) => {
+            sealed::ensure()?;
+            return Ok(run::run(&root, &args, global.systemd_cgroup, log, global.debug)?);
+        }
+        Verb::Exec(args) => {
+            sealed::ensure()?;
+            return Ok(exec::exec(&dir(&args.id), &args, log, global.debug)?);
+        }
+        Verb::Start { id } => lifecycle::start(&dir(&id))?,
+        Verb::State { id } => output::with_stdout(|out| lifecycle::state(&dir(&id), out))?,
+        Verb::Kill { id, signal, all } => lifecycle::kill(&dir(&id), &signal, all)?,
+        Verb::Delete { id, force } => lifecycle::delete(&dir(&id), force, log)?,
+        Verb::Pause { id } => lifecycle::pause(&dir(&id))?,
+        Verb::Resume { id } => lifecycle::resume(&dir(&id))?,
+        Verb::Ps { id, json, ps_args } => {
+            output::with_stdout(|out| lifecycle::ps(&dir(&id), json, &ps_args, out))?;
+        }
+        Verb::List { json, quiet } => {
+            output::with_stdout(|out| lifecycle::list(&root, json, quiet, out))?;
+        }
+        Verb::HookRelay { relay, kind, index } => match hooks::relay(&relay, &kind, index)? {},
+        Verb::Update(args) => update::update(&dir(&args.id), &args)?,
+        Verb::Events { id, stats, interval_seconds } => {
+            output::with_stdout(|out| events::events(&dir(&id), stats, interval_seconds, out))?;
+        }
+        Verb::Features => output::with_stdout(|out| writeln!(out, "{}", features::features()))?,
+        Verb::Spec { bundle, rootless } => spec_template::write(&bundle, rootless)?,
+        Verb::Help => output::with_stdout(|out| out.write_all(command_line::HELP.as_bytes()))?,
+        Verb::Version => output::with_stdout(|out| {
+            writeln!(
+                out,
+                "samara-runtime version {}\nspec: {}",
+                env!("CARGO_PKG_VERSION"),
+                lifecycle::OCI_VERSION
+            )
+        })?,
+    }
+    Ok(0)
+}

@@ -1,0 +1,490 @@
+//! What runs in the monitor: one thread, one poll(2), no timer.
+//!
+//! It ends when the container's init ends (or, before there is one, when `create` ends), but not
+//! while a capture is under way: a container that moves is killed before its capsule is complete.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+use super::client::worker_program;
+use super::MonitorError;
+use crate::process::ProcessIdentity;
+use crate::protocol::{
+    Answer, Decoder, Failure, Message, MonitorStatus, Request, Versioned, WORKER_VERB,
+    WorkerReport, WorkerTask, encode, unversioned, versioned,
+};
+use crate::state_dir::StateDir;
+
+/// Connections at a time: the engine, its user, an agent and some that hang. More wait.
+const CLIENTS_MAX: usize = 16;
+/// Answers that a caller does not fetch: then it is taken for dead.
+const UNSENT_BYTES_MAX: usize = 4 << 20;
+/// The kernel's OOM killer should take a container before its monitor.
+const OOM_SCORE: &str = "-500";
+
+/// Runs the monitor of the container in `dir`. The listening socket is standard input; `creator`
+/// is the process that starts us.
+pub fn serve(dir: &StateDir, creator: i32) -> Result<(), MonitorError> {
+    let io = |attempt| move |source: io::Error| MonitorError::Io { attempt, source };
+    let listener = detach().map_err(io("detach"))?;
+    let init = match dir.load() {
+        Ok(record) => match record.init.pidfd() {
+            Some(fd) => Some(Init { identity: record.init, fd: Some(fd) }),
+            None => return Ok(()),
+        },
+        // The container is still being made.
+        Err(_) => None,
+    };
+    let parent_is_creator =
+        rustix::process::getppid().is_some_and(|pid| pid.as_raw_nonzero().get() == creator);
+    let creator = Pid::from_raw(creator)
+        .filter(|_| parent_is_creator)
+        .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+    if creator.is_none() && init.is_none() {
+        return Ok(());
+    }
+    let mut server = Server {
+        dir: dir.path().to_owned(),
+        listener,
+        creator,
+        init,
+        clients: Vec::new(),
+        next_client: 0,
+        capture: None,
+        stopping: false,
+    };
+    while !server.is_done() {
+        server.turn().map_err(io("wait"))?;
+    }
+    Ok(())
+}
+
+/// Leaves everything of the caller's behind: descriptors, session, cgroups, working directory.
+fn detach() -> io::Result<UnixListener> {
+    samara_kernel::close_range::close_from(3)?;
+    let listener = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?;
+    let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&null)?;
+    rustix::stdio::dup2_stdout(&null)?;
+    rustix::stdio::dup2_stderr(&null)?;
+    // Fails only for the leader of a session, which is what is wanted.
+    let _ = rustix::process::setsid();
+    rustix::process::chdir("/")?;
+    // Without CAP_SYS_RESOURCE the score cannot go down; it then stays the engine's.
+    let _ = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE);
+    crate::cgroup::leave_all();
+    let listener = UnixListener::from(listener);
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+struct Init {
+    identity: ProcessIdentity,
+    /// None once it has ended.
+    fd: Option<OwnedFd>,
+}
+
+struct Server {
+    dir: PathBuf,
+    listener: UnixListener,
+    creator: Option<OwnedFd>,
+    init: Option<Init>,
+    clients: Vec<Client>,
+    next_client: u64,
+    capture: Option<Capture>,
+    stopping: bool,
+}
+
+struct Client {
+    id: u64,
+    stream: UnixStream,
+    decoder: Decoder,
+    unsent: Vec<u8>,
+    /// Whether its last answer is in `unsent`.
+    answered: bool,
+    gone: bool,
+}
+
+struct Capture {
+    client: u64,
+    child: Child,
+    ended: OwnedFd,
+    /// Dropped when nobody wants the capture any more.
+    stdin: Option<ChildStdin>,
+    /// The task, until the worker has read it.
+    untold: Vec<u8>,
+    stdout: ChildStdout,
+    stdout_ended: bool,
+    decoder: Decoder,
+    outcome: Option<Answer>,
+}
+
+/// Who a descriptor of the poll set belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Event {
+    Listener,
+    Creator,
+    Init,
+    WorkerOutput,
+    WorkerInput,
+    WorkerEnded,
+    Client(usize),
+}
+
+impl Server {
+    fn is_done(&self) -> bool {
+        let unwatched = match &self.init {
+            Some(init) => init.fd.is_none(),
+            None => self.creator.is_none(),
+        };
+        let silent = self.clients.iter().all(|client| client.unsent.is_empty());
+        self.capture.is_none() && silent && (self.stopping || unwatched)
+    }
+
+    /// Waits for events and handles them.
+    fn turn(&mut self) -> io::Result<()> {
+        for event in self.wait()? {
+            match event {
+                Event::Listener => self.accept(),
+                Event::Creator => self.creator = None,
+                Event::Init => {
+                    if let Some(init) = &mut self.init {
+                        init.fd = None;
+                    }
+                }
+                Event::WorkerInput => self.tell_worker(),
+                Event::WorkerOutput => self.hear_worker(),
+                Event::WorkerEnded => self.worker_ended(),
+                Event::Client(index) => self.client_event(index),
+            }
+        }
+        for client in &mut self.clients {
+            client.flush();
+        }
+        if let Some(capture) = &mut self.capture {
+            let wanted = self.clients.iter().any(|c| c.id == capture.client && !c.gone);
+            if !wanted || self.stopping {
+                capture.stdin = None;
+            }
+        }
+        self.clients.retain(|client| !client.gone);
+        Ok(())
+    }
+
+    fn wait(&self) -> io::Result<Vec<Event>> {
+        let mut watched = Vec::new();
+        if self.clients.len() < CLIENTS_MAX && !self.stopping {
+            watched.push((Event::Listener, self.listener.as_fd(), PollFlags::IN));
+        }
+        if let Some(creator) = self.creator.as_ref().filter(|_| self.init.is_none()) {
+            watched.push((Event::Creator, creator.as_fd(), PollFlags::IN));
+        }
+        if let Some(fd) = self.init.as_ref().and_then(|init| init.fd.as_ref()) {
+            watched.push((Event::Init, fd.as_fd(), PollFlags::IN));
+        }
+        if let Some(capture) = &self.capture {
+            watched.push((Event::WorkerEnded, capture.ended.as_fd(), PollFlags::IN));
+            if !capture.stdout_ended {
+                watched.push((Event::WorkerOutput, capture.stdout.as_fd(), PollFlags::IN));
+            }
+            if let Some(stdin) = capture.stdin.as_ref().filter(|_| !capture.untold.is_empty()) {
+                watched.push((Event::WorkerInput, stdin.as_fd(), PollFlags::OUT));
+            }
+        }
+        for (index, client) in self.clients.iter().enumerate() {
+            let write = if client.unsent.is_empty() { PollFlags::empty() } else { PollFlags::OUT };
+            let flags = PollFlags::IN | write;
+            watched.push((Event::Client(index), client.stream.as_fd(), flags));
+        }
+        let mut fds: Vec<PollFd<'_>> =
+            watched.iter().map(|&(_, fd, flags)| PollFd::from_borrowed_fd(fd, flags)).collect();
+        loop {
+            match poll(&mut fds, None) {
+                Ok(_) => break,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        let happened = |fd: &PollFd<'_>| !fd.revents().is_empty();
+        Ok(watched.iter().zip(&fds).filter(|(_, fd)| happened(fd)).map(|(w, _)| w.0).collect())
+    }
+
+    fn accept(&mut self) {
+        // A caller that has hung up meanwhile is no concern of the others.
+        let Ok((stream, _)) = self.listener.accept() else { return };
+        if stream.set_nonblocking(true).is_err() {
+            return;
+        }
+        self.next_client += 1;
+        self.clients.push(Client {
+            id: self.next_client,
+            stream,
+            decoder: Decoder::default(),
+            unsent: Vec::new(),
+            answered: false,
+            gone: false,
+        });
+    }
+
+    fn client_event(&mut self, index: usize) {
+        let Some(client) = self.clients.get_mut(index) else { return };
+        client.fill();
+        if client.gone || client.answered {
+            return;
+        }
+        let id = client.id;
+        let request = match client.decoder.next::<Versioned<Message>>().and_then(|message| {
+            message.map(unversioned).transpose()
+        }) {
+            Ok(None) => return,
+            Ok(Some(Message::Request(request))) => request,
+            Ok(Some(Message::Answer(_))) => {
+                return self.fail(id, Failure::BadRequest { message: "an answer".to_owned() });
+            }
+            Err(error) => {
+                return self.fail(id, Failure::BadRequest { message: error.to_string() });
+            }
+        };
+        if self.capture.as_ref().is_some_and(|capture| capture.client == id) {
+            return self.fail(id, Failure::BadRequest { message: "one request each".to_owned() });
+        }
+        match request {
+            Request::Status => {
+                let status = MonitorStatus {
+                    pid: std::process::id(),
+                    init: self.init.as_ref().map(|init| init.identity),
+                    capturing: self.capture.is_some(),
+                };
+                self.answer(id, &Answer::Status(status), true);
+            }
+            Request::Adopt { init } => match self.adopt(init) {
+                Ok(()) => self.answer(id, &Answer::Adopted, true),
+                Err(failure) => self.fail(id, failure),
+            },
+            Request::Checkpoint { args } => {
+                if let Err(failure) = self.start_capture(id, args) {
+                    self.fail(id, failure);
+                }
+            }
+            Request::Shutdown => {
+                self.stopping = true;
+                self.answer(id, &Answer::ShuttingDown, true);
+            }
+        }
+    }
+
+    fn adopt(&mut self, identity: ProcessIdentity) -> Result<(), Failure> {
+        match &self.init {
+            Some(init) if init.identity == identity => Ok(()),
+            Some(init) => Err(Failure::OtherInit(init.identity.pid)),
+            None => {
+                // Ended already: then so do we, after this answer.
+                self.init = Some(Init { identity, fd: identity.pidfd() });
+                self.creator = None;
+                Ok(())
+            }
+        }
+    }
+
+    fn start_capture(&mut self, client: u64, args: serde_json::Value) -> Result<(), Failure> {
+        if self.stopping {
+            return Err(Failure::ShuttingDown);
+        }
+        if self.capture.is_some() {
+            return Err(Failure::Busy);
+        }
+        let init = self.init.as_ref().ok_or(Failure::NoContainer)?.identity;
+        let task = WorkerTask { state_dir: self.dir.clone(), init, args };
+        let untold =
+            encode(&task).map_err(|e| Failure::BadRequest { message: e.to_string() })?;
+        let capture = Capture::spawn(&self.dir, client, untold)
+            .map_err(|e| Failure::Spawn { message: e.to_string() })?;
+        self.capture = Some(capture);
+        Ok(())
+    }
+
+    fn tell_worker(&mut self) {
+        let Some(capture) = &mut self.capture else { return };
+        let Some(stdin) = &mut capture.stdin else { return };
+        match stdin.write(&capture.untold) {
+            Ok(count) => {
+                capture.untold.drain(..count);
+            }
+            Err(e) if is_later(&e) => {}
+            // A worker that reads no task ends, and its end tells the caller.
+            Err(_) => capture.stdin = None,
+        }
+    }
+
+    fn hear_worker(&mut self) {
+        let Some(capture) = &mut self.capture else { return };
+        let client = capture.client;
+        let mut said = Vec::new();
+        capture.hear(&mut said);
+        for report in said {
+            match report {
+                WorkerReport::Progress { progress } => {
+                    self.answer(client, &Answer::Progress { progress }, false);
+                }
+                WorkerReport::Done { result } => self.outcome(Answer::Done { result }),
+                WorkerReport::Failed { message } => {
+                    self.outcome(Answer::Failed { error: Failure::Capture { message } });
+                }
+            }
+        }
+    }
+
+    /// Kept until the worker is gone: then nothing of the capture is under way any more.
+    fn outcome(&mut self, answer: Answer) {
+        if let Some(capture) = &mut self.capture {
+            capture.outcome.get_or_insert(answer);
+        }
+    }
+
+    fn worker_ended(&mut self) {
+        // What it said last may still be in the pipe.
+        self.hear_worker();
+        let Some(mut capture) = self.capture.take() else { return };
+        let failure = match capture.child.wait() {
+            Ok(status) => match status.signal() {
+                Some(signal) => {
+                    Failure::WorkerKilled { signal, name: crate::signal_name::name(signal) }
+                }
+                None => Failure::WorkerEnded { status: status.code().unwrap_or(-1) },
+            },
+            Err(e) => Failure::Spawn { message: e.to_string() },
+        };
+        let answer = capture.outcome.take().unwrap_or(Answer::Failed { error: failure });
+        self.answer(capture.client, &answer, true);
+    }
+
+    fn fail(&mut self, client: u64, error: Failure) {
+        self.answer(client, &Answer::Failed { error }, true);
+    }
+
+    fn answer(&mut self, client: u64, answer: &Answer, last: bool) {
+        let Some(client) = self.clients.iter_mut().find(|c| c.id == client) else { return };
+        match encode(&versioned(Message::Answer(answer.clone()))) {
+            Ok(bytes) => client.unsent.extend(bytes),
+            // Too long to be said; the caller sees the connection end.
+            Err(_) => client.gone = true,
+        }
+        client.answered |= last;
+        if client.unsent.len() > UNSENT_BYTES_MAX {
+            client.gone = true;
+        }
+    }
+}
+
+impl Client {
+    /// Reads what has arrived; notices that the caller is gone.
+    fn fill(&mut self) {
+        let mut buffer = [0; 4096];
+        loop {
+            match self.stream.read(&mut buffer) {
+                Ok(0) => return self.gone = true,
+                Ok(count) => self.decoder.feed(buffer.get(..count).unwrap_or_default()),
+                Err(e) if is_later(&e) => return,
+                Err(_) => return self.gone = true,
+            }
+        }
+    }
+
+    fn flush(&mut self) {
+        while !self.unsent.is_empty() {
+            match self.stream.write(&self.unsent) {
+                Ok(count) => {
+                    self.unsent.drain(..count);
+                }
+                Err(e) if is_later(&e) => return,
+                Err(_) => return self.gone = true,
+            }
+        }
+        if self.answered {
+            self.gone = true;
+        }
+    }
+}
+
+impl Capture {
+    fn spawn(dir: &Path, client: u64, untold: Vec<u8>) -> io::Result<Self> {
+        // What the worker says beside its reports, for whoever looks for a fault.
+        let log = std::fs::File::create(dir.join("capture.log"))?;
+        let mut child = Command::new(worker_program())
+            .arg(WORKER_VERB)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(log)
+            .spawn()?;
+        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+        let opened = pid
+            .ok_or(io::Error::from(ErrorKind::NotFound))
+            .and_then(|pid| Ok(pidfd_open(pid, PidfdFlags::empty())?));
+        let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
+        let (Ok(ended), Some(stdin), Some(stdout)) = (opened, stdin, stdout) else {
+            child.kill()?;
+            child.wait()?;
+            return Err(io::Error::other("the new process cannot be watched"));
+        };
+        rustix::io::ioctl_fionbio(&stdin, true)?;
+        rustix::io::ioctl_fionbio(&stdout, true)?;
+        Ok(Self {
+            client,
+            child,
+            ended,
+            stdin: Some(stdin),
+            untold,
+            stdout,
+            stdout_ended: false,
+            decoder: Decoder::default(),
+            outcome: None,
+        })
+    }
+
+    fn hear(&mut self, said: &mut Vec<WorkerReport>) {
+        let mut buffer = [0; 4096];
+        loop {
+            match self.stdout.read(&mut buffer) {
+                Ok(0) => self.stdout_ended = true,
+                Ok(count) => {
+                    self.decoder.feed(buffer.get(..count).unwrap_or_default());
+                    loop {
+                        match self.decoder.next() {
+                            Ok(Some(report)) => said.push(report),
+                            Ok(None) => break,
+                            // A worker that speaks nonsense is not listened to again.
+                            Err(_) => {
+                                self.stdout_ended = true;
+                                break;
+                            }
+                        }
+                    }
+                }
+                Err(e) if is_later(&e) => return,
+                Err(_) => self.stdout_ended = true,
+            }
+            if self.stdout_ended {
+                return;
+            }
+        }
+    }
+}
+
+impl Drop for Capture {
+    fn drop(&mut self) {
+        // After `wait` this is an error and means nothing; before it, no worker may go on alone.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn is_later(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
+}

@@ -1,0 +1,69 @@
+//! `run`: create, start, and, unless detached, wait and delete.
+
+use crate::command_line::RunArgs;
+use crate::create::{self, CreateError, CreateRequest, Init};
+use crate::foreground::{self, Console, ForegroundError};
+use crate::lifecycle::{self, LifecycleError};
+use crate::report::Log;
+use std::path::Path;
+
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    #[error(transparent)]
+    Create(#[from] CreateError),
+    #[error(transparent)]
+    Foreground(#[from] ForegroundError),
+    #[error(transparent)]
+    Lifecycle(#[from] LifecycleError),
+    #[error(transparent)]
+    Bundle(#[from] crate::bundle::BundleError),
+}
+
+/// Runs a container. Returns its program's status, or 0 at once with `detach`.
+///
+/// A container whose `start` fails is deleted.
+pub fn run(
+    root: &Path,
+    args: &RunArgs,
+    systemd_cgroup: bool,
+    log: &Log,
+    debug: bool,
+) -> Result<u8, RunError> {
+    let create = &args.create;
+    let terminal = crate::bundle::Bundle::load(&create.bundle)?.process()?.terminal() == Some(true);
+    let console = match (&create.console_socket, terminal, args.detach) {
+        (None, true, false) => Some(Console::listen()?),
+        _ => None,
+    };
+    let signals = if args.detach { None } else { Some(foreground::Signals::block()?) };
+    if !args.detach && !args.no_subreaper {
+        // Orphans of the container's init then end here instead of with a stranger; without the
+        // setting they only end elsewhere.
+        let _ = rustix::process::set_child_subreaper(Some(rustix::process::getpid()));
+    }
+    let created = create::create(&CreateRequest {
+        root,
+        id: create.id.clone(),
+        bundle: &create.bundle,
+        console_socket: console.as_ref().map(Console::path).or(create.console_socket.as_deref()),
+        pid_file: create.pid_file.as_deref(),
+        no_pivot: create.no_pivot,
+        no_new_keyring: create.no_new_keyring,
+        preserve_fds: create.preserve_fds,
+        systemd_cgroup,
+        init: Init::Program,
+        log,
+        debug,
+    })?;
+    if let Err(error) = lifecycle::start(&created.dir) {
+        // The first failure is the one to report.
+        let _ = lifecycle::delete(&created.dir, true, log);
+        return Err(error.into());
+    }
+    let Some(signals) = signals else { return Ok(0) };
+    let status = foreground::attend(created.record.init.pid, signals, console)?;
+    if !args.keep {
+        lifecycle::delete(&created.dir, true, log)?;
+    }
+    Ok(status)
+}

@@ -1,0 +1,26 @@
+//! Capsules in an object store: addresses, the log that orders commits, and bounded parallel writing and reading.
+//!
+//! The public interface is blocking; inside, a small tokio runtime does the network's work. Every call to a store ends
+//! within a bound that the node's configuration sets: the caller may be holding a container stopped.
+//!
+//! What this crate does not do: it knows no process, no container and no record. It takes no credentials from the
+//! environment, and writes conditionally in one way only, put-if-absent.
+
+pub mod config;
+pub mod layout;
+pub mod list;
+pub mod location;
+pub mod log;
+mod pool;
+pub mod reader;
+pub mod remove;
+pub mod store;
+pub mod verify;
+pub mod writer;
+
+pub use config::NodeConfig;
+pub use location::Location;
+pub use log::Lease;
+pub use reader::CapsuleReader;
+pub use store::Store;
+pub use writer::CapsuleWriter;

@@ -1,0 +1,544 @@
+//! Reading a capsule: every blob is checked against its digest before anything of it is used.
+//!
+//! A transfer fetches each pack that it needs once, a few at a time, and decodes them on several threads. It needs the
+//! page maps of the spaces in memory, 16 bytes a run; beyond that memory does not depend on the size of the capsule.
+
+use std::collections::HashMap;
+use std::io::{self, Read};
+use std::sync::Mutex;
+
+use bytes::Bytes;
+use crossbeam_channel::Receiver;
+use futures::StreamExt as _;
+use samara_capsule::BLOB_BYTES_MAX;
+use samara_capsule::cbor::RECORDS_BYTES_MAX;
+use samara_capsule::config::{CapsuleConfig, ConfigError};
+use samara_capsule::digest::Digest;
+use samara_capsule::frame::{FrameDecoder, FrameError};
+use samara_capsule::log::CapsuleRef;
+use samara_capsule::manifest::{BlobRef, MANIFEST_BYTES_MAX, Manifest, ManifestError};
+use samara_capsule::pagemap::{MapFrame, MapRun, PAGE_NUMBER_END, Segment, SegmentError};
+use samara_capsule::stream::WINDOW_LOG_MAX;
+use samara_capsule::transfer::{PAGE_BYTES, PageRun, Place, Source, SpaceId, StreamName};
+use tokio::task::JoinHandle;
+
+use crate::log::LogError;
+use crate::pool::Pool;
+use crate::store::{Store, StoreError, blob_path};
+
+/// Packs that are fetched at a time, at least two, less one for each thread that decodes.
+const FETCHES_MAX: usize = 6;
+
+/// Threads that decode. Each holds a pack: with those that are fetched or wait, twelve packs are in memory at most,
+/// 96 MiB of those that this version writes, 192 MiB of the largest that the format allows.
+const DECODERS_MAX: usize = 8;
+
+/// Page-map segments that are fetched at a time: their sizes are tens to hundreds of KiB.
+const SEGMENT_FETCHES_MAX: usize = 16;
+
+/// Why a capsule could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Log(#[from] LogError),
+    #[error("there is no capsule at {address}")]
+    None { address: String },
+    #[error("the manifest {digest} is not that of a capsule which can be read")]
+    Manifest { digest: Digest, source: ManifestError },
+    #[error("the capsule's config {digest} can't be read")]
+    Config { digest: Digest, source: ConfigError },
+    #[error("the records {digest} of the capsule are damaged")]
+    Records { digest: Digest, source: io::Error },
+    #[error("the page map {digest} of {space} is damaged")]
+    Segment { space: SpaceId, digest: Digest, source: SegmentError },
+    #[error("the page map of {space} is damaged: its segments are out of order")]
+    SegmentOrder { space: SpaceId },
+    #[error("the page map of {space} is damaged: it names the pack {pack}, which the manifest does not")]
+    UnknownPack { space: SpaceId, pack: Digest },
+    #[error("the pack {pack} is damaged: a frame at {offset} lies outside of it")]
+    Frame { pack: Digest, offset: u32 },
+    #[error("the pack {pack} is damaged at the frame at {offset}")]
+    FrameContent { pack: Digest, offset: u32, source: FrameError },
+    #[error("the stream {name} is damaged")]
+    Stream { name: String, source: io::Error },
+    #[error("can't decompress")]
+    Decompress(#[source] io::Error),
+    #[error("a thread of the reader ended unexpectedly")]
+    Panicked,
+}
+
+/// One capsule, ready to be read. Manifest and config have been checked.
+#[derive(Debug)]
+pub struct CapsuleReader {
+    store: Store,
+    digest: Digest,
+    manifest: Manifest,
+    config: CapsuleConfig,
+    pack_bytes: HashMap<Digest, u64>,
+}
+
+impl CapsuleReader {
+    /// The newest capsule of the open generation.
+    pub fn open_latest(store: &Store) -> Result<CapsuleReader, ReadError> {
+        match store.head()?.state.latest {
+            Some(latest) => CapsuleReader::open(store, &latest),
+            None => Err(ReadError::None { address: store.location().to_string() }),
+        }
+    }
+
+    /// A capsule that the log names.
+    pub fn open(store: &Store, capsule: &CapsuleRef) -> Result<CapsuleReader, ReadError> {
+        CapsuleReader::open_digest(store, capsule.digest)
+    }
+
+    /// The capsule whose manifest has this digest, whether or not the log names it.
+    pub fn open_digest(store: &Store, digest: Digest) -> Result<CapsuleReader, ReadError> {
+        store.block_on(CapsuleReader::load(store, digest))
+    }
+
+    pub(crate) async fn load(store: &Store, digest: Digest) -> Result<CapsuleReader, ReadError> {
+        let content = store.get(&blob_path(&digest), MANIFEST_BYTES_MAX).await?;
+        store.check_blob(BlobRef { digest, bytes: content.len() as u64 }, &content)?;
+        let manifest = Manifest::decode(&content).map_err(|source| ReadError::Manifest { digest, source })?;
+        let digest_of_config = manifest.config.digest;
+        let config = store.get_blob(manifest.config).await?;
+        let config = CapsuleConfig::decode(&config);
+        let config = config.map_err(|source| ReadError::Config { digest: digest_of_config, source })?;
+        let pack_bytes = manifest.packs.iter().map(|pack| (pack.digest, pack.bytes)).collect();
+        Ok(CapsuleReader { store: store.clone(), digest, manifest, config, pack_bytes })
+    }
+
+    pub(crate) fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Digest of the manifest, which names this capsule.
+    pub fn digest(&self) -> Digest {
+        self.digest
+    }
+
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    pub fn config(&self) -> &CapsuleConfig {
+        &self.config
+    }
+
+    /// The spaces that hold pages, in ascending order.
+    pub fn spaces(&self) -> Vec<SpaceId> {
+        self.manifest.maps.keys().copied().collect()
+    }
+
+    /// The records, as they were passed to the writer.
+    pub fn records(&self) -> Result<Vec<u8>, ReadError> {
+        let blob = self.manifest.records;
+        let content = self.store.block_on(self.store.get_blob(blob))?;
+        let damaged = |source| ReadError::Records { digest: blob.digest, source };
+        let mut records = Vec::new();
+        let decoder = stream_decoder(content.as_slice()).map_err(damaged)?;
+        decoder.take(RECORDS_BYTES_MAX as u64 + 1).read_to_end(&mut records).map_err(damaged)?;
+        match records.len() {
+            0..=RECORDS_BYTES_MAX => Ok(records),
+            _ => Err(damaged(io::Error::other("they are larger than the format allows"))),
+        }
+    }
+
+    /// Passes the segments of a space in ascending order, while further ones are being fetched.
+    pub(crate) fn segments(
+        &self,
+        space: SpaceId,
+        mut take: impl FnMut(Segment) -> Result<(), ReadError>,
+    ) -> Result<(), ReadError> {
+        let Some(blobs) = self.manifest.maps.get(&space) else { return Ok(()) };
+        let fetches = futures::stream::iter(blobs).map(|&blob| async move {
+            let content = self.store.get_blob(blob).await?;
+            let decoded = Segment::decode(&content);
+            decoded.map_err(|source| ReadError::Segment { space, digest: blob.digest, source })
+        });
+        let mut segments = fetches.buffered(SEGMENT_FETCHES_MAX);
+        let mut end = 0;
+        self.store.block_on(async {
+            while let Some(segment) = segments.next().await {
+                let segment = segment?;
+                let (Some(first), Some(last)) = (segment.runs().first(), segment.runs().last()) else { continue };
+                if first.first < end {
+                    return Err(ReadError::SegmentOrder { space });
+                }
+                end = last.first + u64::from(last.count);
+                if let Some(&pack) = segment.packs().iter().find(|pack| !self.pack_bytes.contains_key(pack)) {
+                    return Err(ReadError::UnknownPack { space, pack });
+                }
+                take(segment)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// The runs of a space, neighbours joined.
+    fn all_runs(&self, space: SpaceId) -> Result<Vec<PageRun>, ReadError> {
+        let mut runs: Vec<PageRun> = Vec::new();
+        self.segments(space, |segment| {
+            for &MapRun { first, count, .. } in segment.runs() {
+                let count = u64::from(count);
+                match runs.last_mut() {
+                    Some(last) if last.first + last.count == first => last.count += count,
+                    _ => runs.push(PageRun { first, count }),
+                }
+            }
+            Ok(())
+        })?;
+        Ok(runs)
+    }
+
+    fn transfer_all(&self, spaces: &[SpaceId], place: &Place<'_>) -> Result<(), TransferError> {
+        let plan = self.plan(spaces)?;
+        let threads = self.store.threads().min(plan.packs.len()).min(DECODERS_MAX);
+        if threads == 0 {
+            return Ok(());
+        }
+        // One pack's content waits here at most; the others that are in memory are being fetched or decoded.
+        let (fetched, queue) = crossbeam_channel::bounded::<(usize, Vec<u8>)>(1);
+        let pool = Pool::default();
+        let failed = Mutex::new(None);
+        let fail = |error: TransferError| {
+            failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get_or_insert(error);
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..threads {
+                let (queue, plan, pool, fail) = (queue.clone(), &plan, &pool, &fail);
+                scope.spawn(move || {
+                    if let Err(error) = self.decode_packs(&queue, plan, pool, place) {
+                        fail(error);
+                    }
+                });
+            }
+            // Once every worker has ended, as they do on their first error each, sending fails and the fetches end.
+            drop(queue);
+            let fetches = futures::stream::iter(plan.packs.iter().enumerate());
+            let in_flight = FETCHES_MAX.saturating_sub(threads).max(2);
+            let mut fetches = fetches
+                .map(|(index, &blob)| {
+                    let (store, buffer) = (self.store.clone(), pool.take());
+                    let task = self.store.handle().spawn(async move { store.get_blob_unchecked(blob, buffer).await });
+                    let task = AbortOnDrop(task);
+                    async move { (index, task.join().await) }
+                })
+                .buffered(in_flight);
+            while let Some((index, content)) = self.store.block_on(fetches.next()) {
+                match content {
+                    Ok(content) => {
+                        if fetched.send((index, content)).is_err() {
+                            break;
+                        }
+                    }
+                    Err(error) => {
+                        fail(error.into());
+                        break;
+                    }
+                }
+                if failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner).is_some() {
+                    break;
+                }
+            }
+            drop(fetched);
+        });
+        match failed.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+
+    /// Which pages of which frames are wanted, ordered by pack and frame.
+    fn plan(&self, spaces: &[SpaceId]) -> Result<Plan, ReadError> {
+        let mut plan = Plan::default();
+        let mut pack_numbers: HashMap<Digest, u32> = HashMap::new();
+        let mut frame_numbers: HashMap<(u32, u32), u32> = HashMap::new();
+        for (index, &space) in spaces.iter().enumerate() {
+            let space_index = u32::try_from(index).expect("there are fewer than 2^24 spaces");
+            plan.spaces.push(space);
+            self.segments(space, |segment| {
+                let mut packs = Vec::with_capacity(segment.packs().len());
+                for &digest in segment.packs() {
+                    let number = *pack_numbers.entry(digest).or_insert_with(|| {
+                        let bytes = self.pack_bytes.get(&digest).copied().unwrap_or_default();
+                        plan.packs.push(BlobRef { digest, bytes });
+                        count(plan.packs.len() - 1)
+                    });
+                    packs.push(number);
+                }
+                let mut frames = Vec::with_capacity(segment.frames().len());
+                for frame in segment.frames() {
+                    let pack = *packs.get(frame.pack as usize).expect("a segment's indices were checked");
+                    let number = *frame_numbers.entry((pack, frame.offset)).or_insert_with(|| {
+                        plan.frames.push(MapFrame { pack, ..*frame });
+                        count(plan.frames.len() - 1)
+                    });
+                    frames.push(number);
+                }
+                for run in segment.runs() {
+                    let frame = *frames.get(run.frame as usize).expect("a segment's indices were checked");
+                    plan.wanted.push(Wanted::new(run, frame, space_index));
+                }
+                Ok(())
+            })?;
+        }
+        // By frame, and within a frame by space and page: what lies together is placed together.
+        let frames = &plan.frames;
+        let pack_of = |wanted: &Wanted| frames.get(wanted.frame as usize).map_or(0, |frame| frame.pack);
+        plan.wanted.sort_unstable_by_key(|wanted| (pack_of(wanted), wanted.frame, wanted.space(), wanted.first()));
+        plan.starts = plan
+            .packs
+            .iter()
+            .enumerate()
+            .map(|(pack, _)| plan.wanted.partition_point(|wanted| (pack_of(wanted) as usize) < pack))
+            .collect();
+        Ok(plan)
+    }
+
+    fn decode_packs(
+        &self,
+        queue: &Receiver<(usize, Vec<u8>)>,
+        plan: &Plan,
+        pool: &Pool,
+        place: &Place<'_>,
+    ) -> Result<(), TransferError> {
+        let mut decoder = FrameDecoder::new().map_err(ReadError::Decompress)?;
+        let mut raw = Vec::new();
+        for (index, content) in queue {
+            let pack = *plan.packs.get(index).expect("the index is that of a planned pack");
+            self.store.check_blob(pack, &content).map_err(ReadError::Store)?;
+            for wanted in plan.of_pack(index).chunk_by(|a, b| a.frame == b.frame) {
+                let [first, ..] = wanted else { continue };
+                let frame = plan.frames.get(first.frame as usize).expect("the plan's indices are its own");
+                decode_frame(&mut decoder, pack.digest, frame, &content, &mut raw)?;
+                for wanted in wanted.chunk_by(Wanted::is_followed_by) {
+                    let [first, ..] = wanted else { continue };
+                    let space = *plan.spaces.get(first.space() as usize).expect("the plan's indices are its own");
+                    let runs: Vec<PageRun> = wanted.iter().map(Wanted::run).collect();
+                    let pages: usize = wanted.iter().map(|wanted| usize::from(wanted.count())).sum();
+                    let start = usize::from(first.page()) * PAGE_BYTES;
+                    let bytes = raw.get(start..start + pages * PAGE_BYTES);
+                    let outside = || ReadError::Frame { pack: pack.digest, offset: frame.offset };
+                    place(space, &runs, bytes.ok_or_else(outside)?).map_err(TransferError::Place)?;
+                }
+            }
+            pool.give(content);
+        }
+        Ok(())
+    }
+}
+
+/// Decodes one frame of a pack whose digest was checked.
+pub(crate) fn decode_frame(
+    decoder: &mut FrameDecoder,
+    pack: Digest,
+    frame: &MapFrame,
+    content: &[u8],
+    raw: &mut Vec<u8>,
+) -> Result<(), ReadError> {
+    let offset = frame.offset;
+    let end = offset.checked_add(frame.stored_bytes).ok_or(ReadError::Frame { pack, offset })?;
+    let stored = content.get(offset as usize..end as usize).ok_or(ReadError::Frame { pack, offset })?;
+    let raw_bytes = usize::from(frame.pages) * PAGE_BYTES;
+    let decoded = decoder.decode(frame.codec, stored, raw_bytes, raw);
+    decoded.map_err(|source| ReadError::FrameContent { pack, offset, source })
+}
+
+fn count(index: usize) -> u32 {
+    u32::try_from(index).expect("a capsule has fewer than 2^32 packs and frames")
+}
+
+/// A task that ends when nobody waits for it any more.
+struct AbortOnDrop<T>(JoinHandle<T>);
+
+impl<T> AbortOnDrop<Result<T, StoreError>> {
+    async fn join(mut self) -> Result<T, ReadError> {
+        match (&mut self.0).await {
+            Ok(result) => Ok(result?),
+            Err(_) => Err(ReadError::Panicked),
+        }
+    }
+}
+
+impl<T> Drop for AbortOnDrop<T> {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// What a transfer fetches and where it goes.
+#[derive(Debug, Default)]
+struct Plan {
+    spaces: Vec<SpaceId>,
+    packs: Vec<BlobRef>,
+    /// `pack` counts `packs`.
+    frames: Vec<MapFrame>,
+    /// Ordered by pack, frame, space and page.
+    wanted: Vec<Wanted>,
+    /// For each pack, where its part of `wanted` begins.
+    starts: Vec<usize>,
+}
+
+impl Plan {
+    fn of_pack(&self, pack: usize) -> &[Wanted] {
+        let start = self.starts.get(pack).copied().unwrap_or(self.wanted.len());
+        let end = self.starts.get(pack + 1).copied().unwrap_or(self.wanted.len());
+        self.wanted.get(start..end).unwrap_or_default()
+    }
+}
+
+/// A run of pages that is wanted, in 16 bytes: there may be millions.
+#[derive(Clone, Copy, Debug)]
+struct Wanted {
+    /// The page number in the upper 52 bits, the count less one in the lower 12.
+    first_and_count: u64,
+    frame: u32,
+    /// The index of the space in the upper 24 bits, the first page within the frame in the lower 8.
+    space_and_page: u32,
+}
+
+impl Wanted {
+    fn new(run: &MapRun, frame: u32, space: u32) -> Wanted {
+        debug_assert!(run.first < PAGE_NUMBER_END && run.count > 0 && run.page < 256);
+        Wanted {
+            first_and_count: run.first << 12 | u64::from(run.count - 1),
+            frame,
+            space_and_page: space << 8 | u32::from(run.page),
+        }
+    }
+
+    fn first(&self) -> u64 {
+        self.first_and_count >> 12
+    }
+
+    fn count(&self) -> u16 {
+        u16::try_from(self.first_and_count & 0xfff).expect("12 bits fit") + 1
+    }
+
+    fn space(&self) -> u32 {
+        self.space_and_page >> 8
+    }
+
+    fn page(&self) -> u16 {
+        u16::try_from(self.space_and_page & 0xff).expect("8 bits fit")
+    }
+
+    fn run(&self) -> PageRun {
+        PageRun { first: self.first(), count: u64::from(self.count()) }
+    }
+
+    /// Whether the content of `next` lies right behind that of `self`, for the same space.
+    fn is_followed_by(&self, next: &Wanted) -> bool {
+        self.space() == next.space() && self.page() + self.count() == next.page()
+    }
+}
+
+/// An error of the capsule, or of whoever takes its pages.
+enum TransferError {
+    Read(ReadError),
+    Place(io::Error),
+}
+
+impl From<ReadError> for TransferError {
+    fn from(error: ReadError) -> TransferError {
+        TransferError::Read(error)
+    }
+}
+
+impl Source for CapsuleReader {
+    fn runs(&self, space: SpaceId) -> io::Result<Vec<PageRun>> {
+        self.all_runs(space).map_err(io::Error::other)
+    }
+
+    fn transfer(&self, spaces: &[SpaceId], place: &Place<'_>) -> io::Result<()> {
+        self.transfer_all(spaces, place).map_err(|error| match error {
+            TransferError::Read(error) => io::Error::other(error),
+            TransferError::Place(error) => error,
+        })
+    }
+
+    fn stream(&self, name: &StreamName) -> io::Result<Option<Box<dyn Read + Send + '_>>> {
+        let Some(parts) = self.manifest.streams.get(name) else { return Ok(None) };
+        let parts = PartsReader {
+            store: &self.store,
+            parts: parts.iter(),
+            next: None,
+            current: Bytes::new(),
+            started: false,
+        };
+        let left = self.config.statistics.streams.get(&name.0).copied().unwrap_or_default();
+        let decoder = stream_decoder(io::BufReader::with_capacity(1 << 17, parts))?;
+        Ok(Some(Box::new(StreamReader { decoder, name: name.clone(), left })))
+    }
+}
+
+fn stream_decoder<R: io::BufRead>(input: R) -> io::Result<zstd::stream::read::Decoder<'static, R>> {
+    let mut decoder = zstd::stream::read::Decoder::with_buffer(input)?;
+    decoder.window_log_max(WINDOW_LOG_MAX)?;
+    Ok(decoder)
+}
+
+/// The stored bytes of a stream, one checked blob after another; the next one is fetched meanwhile.
+struct PartsReader<'a> {
+    store: &'a Store,
+    parts: std::slice::Iter<'a, BlobRef>,
+    next: Option<AbortOnDrop<Result<Vec<u8>, StoreError>>>,
+    current: Bytes,
+    started: bool,
+}
+
+impl PartsReader<'_> {
+    fn fetch_next(&mut self) {
+        self.next = self.parts.next().map(|&blob| {
+            let store = self.store.clone();
+            AbortOnDrop(self.store.handle().spawn(async move { store.get_blob(blob).await }))
+        });
+    }
+}
+
+impl Read for PartsReader<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if !self.started {
+            self.started = true;
+            self.fetch_next();
+        }
+        while self.current.is_empty() {
+            let Some(fetch) = self.next.take() else { return Ok(0) };
+            self.current = self.store.block_on(fetch.join()).map_err(io::Error::other)?.into();
+            self.fetch_next();
+        }
+        let bytes = self.current.len().min(buffer.len());
+        let now = self.current.split_to(bytes);
+        buffer.get_mut(..bytes).expect("no more than the buffer has room for").copy_from_slice(&now);
+        Ok(bytes)
+    }
+}
+
+/// The content of a stream, which must be as long as the config says.
+struct StreamReader<R: io::BufRead> {
+    decoder: zstd::stream::read::Decoder<'static, R>,
+    name: StreamName,
+    left: u64,
+}
+
+impl<R: io::BufRead> Read for StreamReader<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let bytes = self.decoder.read(buffer)?;
+        let ended = bytes == 0 && !buffer.is_empty();
+        let left = self.left.checked_sub(bytes as u64);
+        match left {
+            Some(left) if !ended || left == 0 => self.left = left,
+            _ => {
+                let source = io::Error::other("its length is not the one that the config tells");
+                return Err(io::Error::other(ReadError::Stream { name: self.name.0.clone(), source }));
+            }
+        }
+        Ok(bytes)
+    }
+}
+
+/// Blobs of the format never exceed this; a pack that does was refused with the manifest.
+const _: () = assert!(BLOB_BYTES_MAX <= u32::MAX as usize);

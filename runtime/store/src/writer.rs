@@ -1,0 +1,902 @@
+//! Writing a capsule: pages and streams in, blobs and one committed slot out.
+//!
+//! ```text
+//! caller: small batches are joined -> jobs, at most a few -> workers: drop zero pages, compress, hash
+//!   -> in the order of submission: packs, parts of streams, page maps -> uploads, at most eight -> store
+//! ```
+//!
+//! Frames go into packs in the order in which they were submitted, so that equal input gives equal blobs, however
+//! many threads there are. Every stage is bounded, and each holds back the one before it: memory does not depend on
+//! the size of the capsule, except for its page map (about five bytes a run, 48 a frame).
+//!
+//! Nothing is visible before [`CapsuleWriter::commit`] returns; after an error nothing is, except where the store did
+//! not answer to the very last write. What was uploaded in vain stays behind as unreferenced blobs.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::SystemTime;
+
+use bytes::Bytes;
+use crossbeam_channel::{Receiver, Sender};
+use samara_capsule::cbor::RECORDS_BYTES_MAX;
+use samara_capsule::config::{CapsuleConfig, ConfigError, Provenance, Requirements, Statistics};
+use samara_capsule::digest::{Digest, FrameDigest};
+use samara_capsule::frame::{Codec, FrameEncoder};
+use samara_capsule::log::CapsuleRef;
+use samara_capsule::manifest::{BlobRef, Manifest, ManifestError};
+use samara_capsule::pack::PackBuilder;
+use samara_capsule::pagemap::{MapBuilder, MapError, MapFrame, Segment};
+use samara_capsule::stream::{STREAMS_MAX, StreamNameError, check_name};
+use samara_capsule::transfer::{BATCH_BYTES_MAX, PAGE_BYTES, PageBatch, PageRun, Sink, SpaceId, StreamName};
+use samara_capsule::{BLOB_BYTES_MAX, FORMAT_VERSION};
+use tokio::sync::Semaphore;
+
+use crate::log::{Lease, LogError, rfc3339};
+use crate::pool::Pool;
+use crate::store::{Store, StoreError, blob_path};
+
+/// Size of the packs and parts of streams that are written. Half of what the format allows: twice as many uploads in
+/// flight for the same memory, and one request still takes longer to transfer than to start.
+const PACK_BYTES: usize = 8 << 20;
+
+/// Pages are compressed in frames of this size. Four frames of 256 KiB take 5-10 % less time than one of 1 MiB, as they
+/// stay in the processor's caches, and about the same space; see `docs/decisions/frames.md`.
+const FRAME_BYTES: usize = 256 << 10;
+
+/// Blobs that are hashed or uploaded at a time. One request to S3 carries 85-90 MB/s, so eight fill 5 Gbit/s.
+const UPLOADS_MAX: usize = 8;
+
+/// A batch of at least this size becomes a frame of its own, without being copied.
+const LONE_BATCH_BYTES: usize = BATCH_BYTES_MAX / 2;
+
+/// Bytes of streams that wait, all streams together, before the longest becomes a job or a blob early.
+const STREAMS_PENDING_BYTES_MAX: usize = PACK_BYTES;
+
+/// Blobs of the address that are remembered, so that they aren't uploaded again: at 40 bytes, a few megabytes.
+const KNOWN_BLOBS_MAX: usize = 200_000;
+
+/// Why a capsule could not be written.
+#[derive(Debug, thiserror::Error)]
+pub enum WriteError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Log(#[from] LogError),
+    #[error("the pages that were passed can't be stored")]
+    Map(#[from] MapError),
+    #[error("a batch of {space} has {bytes} bytes for {pages} pages")]
+    Batch { space: SpaceId, bytes: usize, pages: u64 },
+    #[error("can't write a stream")]
+    Stream(#[from] StreamNameError),
+    #[error("a capsule has at most {STREAMS_MAX} streams")]
+    Streams,
+    #[error("can't compress")]
+    Compress(#[source] io::Error),
+    #[error("the records take {bytes} bytes, of at most {bytes_max}")]
+    Records { bytes: usize, bytes_max: usize },
+    #[error("can't make the capsule's config")]
+    Config(#[from] ConfigError),
+    #[error("can't make the capsule's manifest")]
+    Manifest(#[from] ManifestError),
+    #[error("can't start a thread for compression")]
+    Thread(#[source] io::Error),
+    #[error("a thread of the writer ended unexpectedly")]
+    Panicked,
+    #[error(transparent)]
+    Earlier(SharedError),
+}
+
+impl WriteError {
+    /// Whether a newer epoch was taken: this copy of the container must end.
+    pub fn is_fenced(&self) -> bool {
+        match self {
+            WriteError::Log(error) => error.is_fenced(),
+            WriteError::Earlier(error) => error.0.is_fenced(),
+            _ => false,
+        }
+    }
+}
+
+/// The first error of a writer, which every later call reports again.
+#[derive(Clone, Debug)]
+pub struct SharedError(Arc<WriteError>);
+
+impl std::fmt::Display for SharedError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl std::error::Error for SharedError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        std::error::Error::source(&*self.0)
+    }
+}
+
+/// What the writer can't know of a capsule.
+#[derive(Clone, Debug)]
+pub struct CapsuleFacts {
+    /// Instant of the capture.
+    pub created: SystemTime,
+    pub parent: Option<Digest>,
+    pub provenance: Provenance,
+    pub requirements: Requirements,
+}
+
+/// A capsule that is in the store, whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Committed {
+    pub capsule: CapsuleRef,
+    pub epoch: u64,
+    /// Bytes of pages, streams and records before compression.
+    pub raw_bytes: u64,
+    /// Bytes of all blobs but config and manifest, each counted once.
+    pub stored_bytes: u64,
+    /// Bytes that were really uploaded.
+    pub uploaded_bytes: u64,
+    pub pages: u64,
+    pub zero_pages: u64,
+}
+
+/// How far a writer is, readable from any thread.
+#[derive(Debug, Default)]
+pub struct Progress {
+    raw_bytes: AtomicU64,
+    uploaded_bytes: AtomicU64,
+}
+
+impl Progress {
+    /// Bytes that were passed to the writer so far.
+    pub fn raw_bytes(&self) -> u64 {
+        self.raw_bytes.load(Relaxed)
+    }
+
+    /// Bytes that have arrived in the store.
+    pub fn uploaded_bytes(&self) -> u64 {
+        self.uploaded_bytes.load(Relaxed)
+    }
+}
+
+/// Writes one capsule. Dropping it without [`CapsuleWriter::commit`] leaves nothing but unreferenced blobs.
+#[derive(Debug)]
+pub struct CapsuleWriter {
+    shared: Arc<Shared>,
+    jobs: Option<Sender<Job>>,
+    workers: Vec<JoinHandle<()>>,
+    next_sequence: u64,
+    /// Small batches that wait for others.
+    pending: PendingPages,
+    /// Bytes of each stream that wait for more.
+    streams: BTreeMap<StreamName, PendingStream>,
+}
+
+#[derive(Debug, Default)]
+struct PendingPages {
+    parts: Vec<Part>,
+    bytes: Vec<u8>,
+}
+
+#[derive(Debug)]
+struct PendingStream {
+    number: usize,
+    bytes: Vec<u8>,
+}
+
+#[derive(Debug)]
+struct Part {
+    space: SpaceId,
+    exact: bool,
+    runs: Vec<PageRun>,
+}
+
+#[derive(Debug)]
+struct Job {
+    sequence: u64,
+    work: Work,
+}
+
+#[derive(Debug)]
+enum Work {
+    Pages { parts: Vec<Part>, bytes: Vec<u8> },
+    Stream { number: usize, bytes: Vec<u8> },
+}
+
+/// What a worker made of a job.
+#[derive(Debug)]
+enum Done {
+    Frames { frames: Vec<Frame>, stored: Vec<u8> },
+    Stream { number: usize, stored: Vec<u8> },
+}
+
+/// One frame, whose bytes lie behind those of the frame before it.
+#[derive(Debug)]
+struct Frame {
+    runs: Vec<(SpaceId, PageRun)>,
+    pages: usize,
+    codec: Codec,
+    digest: FrameDigest,
+    stored_bytes: usize,
+}
+
+/// What a blob that is uploaded is for.
+#[derive(Clone, Copy, Debug)]
+enum Purpose {
+    Pack { number: u32 },
+    StreamPart { stream: usize, part: usize },
+    Segment { space: SpaceId, index: usize },
+    Records,
+}
+
+#[derive(Debug)]
+struct Shared {
+    store: Store,
+    state: Mutex<State>,
+    /// Told whenever room or a result comes up, and on failure.
+    changed: Condvar,
+    uploads: Arc<Semaphore>,
+    progress: Arc<Progress>,
+    in_flight_max: usize,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    failed: Option<SharedError>,
+    /// Jobs that were submitted and whose results are not yet in a blob that is being uploaded.
+    in_flight: usize,
+    /// The job whose result comes next, and results that are too early.
+    next_sequence: u64,
+    early: BTreeMap<u64, Done>,
+    pack: Option<OpenPack>,
+    parts: Vec<OpenParts>,
+    map: MapBuilder,
+    packs: Vec<BlobRef>,
+    segments: BTreeMap<(SpaceId, usize), BlobRef>,
+    records: Option<BlobRef>,
+    /// Blobs that are being hashed or uploaded.
+    uploading: usize,
+    known: HashMap<Digest, u64>,
+    uploaded_bytes: u64,
+    zero_pages: u64,
+    /// Buffers for use again.
+    pack_buffers: Pool,
+    batch_buffers: Vec<Vec<u8>>,
+    stored_buffers: Vec<Vec<u8>>,
+}
+
+#[derive(Debug)]
+struct OpenPack {
+    number: u32,
+    builder: PackBuilder,
+}
+
+#[derive(Debug)]
+struct OpenParts {
+    name: StreamName,
+    raw_bytes: u64,
+    open: Vec<u8>,
+    blobs: Vec<Option<BlobRef>>,
+}
+
+impl CapsuleWriter {
+    /// A writer to the address of `store`. What the address holds already is looked up, so as not to upload it again.
+    pub fn new(store: &Store) -> Result<CapsuleWriter, WriteError> {
+        let known = match store.block_on(store.list("blobs/sha256")) {
+            Ok(names) => names,
+            // A shortcut that isn't there costs time, not correctness.
+            Err(StoreError::NotFound { .. } | StoreError::Crowded { .. }) => Vec::new(),
+            Err(error) => return Err(error.into()),
+        };
+        let known = known.iter().filter_map(|(name, bytes)| Some((Digest::from_hex(name).ok()?, *bytes)));
+        let known = known.take(KNOWN_BLOBS_MAX).collect();
+
+        let threads = store.threads();
+        // Enough for every worker to have a job and the next one; with many workers the next ones are shared.
+        let in_flight_max = threads + threads.min(6) + 2;
+        let shared = Arc::new(Shared {
+            store: store.clone(),
+            state: Mutex::new(State { known, ..State::default() }),
+            changed: Condvar::new(),
+            uploads: Arc::new(Semaphore::new(UPLOADS_MAX)),
+            progress: Arc::default(),
+            in_flight_max,
+        });
+        let (jobs, queue) = crossbeam_channel::bounded(in_flight_max);
+        let mut writer = CapsuleWriter {
+            shared,
+            jobs: Some(jobs),
+            workers: Vec::with_capacity(threads),
+            next_sequence: 0,
+            pending: PendingPages::default(),
+            streams: BTreeMap::new(),
+        };
+        for _ in 0..threads {
+            let (shared, queue) = (writer.shared.clone(), queue.clone());
+            let worker = std::thread::Builder::new().name("samara-compress".into());
+            let worker = worker.spawn(move || shared.work(&queue)).map_err(WriteError::Thread)?;
+            writer.workers.push(worker);
+        }
+        Ok(writer)
+    }
+
+    /// How far the writer is.
+    pub fn progress(&self) -> Arc<Progress> {
+        self.shared.progress.clone()
+    }
+
+    /// Ends the writer. What it uploaded stays behind as unreferenced blobs.
+    pub fn abort(self) {}
+
+    /// Stores what is still in flight, then records, config and manifest, and commits under the lease's epoch.
+    ///
+    /// On success the capsule is the newest of its generation. On error it is not visible; only where the store did not
+    /// answer to the last write of all it may be.
+    pub fn commit(
+        mut self,
+        lease: &mut Lease,
+        records: &[u8],
+        facts: CapsuleFacts,
+    ) -> Result<Committed, WriteError> {
+        self.flush()?;
+        let shared = self.shared.clone();
+        shared.seal_rest()?;
+        let state = shared.wait(|state| state.in_flight == 0 && state.uploading == 0)?;
+
+        let pages = { state }.map.pages();
+        shared.store_maps()?;
+        shared.store_records(records)?;
+        let mut state = shared.wait(|state| state.uploading == 0)?;
+
+        let mut streams = BTreeMap::new();
+        let mut streams_raw = BTreeMap::new();
+        for parts in std::mem::take(&mut state.parts) {
+            let blobs = parts.blobs.into_iter().map(|blob| blob.expect("every part of a stream was uploaded"));
+            streams_raw.insert(parts.name.0.clone(), parts.raw_bytes);
+            streams.insert(parts.name, blobs.collect());
+        }
+        let mut maps: BTreeMap<SpaceId, Vec<BlobRef>> = BTreeMap::new();
+        for ((space, _), blob) in std::mem::take(&mut state.segments) {
+            maps.entry(space).or_default().push(blob);
+        }
+        let mut packs = std::mem::take(&mut state.packs);
+        packs.sort_unstable();
+        packs.dedup();
+        let raw_bytes = pages * PAGE_BYTES as u64 + streams_raw.values().sum::<u64>() + records.len() as u64;
+        let records_blob = state.records.take().expect("the records were uploaded");
+        let zero_pages = state.zero_pages;
+        drop(state);
+
+        let created = rfc3339(facts.created);
+        let mut manifest = Manifest {
+            created: created.clone(),
+            epoch: lease.epoch,
+            config: BlobRef::to(b""),
+            records: records_blob,
+            maps,
+            packs,
+            streams,
+        };
+        let stored_bytes = manifest.stored_bytes();
+        let config = CapsuleConfig {
+            format: FORMAT_VERSION,
+            created,
+            epoch: lease.epoch,
+            generation: lease.generation,
+            parent: facts.parent,
+            provenance: facts.provenance,
+            requirements: facts.requirements,
+            statistics: Statistics {
+                pages,
+                zero_pages,
+                streams: streams_raw,
+                records_bytes: records.len() as u64,
+                raw_bytes,
+                stored_bytes,
+            },
+        };
+        let config = config.encode()?;
+        manifest.config = BlobRef::to(&config);
+        let content = manifest.encode()?;
+        let blob = BlobRef::to(&content);
+        let store = &self.shared.store;
+        let (config_path, manifest_path) = (blob_path(&manifest.config.digest), blob_path(&blob.digest));
+        let config = store.put(&config_path, Bytes::from(config));
+        let content = store.put(&manifest_path, Bytes::from(content));
+        store.block_on(futures::future::try_join(config, content))?;
+        let capsule = store.commit(lease, blob.digest, blob.bytes)?;
+        let uploaded_bytes = self.shared.lock().uploaded_bytes;
+        Ok(Committed {
+            capsule,
+            epoch: lease.epoch,
+            raw_bytes,
+            stored_bytes,
+            uploaded_bytes,
+            pages,
+            zero_pages,
+        })
+    }
+
+    fn submit(&mut self, work: Work) -> Result<(), WriteError> {
+        let full = self.shared.in_flight_max;
+        self.shared.wait(|state| state.in_flight < full)?.in_flight += 1;
+        let sequence = self.next_sequence;
+        self.next_sequence += 1;
+        let jobs = self.jobs.as_ref().expect("the queue is there until the writer is dropped");
+        jobs.send(Job { sequence, work }).map_err(|_| WriteError::Panicked)
+    }
+
+    fn take_pages(&mut self, batch: PageBatch, exact: bool) -> Result<(), WriteError> {
+        let PageBatch { space, runs, bytes } = batch;
+        let pages = runs.iter().try_fold(0u64, |sum, run| sum.checked_add(run.count));
+        let pages = pages.unwrap_or(u64::MAX);
+        if bytes.len() > BATCH_BYTES_MAX || pages.checked_mul(PAGE_BYTES as u64) != Some(bytes.len() as u64) {
+            return Err(WriteError::Batch { space, bytes: bytes.len(), pages });
+        }
+        self.shared.progress.raw_bytes.fetch_add(bytes.len() as u64, Relaxed);
+        let part = Part { space, exact, runs };
+        if self.pending.bytes.len() + bytes.len() > BATCH_BYTES_MAX || bytes.len() >= LONE_BATCH_BYTES {
+            self.flush_pages()?;
+        }
+        if bytes.len() >= LONE_BATCH_BYTES {
+            return self.submit(Work::Pages { parts: vec![part], bytes });
+        }
+        if self.pending.bytes.capacity() == 0 {
+            self.pending.bytes = self.buffer();
+        }
+        self.pending.bytes.extend_from_slice(&bytes);
+        self.pending.parts.push(part);
+        self.shared.lock().recycle(bytes, self.shared.in_flight_max);
+        Ok(())
+    }
+
+    fn flush_pages(&mut self) -> Result<(), WriteError> {
+        let PendingPages { parts, bytes } = std::mem::take(&mut self.pending);
+        match parts.is_empty() {
+            true => Ok(()),
+            false => self.submit(Work::Pages { parts, bytes }),
+        }
+    }
+
+    fn take_bytes(&mut self, name: &StreamName, mut bytes: &[u8]) -> Result<(), WriteError> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        if !self.streams.contains_key(name) {
+            check_name(name)?;
+            let mut state = self.shared.lock();
+            if state.parts.len() == STREAMS_MAX {
+                return Err(WriteError::Streams);
+            }
+            let number = state.parts.len();
+            state.parts.push(OpenParts { name: name.clone(), raw_bytes: 0, open: Vec::new(), blobs: Vec::new() });
+            drop(state);
+            self.streams.insert(name.clone(), PendingStream { number, bytes: Vec::new() });
+        }
+        self.shared.progress.raw_bytes.fetch_add(bytes.len() as u64, Relaxed);
+        while !bytes.is_empty() {
+            let stream = self.streams.get_mut(name).expect("the stream was just made");
+            let room = BATCH_BYTES_MAX - stream.bytes.len();
+            let (now, later) = bytes.split_at(room.min(bytes.len()));
+            stream.bytes.extend_from_slice(now);
+            bytes = later;
+            if stream.bytes.len() == BATCH_BYTES_MAX {
+                let (number, bytes) = (stream.number, std::mem::take(&mut stream.bytes));
+                self.submit(Work::Stream { number, bytes })?;
+            }
+        }
+        if self.streams.values().map(|stream| stream.bytes.len()).sum::<usize>() > STREAMS_PENDING_BYTES_MAX {
+            let longest = self.streams.values_mut().max_by_key(|stream| stream.bytes.len());
+            let longest = longest.expect("a stream was just appended to");
+            let (number, bytes) = (longest.number, std::mem::take(&mut longest.bytes));
+            self.submit(Work::Stream { number, bytes })?;
+        }
+        Ok(())
+    }
+
+    /// Submits everything that waits for more.
+    fn flush(&mut self) -> Result<(), WriteError> {
+        self.flush_pages()?;
+        let pending = std::mem::take(&mut self.streams);
+        for PendingStream { number, bytes } in pending.into_values() {
+            if !bytes.is_empty() {
+                self.submit(Work::Stream { number, bytes })?;
+            }
+        }
+        let shared = &self.shared;
+        drop(shared.wait(|state| state.in_flight == 0)?);
+        Ok(())
+    }
+
+    /// Makes `error` the writer's state, unless one was there before.
+    fn fail(&self, result: Result<(), WriteError>) -> io::Result<()> {
+        result.map_err(|error| match error {
+            WriteError::Earlier(shared) => io::Error::other(shared),
+            error => io::Error::other(self.shared.fail(error)),
+        })
+    }
+}
+
+impl Sink for CapsuleWriter {
+    fn buffer(&mut self) -> Vec<u8> {
+        let recycled = self.shared.lock().batch_buffers.pop();
+        recycled.unwrap_or_else(|| Vec::with_capacity(BATCH_BYTES_MAX))
+    }
+
+    fn pages(&mut self, batch: PageBatch) -> io::Result<()> {
+        let result = self.take_pages(batch, false);
+        self.fail(result)
+    }
+
+    fn exact_pages(&mut self, batch: PageBatch) -> io::Result<()> {
+        let result = self.take_pages(batch, true);
+        self.fail(result)
+    }
+
+    fn append(&mut self, stream: &StreamName, bytes: &[u8]) -> io::Result<()> {
+        let result = self.take_bytes(stream, bytes);
+        self.fail(result)
+    }
+}
+
+impl Drop for CapsuleWriter {
+    fn drop(&mut self) {
+        self.jobs = None;
+        // Workers that wait for room to upload, and uploads that wait for a place, end now.
+        self.shared.uploads.close();
+        for worker in self.workers.drain(..) {
+            // A worker that panicked has told so through the writer's state.
+            let _ = worker.join();
+        }
+    }
+}
+
+/// A blob that is complete.
+type Sealed = (Purpose, Vec<u8>);
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic while the lock is held is noted as the writer's failure by the guard of the worker.
+        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Waits until `ready`, or until something has failed. Something always happens: each call to the store is bounded.
+    fn wait(&self, ready: impl Fn(&State) -> bool) -> Result<MutexGuard<'_, State>, WriteError> {
+        let mut state = self.lock();
+        loop {
+            if let Some(error) = &state.failed {
+                return Err(WriteError::Earlier(error.clone()));
+            }
+            if ready(&state) {
+                return Ok(state);
+            }
+            state = self.changed.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner);
+        }
+    }
+
+    fn fail(&self, error: WriteError) -> SharedError {
+        let mut state = self.lock();
+        let error = state.failed.get_or_insert_with(|| SharedError(Arc::new(error))).clone();
+        drop(state);
+        self.uploads.close();
+        self.changed.notify_all();
+        error
+    }
+
+    fn work(self: Arc<Shared>, queue: &Receiver<Job>) {
+        /// Tells the others if this thread ends by a panic.
+        struct Guard(Arc<Shared>);
+        impl Drop for Guard {
+            fn drop(&mut self) {
+                if std::thread::panicking() {
+                    self.0.fail(WriteError::Panicked);
+                }
+            }
+        }
+        let _guard = Guard(self.clone());
+        let mut encoder = match FrameEncoder::new() {
+            Ok(encoder) => encoder,
+            Err(error) => {
+                self.fail(WriteError::Compress(error));
+                return;
+            }
+        };
+        let mut scratch = Vec::new();
+        while let Ok(Job { sequence, work }) = queue.recv() {
+            if self.lock().failed.is_some() {
+                continue;
+            }
+            let result = match self.encode(&mut encoder, &mut scratch, work) {
+                Ok(done) => self.place(sequence, done),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = result {
+                self.fail(error);
+            }
+        }
+    }
+
+    fn encode(&self, encoder: &mut FrameEncoder, scratch: &mut Vec<u8>, work: Work) -> Result<Done, WriteError> {
+        let mut stored = self.lock().stored_buffers.pop().unwrap_or_default();
+        stored.clear();
+        match work {
+            Work::Pages { parts, mut bytes } => {
+                let pages_before = bytes.len() / PAGE_BYTES;
+                let runs = drop_zero_pages(parts, &mut bytes);
+                let pages = bytes.len() / PAGE_BYTES;
+                let mut runs = runs.into_iter().peekable();
+                let mut frames = Vec::new();
+                for raw in bytes.chunks(FRAME_BYTES) {
+                    let codec = encoder.encode(raw, scratch).map_err(WriteError::Compress)?;
+                    let pages = raw.len() / PAGE_BYTES;
+                    let runs = take_runs(&mut runs, pages as u64);
+                    let digest = FrameDigest::of(scratch);
+                    frames.push(Frame { runs, pages, codec, digest, stored_bytes: scratch.len() });
+                    stored.extend_from_slice(scratch);
+                }
+                let done = Done::Frames { frames, stored };
+                let mut state = self.lock();
+                state.zero_pages += (pages_before - pages) as u64;
+                state.recycle(bytes, self.in_flight_max);
+                Ok(done)
+            }
+            Work::Stream { number, bytes } => {
+                encoder.compress(&bytes, &mut stored).map_err(WriteError::Compress)?;
+                let mut state = self.lock();
+                state.parts.get_mut(number).expect("the stream was numbered").raw_bytes += bytes.len() as u64;
+                state.recycle(bytes, self.in_flight_max);
+                Ok(Done::Stream { number, stored })
+            }
+        }
+    }
+
+    /// Puts a result, and those that waited for it, where they belong, and uploads what is complete by that.
+    fn place(self: &Arc<Shared>, sequence: u64, done: Done) -> Result<(), WriteError> {
+        let mut sealed = Vec::new();
+        let mut placed = 0;
+        {
+            let mut state = self.lock();
+            state.early.insert(sequence, done);
+            loop {
+                let next = state.next_sequence;
+                let Some(done) = state.early.remove(&next) else { break };
+                state.next_sequence += 1;
+                placed += 1;
+                state.place(done, self.in_flight_max, &mut sealed)?;
+            }
+        }
+        // Outside of the lock: the others go on compressing while this thread waits for room to upload. What they can
+        // pile up meanwhile is bounded by the jobs in flight, which count until here.
+        sealed.into_iter().try_for_each(|sealed| self.upload(sealed))?;
+        self.lock().in_flight -= placed;
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// Uploads the pack and the parts of streams that are still open. Only when no job is in flight.
+    fn seal_rest(self: &Arc<Shared>) -> Result<(), WriteError> {
+        let mut sealed = Vec::new();
+        {
+            let mut state = self.lock();
+            state.seal_pack(&mut sealed);
+            for stream in 0..state.parts.len() {
+                state.seal_part(stream, &mut sealed);
+            }
+        }
+        sealed.into_iter().try_for_each(|sealed| self.upload(sealed))
+    }
+
+    /// Cuts the page maps into segments and uploads them. Only when the digests of all packs are known.
+    fn store_maps(self: &Arc<Shared>) -> Result<(), WriteError> {
+        let map = std::mem::take(&mut self.lock().map);
+        let mut last = None;
+        let mut index = 0;
+        map.finish(|space, segment: Segment| {
+            index = if last == Some(space) { index + 1 } else { 0 };
+            last = Some(space);
+            let content = segment.encode().map_err(WriteError::Compress)?;
+            self.upload((Purpose::Segment { space, index }, content))
+        })
+    }
+
+    fn store_records(self: &Arc<Shared>, records: &[u8]) -> Result<(), WriteError> {
+        let too_large = |bytes, bytes_max| WriteError::Records { bytes, bytes_max };
+        if records.len() > RECORDS_BYTES_MAX {
+            return Err(too_large(records.len(), RECORDS_BYTES_MAX));
+        }
+        let mut stored = Vec::new();
+        FrameEncoder::new().and_then(|mut e| e.compress(records, &mut stored)).map_err(WriteError::Compress)?;
+        if stored.len() > BLOB_BYTES_MAX {
+            return Err(too_large(stored.len(), BLOB_BYTES_MAX));
+        }
+        self.upload((Purpose::Records, stored))
+    }
+
+    /// Hands a blob to the threads that upload, as soon as there is room for it.
+    fn upload(self: &Arc<Shared>, (purpose, content): Sealed) -> Result<(), WriteError> {
+        let Ok(permit) = self.store.block_on(self.uploads.clone().acquire_owned()) else {
+            // Closed: because of a failure, or because the writer is being dropped.
+            return Err(self.lock().failed.clone().map_or(WriteError::Panicked, WriteError::Earlier));
+        };
+        self.lock().uploading += 1;
+        let shared = self.clone();
+        self.store.handle().spawn(async move {
+            let result = shared.upload_now(purpose, content).await;
+            drop(permit);
+            if let Err(error) = result {
+                shared.fail(error);
+            }
+            shared.lock().uploading -= 1;
+            shared.changed.notify_all();
+        });
+        Ok(())
+    }
+
+    async fn upload_now(&self, purpose: Purpose, content: Vec<u8>) -> Result<(), WriteError> {
+        let hashed = tokio::task::spawn_blocking(move || (BlobRef::to(&content), content)).await;
+        let (blob, content) = hashed.map_err(|_| WriteError::Panicked)?;
+        let known = self.lock().known.get(&blob.digest) == Some(&blob.bytes);
+        if !known {
+            let content = self.lock().pack_buffers.lend(content);
+            self.store.put(&blob_path(&blob.digest), content).await?;
+            self.progress.uploaded_bytes.fetch_add(blob.bytes, Relaxed);
+        }
+        let mut state = self.lock();
+        if !known {
+            state.uploaded_bytes += blob.bytes;
+            if state.known.len() < KNOWN_BLOBS_MAX {
+                state.known.insert(blob.digest, blob.bytes);
+            }
+        }
+        match purpose {
+            Purpose::Pack { number } => {
+                state.map.set_pack(number, blob.digest);
+                state.packs.push(blob);
+            }
+            Purpose::StreamPart { stream, part } => {
+                let parts = state.parts.get_mut(stream).and_then(|stream| stream.blobs.get_mut(part));
+                *parts.expect("the part was numbered when it was sealed") = Some(blob);
+            }
+            Purpose::Segment { space, index } => {
+                state.segments.insert((space, index), blob);
+            }
+            Purpose::Records => state.records = Some(blob),
+        }
+        Ok(())
+    }
+}
+
+impl State {
+    fn place(&mut self, done: Done, buffers_max: usize, sealed: &mut Vec<Sealed>) -> Result<(), WriteError> {
+        match done {
+            Done::Frames { frames, stored } => {
+                let mut rest = stored.as_slice();
+                for frame in frames {
+                    let (now, later) = rest.split_at(frame.stored_bytes);
+                    rest = later;
+                    self.place_frame(frame, now, sealed)?;
+                }
+                self.keep_stored(stored, buffers_max);
+            }
+            Done::Stream { number, stored } => {
+                let stream = self.parts.get_mut(number).expect("the stream was numbered");
+                stream.open.extend_from_slice(&stored);
+                if stream.open.len() >= PACK_BYTES {
+                    self.seal_part(number, sealed);
+                }
+                if self.parts.iter().map(|parts| parts.open.len()).sum::<usize>() > STREAMS_PENDING_BYTES_MAX {
+                    let longest = self.parts.iter().enumerate().max_by_key(|(_, parts)| parts.open.len());
+                    let (longest, _) = longest.expect("a stream was just appended to");
+                    self.seal_part(longest, sealed);
+                }
+                self.keep_stored(stored, buffers_max);
+            }
+        }
+        Ok(())
+    }
+
+    fn place_frame(&mut self, frame: Frame, stored: &[u8], sealed: &mut Vec<Sealed>) -> Result<(), WriteError> {
+        let Frame { runs, pages, codec, digest, stored_bytes } = frame;
+        if self.pack.as_ref().is_some_and(|pack| !pack.builder.has_room(stored_bytes, PACK_BYTES)) {
+            self.seal_pack(sealed);
+        }
+        let map = &mut self.map;
+        let pool = &self.pack_buffers;
+        let pack = self
+            .pack
+            .get_or_insert_with(|| OpenPack { number: map.add_pack(), builder: PackBuilder::new(pool.take()) });
+        let raw_bytes = u32::try_from(pages * PAGE_BYTES).expect("a frame is smaller than 4 GiB");
+        let packed = pack.builder.push(codec, stored, raw_bytes);
+        let frame = map.add_frame(MapFrame {
+            pack: pack.number,
+            offset: packed.offset,
+            stored_bytes: packed.stored_bytes,
+            pages: u16::try_from(pages).expect("a frame has at most 256 pages"),
+            codec,
+            digest,
+        });
+        let mut page = 0;
+        for (space, run) in runs {
+            map.add_run(space, run, frame, page)?;
+            page += u16::try_from(run.count).expect("a frame has at most 256 pages");
+        }
+        Ok(())
+    }
+
+    fn seal_pack(&mut self, sealed: &mut Vec<Sealed>) {
+        if let Some(OpenPack { number, builder }) = self.pack.take() {
+            sealed.push((Purpose::Pack { number }, builder.finish()));
+        }
+    }
+
+    fn seal_part(&mut self, stream: usize, sealed: &mut Vec<Sealed>) {
+        let parts = self.parts.get_mut(stream).expect("the stream was numbered");
+        if !parts.open.is_empty() {
+            sealed.push((Purpose::StreamPart { stream, part: parts.blobs.len() }, std::mem::take(&mut parts.open)));
+            parts.blobs.push(None);
+        }
+    }
+
+    fn recycle(&mut self, mut buffer: Vec<u8>, buffers_max: usize) {
+        if self.batch_buffers.len() < buffers_max && buffer.capacity() == BATCH_BYTES_MAX {
+            buffer.clear();
+            self.batch_buffers.push(buffer);
+        }
+    }
+
+    fn keep_stored(&mut self, buffer: Vec<u8>, buffers_max: usize) {
+        if self.stored_buffers.len() < buffers_max {
+            self.stored_buffers.push(buffer);
+        }
+    }
+}
+
+/// Takes runs of `pages` pages off the front of `runs`, cutting the last one if need be.
+fn take_runs(
+    runs: &mut std::iter::Peekable<std::vec::IntoIter<(SpaceId, PageRun)>>,
+    mut pages: u64,
+) -> Vec<(SpaceId, PageRun)> {
+    let mut taken = Vec::new();
+    while pages > 0 {
+        let Some((space, run)) = runs.peek_mut() else { break };
+        let count = run.count.min(pages);
+        taken.push((*space, PageRun { first: run.first, count }));
+        pages -= count;
+        run.first += count;
+        run.count -= count;
+        if run.count == 0 {
+            runs.next();
+        }
+    }
+    taken
+}
+
+/// Removes the pages that are all zeros and need not be stored, and returns the runs of those that are left.
+fn drop_zero_pages(parts: Vec<Part>, bytes: &mut Vec<u8>) -> Vec<(SpaceId, PageRun)> {
+    const ZEROS: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
+    let mut kept: Vec<(SpaceId, PageRun)> = Vec::new();
+    // Pages before `end` are kept; the next page to look at begins at `at`.
+    let (mut end, mut at) = (0, 0);
+    for Part { space, exact, runs } in parts {
+        for PageRun { first, count } in runs {
+            for number in first..first.saturating_add(count) {
+                let page = at..at + PAGE_BYTES;
+                at = page.end;
+                if !exact && bytes.get(page.clone()) == Some(&ZEROS) {
+                    continue;
+                }
+                if end != page.start {
+                    bytes.copy_within(page, end);
+                }
+                end += PAGE_BYTES;
+                match kept.last_mut() {
+                    Some((last, run)) if *last == space && run.first + run.count == number => run.count += 1,
+                    _ => kept.push((space, PageRun { first: number, count: 1 })),
+                }
+            }
+        }
+    }
+    bytes.truncate(end);
+    kept
+}
