@@ -15,7 +15,9 @@ pub struct Launch {
     pub name: String,
     pub image: Image,
     pub command: Vec<String>,
-    /// The capsule's address; without one the container runs under runc.
+    /// Under the product, else under the engine's own runtime.
+    pub product: bool,
+    /// The capsule's address.
     pub capsule: Option<String>,
     /// More arguments of `docker run`.
     pub options: Vec<String>,
@@ -28,14 +30,23 @@ impl Launch {
             name: name.to_owned(),
             image: Image::TestBase,
             command: command.iter().map(|&word| word.to_owned()).collect(),
+            product: false,
             capsule: None,
             options: Vec::new(),
         }
     }
 
+    /// The same under the product.
+    #[must_use]
+    pub fn product(mut self) -> Launch {
+        self.product = true;
+        self
+    }
+
     /// The same under the product, with this address.
     #[must_use]
     pub fn capsule(mut self, url: String) -> Launch {
+        self.product = true;
         self.capsule = Some(url);
         self
     }
@@ -59,13 +70,11 @@ impl Launch {
     pub fn start<'a>(&self, node: &'a Node) -> Result<Container<'a>> {
         let mut words =
             vec!["run".to_owned(), "-d".to_owned(), "--name".to_owned(), self.name.clone()];
+        if self.product {
+            words.extend(["--runtime".to_owned(), "samara".to_owned()]);
+        }
         if let Some(url) = &self.capsule {
-            words.extend([
-                "--runtime".to_owned(),
-                "samara".to_owned(),
-                "-e".to_owned(),
-                format!("SAMARA_CAPSULE={url}"),
-            ]);
+            words.extend(["-e".to_owned(), format!("SAMARA_CAPSULE={url}")]);
         }
         words.extend(self.options.iter().cloned());
         words.push(self.image.tag().to_owned());

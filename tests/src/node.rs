@@ -167,18 +167,30 @@ impl Node {
         &self,
         args: impl IntoIterator<Item = A>,
     ) -> Result<Call> {
+        self.samara_with(&self.folder.join("config.toml"), args)
+    }
+
+    /// The same with another node configuration.
+    ///
+    /// # Errors
+    /// When the node was started without the product.
+    pub fn samara_with<A: AsRef<std::ffi::OsStr>>(
+        &self,
+        config: &Path,
+        args: impl IntoIterator<Item = A>,
+    ) -> Result<Call> {
         let program = self.folder.join("bin/samara");
         if !program.exists() {
             bail!("node {} was started without the product", self.name);
         }
+        let call = Call::new(program).args(["--config".as_ref(), config.as_os_str()]);
         // A save lasts as long as its upload: gigabytes at two cores' rate of compression.
-        Ok(self.as_user(Call::new(program)).args(args).within(Duration::from_secs(600)))
+        Ok(self.as_user(call).args(args).within(Duration::from_secs(600)))
     }
 
     fn as_user(&self, call: Call) -> Call {
         call.env("DOCKER_HOST", format!("unix://{}", self.folder.join("docker.sock").display()))
             .env("DOCKER_CONFIG", self.folder.join("client"))
-            .env("SAMARA_CONFIG", self.folder.join("config.toml"))
             .env(MARK, &self.folder)
     }
 

@@ -3,7 +3,8 @@
 //! `workload/…`: each workload passes undisturbed under runc, and notices each way of spoiling its state. Without this, a
 //! workload that passes after a restore would show nothing.
 //! `node/…`: what the harness itself promises.
-//! `move/…`, `capture/…`, `harm/…`, `refusal/…`: the product.
+//! `run/…`: the workloads under the product as a plain runtime.
+//! `move/…`, `capture/…`, `harm/…`, `refusal/…`: what the product is for.
 //!
 //! Engines are started on first use, kept for all tests, and stopped at the end. Sizes: `SAMARA_TEST_CAPTURES` (20),
 //! `SAMARA_TEST_MOVES` (2), `SAMARA_TEST_LONG_MOVES` (5) and `SAMARA_TEST_KILLS` (10) make the long runs longer.

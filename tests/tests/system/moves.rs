@@ -33,6 +33,31 @@ fn save_and_remove(container: &Container<'_>, url: &str) -> Result<()> {
     container.remove()
 }
 
+/// As any other runtime: nothing is saved, and the workload notices no difference.
+fn runs(workload: Workload, fixture: &Fixture) -> Result<()> {
+    let pair = fixture.pair()?;
+    let container = workload.launch_smaller("-runs").product().start(&pair.nodes[0])?;
+    let nonce = container.wait_ready()?;
+    if workload.endless {
+        container.finish()?;
+    }
+    container.wait_ok(&nonce, Duration::from_secs(180))?;
+    Ok(())
+}
+
+/// The newer engine too, whose calls differ (docker 28 asks for `features` first).
+fn runs_on_newer_engine(fixture: &Fixture) -> Result<()> {
+    let pair = fixture.pair()?;
+    let newer =
+        Node::start("newer", NodeOptions { engine: Engine::Newer, product: Some(&pair.store) })?;
+    newer.load(Image::TestBase)?;
+    let container = PIPELINE.launch("-newer-runs").product().start(&newer)?;
+    let nonce = container.wait_ready()?;
+    container.finish()?;
+    container.wait_ok(&nonce, END_TIME_MAX)?;
+    Ok(())
+}
+
 /// Waits until a workload that ends by itself is in the middle of its work.
 fn wait_middle(container: &Container<'_>, condition: &str) -> Result<()> {
     until(&format!("success of '{condition}' in {}", container.name), SAVE_TIME_MAX, || {
@@ -133,9 +158,7 @@ fn docker_checkpoint(fixture: &Fixture, paused: bool) -> Result<()> {
     let pair = fixture.pair()?;
     let node = &pair.nodes[0];
     let name = if paused { "-checkpoint-paused" } else { "-checkpoint-running" };
-    let mut launch = COUNTER.launch(name);
-    launch.options.extend(["--runtime".to_owned(), "samara".to_owned()]);
-    let container = launch.start(node)?;
+    let container = COUNTER.launch(name).product().start(node)?;
     let nonce = container.wait_ready()?;
     if paused {
         node.docker(["pause", &container.id]).output()?;
@@ -277,7 +300,7 @@ fn refusals(fixture: &Fixture) -> Result<()> {
     std::fs::write(&wrong, config)?;
     std::os::unix::fs::chown(&wrong, Some(0), Some(0))?;
     std::fs::set_permissions(&wrong, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
-    let denied = node.samara(["capsule", "inspect", &url])?.env("SAMARA_CONFIG", &wrong).run()?;
+    let denied = node.samara_with(&wrong, ["capsule", "inspect", &url])?.run()?;
     ensure!(!denied.status.success(), "wrong credentials were accepted");
     ensure!(
         !denied.stderr.contains("not-the-secret"),
@@ -302,10 +325,13 @@ fn refusals(fixture: &Fixture) -> Result<()> {
 pub(crate) fn trials(fixture: &Arc<Fixture>) -> Vec<Trial> {
     let mut trials = Vec::new();
     for &workload in ALL {
+        let name = format!("run/{}", workload.name());
+        trials.push(trial(fixture, &name, move |fixture| runs(workload, fixture)));
         trials.push(trial(fixture, &format!("move/{}", workload.name()), move |fixture| {
             moves(workload, fixture)
         }));
     }
+    trials.push(trial(fixture, "run/on_newer_engine", runs_on_newer_engine));
     trials.push(trial(fixture, "move/nothing_piles_up", nothing_piles_up));
     trials.push(trial(fixture, "move/newer_engine_and_back", moves_to_newer_engine));
     trials.push(trial(fixture, "move/docker_checkpoint_running", |fixture| {

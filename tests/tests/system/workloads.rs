@@ -120,7 +120,7 @@ impl Workload {
         Launch::new(&format!("{}{suffix}", self.name()), self.command)
     }
 
-    fn launch_smaller(&self, suffix: &str) -> Launch {
+    pub(crate) fn launch_smaller(&self, suffix: &str) -> Launch {
         self.smaller.iter().fold(self.launch(suffix), |launch, size| launch.options(&["-e", size]))
     }
 }
