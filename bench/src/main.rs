@@ -24,6 +24,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use samara_tests::object_store::ObjectStore;
+use samara_tests::process::program_name;
 
 use crate::criu::Peer;
 use crate::figure::{Figure, Goal, median};
@@ -80,15 +81,22 @@ pub(crate) fn memory_of(names: &'static [&'static str]) -> Sampler {
     Sampler { stop, thread }
 }
 
-/// Anonymous and shared memory of all processes whose program has one of these names. Mapped files are page cache.
+/// Anonymous and shared memory of all processes with one of these programs, or of all of ours where none is named. Mapped
+/// files are page cache.
 fn resident(names: &[&str]) -> u64 {
+    let counts = |process: &Path, status: &str| match names {
+        [] => program_name(process).is_some(),
+        _ => status
+            .lines()
+            .next()
+            .and_then(|line| line.strip_prefix("Name:\t"))
+            .is_some_and(|name| names.contains(&name)),
+    };
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     entries
-        .filter_map(|entry| std::fs::read_to_string(entry.path().join("status")).ok())
-        .filter(|status| {
-            status
-                .strip_prefix("Name:\t")
-                .is_some_and(|rest| names.iter().any(|name| rest.starts_with(name)))
+        .filter_map(|entry| {
+            let status = std::fs::read_to_string(entry.path().join("status")).ok()?;
+            counts(&entry.path(), &status).then_some(status)
         })
         .flat_map(|status| {
             let field = |name: &str| {

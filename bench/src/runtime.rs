@@ -98,7 +98,7 @@ impl Runtime {
         let report = Report::wait(&bundle.join("rootfs/report"))?;
         report.wait_running()?;
         report.forget_gap()?;
-        let sampler = with_memory.then(|| memory_of(&["samara"]));
+        let sampler = with_memory.then(|| memory_of(&[]));
         let begin = Instant::now();
         self.call(["checkpoint", "--capsule", &url, "--leave-running", id]).output()?;
         let total = begin.elapsed();

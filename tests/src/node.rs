@@ -14,10 +14,11 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::image::Image;
 use crate::object_store::ObjectStore;
-use crate::process::{Call, end, with_environment};
+use crate::process::{Call, end, of_folder, program_name, with_environment};
 use crate::{product, until};
 
 /// Every process of a node has this variable, unless it cleared its environment.
@@ -231,19 +232,11 @@ impl Node {
         Ok(Duration::from_micros(micros.trim().parse()?))
     }
 
-    /// Processes of ours that run on this node, by the path of their program.
-    pub fn product_processes(&self) -> Vec<(i32, String)> {
-        with_environment(MARK, &self.folder)
+    /// Processes of ours that run on this node, with the name of their program.
+    pub fn product_processes(&self) -> Vec<(Pid, &'static str)> {
+        processes_of(&self.folder)
             .into_iter()
-            .filter_map(|pid| {
-                let program = fs::read_link(format!("/proc/{pid}/exe")).ok()?;
-                let name = program.file_name()?.to_string_lossy().into_owned();
-                // A sealed memfd's name stands where a path would.
-                let ours = product::NAMES
-                    .iter()
-                    .any(|ours| name.trim_start_matches("memfd:").starts_with(ours));
-                ours.then_some((pid.as_raw(), name))
-            })
+            .filter_map(|pid| Some((pid, program_name(Path::new(&format!("/proc/{pid}")))?)))
             .collect()
     }
 
@@ -274,7 +267,7 @@ impl Node {
     pub fn wipe(self) -> Result<()> {
         let folder = self.folder.clone();
         drop(self);
-        let left = with_environment(MARK, &folder);
+        let left = processes_of(&folder);
         if folder.exists() || !left.is_empty() {
             bail!(
                 "of {} there are left: processes {left:?}, folder {}",
@@ -300,6 +293,13 @@ impl Drop for Node {
     }
 }
 
+/// Every process that a node started and that is still there, but for those in containers.
+pub fn processes_of(folder: &Path) -> Vec<Pid> {
+    let mut all = with_environment(MARK, folder);
+    all.extend(of_folder(folder).into_iter().filter(|pid| !all.contains(pid)).collect::<Vec<_>>());
+    all
+}
+
 fn runs_folder() -> PathBuf {
     crate::cache().join("run")
 }
@@ -316,7 +316,7 @@ fn cgroup_of(folder: &Path) -> String {
 fn remove(folder: &Path) {
     for _ in 0..50 {
         kill_cgroup(folder);
-        let processes = with_environment(MARK, folder);
+        let processes = processes_of(folder);
         if processes.is_empty() {
             break;
         }
@@ -410,7 +410,7 @@ fn kill_cgroup(folder: &Path) {
             if let Ok(pid) = line.parse::<i32>()
                 && pid > 1
             {
-                let _ = kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL);
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
             }
         }
     }

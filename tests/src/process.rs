@@ -183,16 +183,43 @@ pub fn with_environment(name: &str, value: &Path) -> Vec<Pid> {
     wanted.push("=");
     wanted.push(value);
     let wanted = wanted.as_encoded_bytes().to_vec();
+    matching(|folder| {
+        std::fs::read(folder.join("environ"))
+            .is_ok_and(|all| all.split(|byte| *byte == 0).any(|one| one == wanted))
+    })
+}
+
+/// The processes whose program lies below `folder`, or that are programs of ours and were told of it: for those that clear
+/// their environment.
+pub fn of_folder(folder: &Path) -> Vec<Pid> {
+    let text = folder.as_os_str().as_encoded_bytes().to_vec();
+    matching(|process| {
+        let program = std::fs::read_link(process.join("exe")).unwrap_or_default();
+        program.starts_with(folder)
+            || (program_name(process).is_some()
+                && std::fs::read(process.join("cmdline"))
+                    .is_ok_and(|words| words.windows(text.len()).any(|part| part == text)))
+    })
+}
+
+/// Which program of ours a folder of `/proc` shows, if any: by its file, or by the memfd that it runs from.
+pub fn program_name(process: &Path) -> Option<&'static str> {
+    let program = std::fs::read_link(process.join("exe")).ok()?;
+    let name = program.file_name()?.to_string_lossy().into_owned();
+    let name = name.trim_start_matches("memfd:").trim_end_matches(" (deleted)");
+    crate::product::NAMES.into_iter().find(|ours| *ours == name)
+}
+
+/// The processes of which `holds` says so, given their folder in `/proc`. One that ends meanwhile has nothing to show, and is
+/// not of interest.
+fn matching(holds: impl Fn(&Path) -> bool) -> Vec<Pid> {
     let own = std::process::id();
     let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
     entries
         .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
-        .filter(|pid| *pid != own)
-        .filter(|pid| {
-            // A process that ends meanwhile has no environment, and is not of interest.
-            std::fs::read(format!("/proc/{pid}/environ"))
-                .is_ok_and(|all| all.split(|byte| *byte == 0).any(|one| one == wanted))
+        .filter_map(|entry| {
+            let pid = entry.file_name().to_str()?.parse::<u32>().ok()?;
+            (pid != own && holds(&entry.path())).then_some(pid)
         })
         .filter_map(|pid| i32::try_from(pid).ok())
         .map(Pid::from_raw)

@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use samara_tests::container::{Container, Launch};
 use samara_tests::image::Image;
 use samara_tests::node::{Engine, Node, NodeOptions};
@@ -36,13 +35,17 @@ fn save_and_remove(container: &Container<'_>, url: &str) -> Result<()> {
 /// As any other runtime: nothing is saved, and the workload notices no difference.
 fn runs(workload: Workload, fixture: &Fixture) -> Result<()> {
     let pair = fixture.pair()?;
-    let container = workload.launch_smaller("-runs").product().start(&pair.nodes[0])?;
+    let node = &pair.nodes[0];
+    let container = workload.launch_smaller("-runs").product().start(node)?;
     let nonce = container.wait_ready()?;
+    let monitors =
+        || node.product_processes().iter().filter(|(_, name)| *name == "samara-monitor").count();
+    ensure!(monitors() == 1, "there are {} monitors for one container", monitors());
     if workload.endless {
         container.finish()?;
     }
     container.wait_ok(&nonce, Duration::from_secs(180))?;
-    Ok(())
+    until("end of the monitor", Duration::from_secs(10), || Ok((monitors() == 0).then_some(())))
 }
 
 /// The newer engine too, whose calls differ (docker 28 asks for `features` first).
@@ -232,7 +235,7 @@ fn kills(fixture: &Fixture) -> Result<()> {
             // The moment is what is tested here, not a condition.
             std::thread::sleep(after);
             for (pid, _) in node.product_processes() {
-                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+                let _ = kill(pid, Signal::SIGKILL);
             }
             // It may have failed, and it may have been done before.
             let _ = saving.join();

@@ -7,8 +7,7 @@ use anyhow::{Result, ensure};
 use libtest_mimic::Trial;
 use samara_tests::container::Launch;
 use samara_tests::image::Image;
-use samara_tests::node::{Engine, Node, NodeOptions};
-use samara_tests::process::with_environment;
+use samara_tests::node::{Engine, Node, NodeOptions, processes_of};
 
 use crate::{Fixture, trial};
 
@@ -211,7 +210,7 @@ fn engines_share_nothing(engine: Engine) -> Result<()> {
     }
     for folder in folders {
         ensure!(
-            !folder.exists() && with_environment("SAMARA_TEST_NODE", &folder).is_empty(),
+            !folder.exists() && processes_of(&folder).is_empty(),
             "{} is left",
             folder.display()
         );
