@@ -23,6 +23,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
+use samara_tests::node::is_abandoned;
 use samara_tests::object_store::ObjectStore;
 use samara_tests::process::program_name;
 
@@ -240,9 +241,13 @@ fn full(name: &str, folder: &Path, store: &ObjectStore, options: &Options) -> Re
 fn run() -> Result<bool> {
     let options = parse()?;
     // On the disk that everything else of ours is on, and the same for both sides.
-    let parent = samara_tests::cache();
-    std::fs::create_dir_all(&parent)?;
-    let folder = tempdir_in(&parent)?;
+    let runs = samara_tests::cache().join("bench");
+    std::fs::create_dir_all(&runs)?;
+    for entry in std::fs::read_dir(&runs)?.flatten().filter(|entry| is_abandoned(&entry.path())) {
+        std::fs::remove_dir_all(entry.path())?;
+    }
+    let prefix = format!("run-{}-", std::process::id());
+    let folder = tempfile::Builder::new().prefix(&prefix).rand_bytes(4).tempdir_in(&runs)?;
     program::compile(folder.path())?;
     let store = ObjectStore::start()?;
     let mut all_hold = true;
@@ -258,10 +263,6 @@ fn run() -> Result<bool> {
         }
     }
     Ok(all_hold)
-}
-
-fn tempdir_in(parent: &Path) -> Result<tempfile::TempDir> {
-    Ok(tempfile::Builder::new().prefix("bench-").tempdir_in(parent)?)
 }
 
 fn main() -> ExitCode {

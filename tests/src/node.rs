@@ -358,7 +358,7 @@ pub fn sweep() -> Result<()> {
 }
 
 /// Whether the process that made this folder is gone: its id is the last part but one of the name.
-pub(crate) fn is_abandoned(folder: &Path) -> bool {
+pub fn is_abandoned(folder: &Path) -> bool {
     let name =
         folder.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let owner = name.rsplit('-').nth(1).and_then(|pid| pid.parse::<u32>().ok());
