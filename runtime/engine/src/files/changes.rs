@@ -778,16 +778,30 @@ pub(super) fn make<T>(
 }
 
 /// Makes an empty file for writing, in place of whatever has its name.
+///
+/// A file with one name is emptied and kept: on ext4, making a file soon after removing another one searches for an
+/// inode among all that were removed in the last seconds, which took 50 times as long for 100,000 files.
 pub(super) fn make_file(
     tree: &Tree,
     dir: BorrowedFd<'_>,
     name: &OsStr,
     path: &TreePath,
 ) -> Result<Made<OwnedFd>, HostError> {
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    make(tree, dir, name, path, &mut || {
-        rustix::fs::openat(dir, name, flags, Mode::RUSR | Mode::WUSR)
-    })
+    let plain = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let mut create = || {
+        let new = OFlags::CREATE | OFlags::EXCL;
+        rustix::fs::openat(dir, name, plain | new, Mode::RUSR | Mode::WUSR)
+    };
+    match create() {
+        Err(Errno::EXIST) => {}
+        other => return other.map(Made::New).attempt("make", path),
+    }
+    let there = stat_name(dir, name).attempt("look up", path)?;
+    if there.is_some_and(|s| s.kind == Kind::File && s.links == 1 && s.mount == tree.mount) {
+        let emptied = rustix::fs::openat(dir, name, plain | OFlags::TRUNC, Mode::empty());
+        return emptied.map(Made::New).attempt("empty", path);
+    }
+    make(tree, dir, name, path, &mut create)
 }
 
 /// Makes a FIFO, socket or device node.
