@@ -640,7 +640,7 @@ impl<'a> Application<'a> {
         metadata: &Metadata,
         layer: &mut LayerReader<'_>,
     ) -> Result<bool, ApplyError> {
-        let made = make_file(self.tree, self.top(), name, path)?;
+        let made = make_file(self.tree, self.base, self.top(), name, path)?;
         let Made::New(file) = made else { return Ok(false) };
         if segments.is_some() {
             rustix::fs::ftruncate(&file, size).attempt("size", path)?;
@@ -780,9 +780,11 @@ pub(super) fn make<T>(
 /// Makes an empty file for writing, in place of whatever has its name.
 ///
 /// A file with one name is emptied and kept: on ext4, making a file soon after removing another one searches for an
-/// inode among all that were removed in the last seconds, which took 50 times as long for 100,000 files.
+/// inode among all that were removed in the last seconds, which took 50 times as long for 100,000 files. But not one
+/// that was copied from a lower layer: a second name of it can show another inode number than the first.
 pub(super) fn make_file(
     tree: &Tree,
+    base: Option<&Base<'_>>,
     dir: BorrowedFd<'_>,
     name: &OsStr,
     path: &TreePath,
@@ -797,7 +799,13 @@ pub(super) fn make_file(
         other => return other.map(Made::New).attempt("make", path),
     }
     let there = stat_name(dir, name).attempt("look up", path)?;
-    if there.is_some_and(|s| s.kind == Kind::File && s.links == 1 && s.mount == tree.mount) {
+    let single =
+        there.is_some_and(|s| s.kind == Kind::File && s.links == 1 && s.mount == tree.mount);
+    let own = match base {
+        Some(base) => single && base.is_made_above(path)?,
+        None => single,
+    };
+    if own {
         let emptied = rustix::fs::openat(dir, name, plain | OFlags::TRUNC, Mode::empty());
         return emptied.map(Made::New).attempt("empty", path);
     }
