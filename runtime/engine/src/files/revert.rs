@@ -189,7 +189,10 @@ impl Run<'_> {
             let xattrs =
                 metadata::xattrs(Object::Open(from.as_fd())).attempt("read attributes of", path)?;
             let made = make_file(base.merged, Some(base), dir.as_fd(), name, path)?;
-            let Made::New(to) = made else { return Ok(()) };
+            let Made::New((to, there)) = made else { return Ok(()) };
+            if there > 0 {
+                rustix::fs::ftruncate(&to, 0).attempt("empty", path)?;
+            }
             copy_file(from.as_fd(), to.as_fd(), stat.size, stat.blocks)
                 .attempt("copy from the base image", path)?;
             return metadata::set(
