@@ -211,7 +211,17 @@ pub fn worker() -> Result<(), ProtocolError> {
     let task: WorkerTask = protocol::receive(&mut stdin)?;
     std::thread::spawn(move || {
         let mut byte = [0];
-        while stdin.read(&mut byte).is_ok_and(|count| count > 0) {}
+        loop {
+            match stdin.read(&mut byte) {
+                Ok(0) => break,
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    tracing::warn!(%error, "the monitor can't be heard any more");
+                    break;
+                }
+            }
+        }
         std::process::exit(1);
     });
     let report = match work(&task) {

@@ -109,6 +109,7 @@ fn make(sandbox: &Sandbox, spec: &serde_json::Value, init: Init) -> Made {
         preserve_fds: 0,
         systemd_cgroup: false,
         init,
+        capsule: None,
         log: &Log::new(&Global::default()),
         debug: false,
     })

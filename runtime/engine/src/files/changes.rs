@@ -423,12 +423,15 @@ struct Application<'a> {
     open: Vec<Open>,
     report: ApplyReport,
     buffer: Vec<u8>,
+    /// What a file had where `buffer` is to be written.
+    old: Vec<u8>,
 }
 
 impl<'a> Application<'a> {
     fn new(tree: &'a Tree, base: Option<&'a Base<'a>>) -> Application<'a> {
         let report = ApplyReport::default();
-        Application { tree, base, open: Vec::new(), report, buffer: vec![0; BUFFER_BYTES] }
+        let (buffer, old) = (vec![0; BUFFER_BYTES], vec![0; BUFFER_BYTES]);
+        Application { tree, base, open: Vec::new(), report, buffer, old }
     }
 
     /// None if the layer holds changes only and there is no base. Nothing was changed then.
@@ -640,24 +643,29 @@ impl<'a> Application<'a> {
         metadata: &Metadata,
         layer: &mut LayerReader<'_>,
     ) -> Result<bool, ApplyError> {
-        let made = make_file(self.tree, self.top(), name, path)?;
-        let Made::New(file) = made else { return Ok(false) };
-        if segments.is_some() {
-            rustix::fs::ftruncate(&file, size).attempt("size", path)?;
+        let made = make_file(self.tree, self.base, self.top(), name, path)?;
+        let Made::New((file, mut there)) = made else { return Ok(false) };
+        if segments.is_some() && there > 0 {
+            // Holes are to be holes.
+            rustix::fs::ftruncate(&file, 0).attempt("empty", path)?;
+            there = 0;
         }
         for segment in segments.unwrap_or(&[Segment { offset: 0, length: size }]) {
-            write_segment(file.as_fd(), *segment, layer, &mut self.buffer).map_err(
-                |e| match e {
-                    CopyError::From(source) => ApplyError::Read(source),
-                    CopyError::To(source) => {
-                        HostError { action: "write", path: path.into(), source }.into()
-                    }
-                    CopyError::Short => {
-                        ApplyError::Corrupt { path: path.absolute(), why: "the stream ends early" }
-                    }
-                },
-            )?;
+            let old = if there > 0 { Some(&mut self.old[..]) } else { None };
+            let written = write_segment(file.as_fd(), *segment, layer, &mut self.buffer, old);
+            written.map_err(|e| match e {
+                CopyError::From(source) => ApplyError::Read(source),
+                CopyError::To(source) => {
+                    HostError { action: "write", path: path.into(), source }.into()
+                }
+                CopyError::Short => {
+                    ApplyError::Corrupt { path: path.absolute(), why: "the stream ends early" }
+                }
+            })?;
             self.report.content_bytes += segment.length;
+        }
+        if segments.is_some() || there > size {
+            rustix::fs::ftruncate(&file, size).attempt("size", path)?;
         }
         metadata::set(Object::Open(file.as_fd()), Kind::File, metadata)
             .attempt("set metadata of", path)?;
@@ -777,16 +785,42 @@ pub(super) fn make<T>(
     create().map(Made::New).attempt("make", path)
 }
 
-/// Makes an empty file for writing, in place of whatever has its name.
+/// Opens a file to be written, in place of whatever has its name, with the number of bytes that it has already.
+///
+/// A file with one name is kept, to be overwritten where it differs: that is quick where it does not, and on ext4, where
+/// 100,000 files that were applied over themselves took 2 s to make at first, it took 110 s to remove and make each
+/// (an inode is searched for among all that were freed in the last seconds) and 40 to 260 s to empty and fill each (the
+/// data of an emptied file is written to disk when it is closed). Not kept is a file that was copied from a lower
+/// layer: a second name of it can show another inode number than the first.
 pub(super) fn make_file(
     tree: &Tree,
+    base: Option<&Base<'_>>,
     dir: BorrowedFd<'_>,
     name: &OsStr,
     path: &TreePath,
-) -> Result<Made<OwnedFd>, HostError> {
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    make(tree, dir, name, path, &mut || {
-        rustix::fs::openat(dir, name, flags, Mode::RUSR | Mode::WUSR)
+) -> Result<Made<(OwnedFd, u64)>, HostError> {
+    let plain = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let mut create = || {
+        let new = OFlags::CREATE | OFlags::EXCL;
+        rustix::fs::openat(dir, name, plain | new, Mode::RUSR | Mode::WUSR)
+    };
+    match create() {
+        Err(Errno::EXIST) => {}
+        other => return other.map(|file| Made::New((file, 0))).attempt("make", path),
+    }
+    let there = stat_name(dir, name).attempt("look up", path)?;
+    let single = there.filter(|s| s.kind == Kind::File && s.links == 1 && s.mount == tree.mount);
+    let own = match base {
+        Some(base) => single.is_some() && base.is_made_above(path)?,
+        None => true,
+    };
+    if let Some(stat) = single.filter(|_| own) {
+        let file = rustix::fs::openat(dir, name, plain, Mode::empty());
+        return file.map(|file| Made::New((file, stat.size))).attempt("open", path);
+    }
+    Ok(match make(tree, dir, name, path, &mut create)? {
+        Made::New(file) => Made::New((file, 0)),
+        Made::Mounted => Made::Mounted,
     })
 }
 

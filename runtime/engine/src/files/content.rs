@@ -86,12 +86,14 @@ pub(super) fn read_segment(
     Ok(())
 }
 
-/// Copies the next bytes of a stream to one stretch of a file.
+/// Copies the next bytes of a stream to one stretch of a file. With `old`, a second buffer of the same size, only what
+/// differs from what the file has there is written.
 pub(super) fn write_segment(
     file: BorrowedFd<'_>,
     segment: Segment,
     stream: &mut dyn Read,
     buffer: &mut [u8],
+    mut old: Option<&mut [u8]>,
 ) -> Result<(), CopyError> {
     let (mut at, mut left) = (segment.offset, segment.length);
     while left > 0 {
@@ -102,7 +104,18 @@ pub(super) fn write_segment(
             Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
             Err(e) => return Err(CopyError::From(e)),
         };
-        write_all_at(file, &buffer[..got], at).map_err(|e| CopyError::To(e.into()))?;
+        let new = &buffer[..got];
+        let same = match &mut old {
+            // A short read counts as a difference, and costs no more than writing.
+            Some(old) => {
+                let there = rustix::io::pread(file, &mut old[..got], at);
+                there.map_err(|e| CopyError::To(e.into()))? == got && old[..got] == *new
+            }
+            None => false,
+        };
+        if !same {
+            write_all_at(file, new, at).map_err(|e| CopyError::To(e.into()))?;
+        }
         at += got as u64;
         left -= got as u64;
     }

@@ -58,6 +58,24 @@ impl<'a> Base<'a> {
         Ok(marks.opaque || marks.redirect)
     }
 
+    /// Whether a file lies in the upper layer and was not copied there from a lower one.
+    pub(super) fn is_made_above(&self, path: &TreePath) -> Result<bool, HostError> {
+        let (Some(upper), Some((parent, name))) = (&self.upper, path.split()) else {
+            return Ok(false);
+        };
+        let Some(dir) = upper.dir_if_any(&parent).attempt("open the upper layer's", &parent)?
+        else {
+            return Ok(false);
+        };
+        if stat_name(&dir, name).attempt("look up in the upper layer", path)?.is_none() {
+            return Ok(false);
+        }
+        let origin = self.overlay.attribute("origin");
+        let copied = metadata::xattr(Object::Named(dir.as_fd(), name), &origin)
+            .attempt("read overlay attributes of", path)?;
+        Ok(copied.is_none())
+    }
+
     /// The names in a directory that may differ from the base image.
     fn suspects(
         &self,
@@ -170,8 +188,11 @@ impl Run<'_> {
             let from = open_file(&from_dir, name).attempt("open the base image's", path)?;
             let xattrs =
                 metadata::xattrs(Object::Open(from.as_fd())).attempt("read attributes of", path)?;
-            let made = make_file(base.merged, dir.as_fd(), name, path)?;
-            let Made::New(to) = made else { return Ok(()) };
+            let made = make_file(base.merged, Some(base), dir.as_fd(), name, path)?;
+            let Made::New((to, there)) = made else { return Ok(()) };
+            if there > 0 {
+                rustix::fs::ftruncate(&to, 0).attempt("empty", path)?;
+            }
             copy_file(from.as_fd(), to.as_fd(), stat.size, stat.blocks)
                 .attempt("copy from the base image", path)?;
             return metadata::set(
