@@ -384,11 +384,13 @@ fn nonsense_is_answered() {
     let sandbox = Sandbox::new();
     let made = watched(&sandbox);
     let dir = &made.created.dir;
-    for nonsense in [&b"\0\0\0\x05hello"[..], b"\xff\xff\xff\xff", b"\0\0\0\x15{\"version\":7,\"x\":[]}"] {
+    for nonsense in [&b"\0\0\0\x05hello"[..], b"\xff\xff\xff\xff", b"\0\0\0\x14{\"version\":7,\"x\":[]}"] {
         let folder = std::fs::File::open(dir.path()).unwrap();
         use std::os::fd::AsRawFd;
         let path = format!("/proc/self/fd/{}/monitor.sock", folder.as_raw_fd());
         let mut stream = std::os::unix::net::UnixStream::connect(path).unwrap();
+        // A monitor that stays silent must fail the test, not hold it.
+        stream.set_read_timeout(Some(std::time::Duration::from_secs(20))).unwrap();
         stream.write_all(nonsense).unwrap();
         let answer: serde_json::Value = samara_oci::protocol::receive(&mut stream).unwrap();
         assert_eq!(answer["answer"]["error"]["code"], "bad-request", "{answer}");
