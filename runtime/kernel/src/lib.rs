@@ -2,6 +2,7 @@
 //!
 //! One module per interface, named as its man page. This is the only crate with `unsafe` code.
 
+pub mod bpf;
 pub mod close_range;
 pub mod keyctl;
 pub mod mount_setattr;

@@ -16,6 +16,7 @@ use crate::cause::Cause;
 use crate::cgroup::{Cgroup, CgroupError, Elsewhere};
 use crate::confine::{ConfineError, Confinement};
 use crate::container_id::ContainerId;
+use crate::device_filter::{self, DeviceFilterError};
 use crate::hooks::{HookError, HookState, Relay};
 use crate::init::{BlankInit, FirstProcess, ProgramInit};
 use crate::monitor::{self, MonitorError};
@@ -38,6 +39,8 @@ pub enum CreateError {
     Cgroup(#[from] CgroupError),
     #[error(transparent)]
     Monitor(#[from] MonitorError),
+    #[error(transparent)]
+    Devices(#[from] DeviceFilterError),
     #[error("cannot allocate tty if runc will detach without setting console socket")]
     ConsoleSocketMissing,
     #[error("cannot use console socket if runc will not detach or allocate tty")]
@@ -46,6 +49,8 @@ pub enum CreateError {
     /// the way that they came, and so is no `source`.
     #[error("unable to start container process: {cause}")]
     Container { cause: String, error: Box<LibcontainerError> },
+    #[error("the container's init is in no cgroup of its own, so its devices cannot be restricted")]
+    NoCgroup,
     #[error("the container's init is gone before it could be recorded")]
     InitGone,
     #[error("cannot {attempt}")]
@@ -155,7 +160,7 @@ pub fn create(request: &CreateRequest<'_>) -> Result<Created, CreateError> {
     if let Some(resources) = bundle.linux()?.resources() {
         record.cgroup.apply_rest(resources)?;
     }
-    record.cgroup.deny_host_console(bundle.linux()?.resources().as_ref())?;
+    restrict_devices(&record.cgroup, bundle.linux()?)?;
     dir.save(&record)?;
     monitor.adopt(record.init)?;
     if let Some(pid_file) = request.pid_file {
@@ -259,6 +264,17 @@ fn check_console(request: &CreateRequest<'_>, process: &Process) -> Result<(), C
         (false, Some(_)) => Err(CreateError::ConsoleSocketUnused),
         (true, Some(_)) | (false, None) => Ok(()),
     }
+}
+
+/// What libcgroups leaves of `linux.resources.devices`: everything on v2, the host's console on v1.
+fn restrict_devices(cgroup: &Cgroup, linux: &oci_spec::runtime::Linux) -> Result<(), CreateError> {
+    let resources = linux.resources().as_ref();
+    if !crate::cgroup::is_unified() {
+        return Ok(cgroup.deny_host_console(resources)?);
+    }
+    let rules = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
+    let folder = cgroup.folder("devices").ok_or(CreateError::NoCgroup)?;
+    Ok(device_filter::attach(folder, rules)?)
 }
 
 fn file_identity(pid: i32, fd: i32) -> Option<FileIdentity> {
