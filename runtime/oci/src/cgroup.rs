@@ -265,10 +265,13 @@ struct Hierarchy {
 fn hierarchies() -> procfs::ProcResult<Vec<Hierarchy>> {
     let mounts = procfs::process::Process::myself()?.mountinfo()?;
     let named = procfs::process::Process::myself()?.cgroups()?;
+    let unified = is_unified();
     Ok(mounts
         .0
         .into_iter()
         .filter(|mount| mount.root == "/" && mount.mount_point.starts_with(ROOT))
+        // On a host with v2 alone, anything further down is covered.
+        .filter(|mount| !unified || mount.mount_point == Path::new(ROOT))
         .filter_map(|mount| match mount.fs_type.as_str() {
             "cgroup2" => Some(Hierarchy { controllers: Vec::new(), path: mount.mount_point }),
             "cgroup" => named
