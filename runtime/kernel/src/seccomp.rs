@@ -27,16 +27,12 @@ pub fn set_mode_filter(program: &[Instruction], flags: u32) -> io::Result<()> {
         .ok()
         .filter(|&len| usize::from(len) <= INSTRUCTIONS_MAX)
         .ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
-    let header = libc::sock_fprog { len, filter: program.as_ptr().cast::<libc::sock_filter>().cast_mut() };
+    let header =
+        libc::sock_fprog { len, filter: program.as_ptr().cast::<libc::sock_filter>().cast_mut() };
     // SAFETY: `header` names `len` instructions that live until the call returns; the kernel
     // copies them and writes to none.
     let result = unsafe {
-        libc::syscall(
-            libc::SYS_seccomp,
-            libc::SECCOMP_SET_MODE_FILTER,
-            flags,
-            &raw const header,
-        )
+        libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const header)
     };
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

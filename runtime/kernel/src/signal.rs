@@ -32,8 +32,7 @@ pub fn reset_for_exec() -> io::Result<()> {
     // SAFETY: the pointer is to memory of the type that the call fills.
     unsafe { libc::sigemptyset(empty.as_mut_ptr()) };
     // SAFETY: `empty` was filled by sigemptyset; no old mask is asked for.
-    let result = unsafe {
-        libc::sigprocmask(libc::SIG_SETMASK, empty.as_ptr(), std::ptr::null_mut())
-    };
+    let result =
+        unsafe { libc::sigprocmask(libc::SIG_SETMASK, empty.as_ptr(), std::ptr::null_mut()) };
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

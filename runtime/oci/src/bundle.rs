@@ -111,7 +111,9 @@ impl Bundle {
         };
         spec.set_process(Some(process));
         spec.set_hooks(relay.wrap(self.spec.hooks().as_ref()));
-        spec.set_mounts(spec.mounts().as_ref().map(|mounts| mounts.iter().map(plain_mount).collect()));
+        spec.set_mounts(
+            spec.mounts().as_ref().map(|mounts| mounts.iter().map(plain_mount).collect()),
+        );
         let mut linux = self.linux()?.clone();
         linux.set_cgroups_path(Some(cgroup_path.to_owned()));
         linux.set_seccomp(None);
@@ -201,7 +203,10 @@ fn refuse_unsupported(spec: &Spec) -> Result<(), BundleError> {
             || mount.gid_mappings().is_some()
             || options(mount).any(|option| matches!(option, "idmap" | "ridmap"));
         if mapped {
-            return refuse(&format!("mounts[{index}] (idmap)"), "id-mapped mounts are not implemented");
+            return refuse(
+                &format!("mounts[{index}] (idmap)"),
+                "id-mapped mounts are not implemented",
+            );
         }
     }
     refuse_unsupported_resources(linux.resources().as_ref())
@@ -247,7 +252,8 @@ pub(crate) fn refuse_unsupported_resources(
                 "Linux has no leaf weights since 5.0",
             );
         }
-        let leaf = |w: &oci_spec::runtime::LinuxWeightDevice| w.leaf_weight().is_some_and(|l| l != 0);
+        let leaf =
+            |w: &oci_spec::runtime::LinuxWeightDevice| w.leaf_weight().is_some_and(|l| l != 0);
         if io.weight_device().iter().flatten().any(leaf) {
             return refuse(
                 "linux.resources.blockIO.weightDevice.leafWeight",
@@ -448,7 +454,8 @@ mod tests {
         };
         assert!(!rules("{}")[0].allow());
         assert_eq!(rules(r#"{"devices": [{"allow": false, "access": "rwm"}]}"#).len(), 1);
-        let one = rules(r#"{"devices": [{"allow": true, "type": "c", "major": 1, "access": "r"}]}"#);
+        let one =
+            rules(r#"{"devices": [{"allow": true, "type": "c", "major": 1, "access": "r"}]}"#);
         assert_eq!(one.len(), 2);
         assert!(!one[0].allow());
     }

@@ -59,7 +59,8 @@ impl Cause {
 
 fn write_line(fd: &OwnedFd, mark: char, text: &str) {
     let mut line = format!("{mark}{}", text.replace('\n', " "));
-    line.truncate(line.floor_char_boundary(4096));
+    let end = (0..=4096.min(line.len())).rev().find(|&end| line.is_char_boundary(end));
+    line.truncate(end.unwrap_or(0));
     line.push('\n');
     // Written in one call, so that lines of several processes do not mix. Losing it costs words.
     let _ = rustix::io::write(fd, line.as_bytes());

@@ -38,7 +38,7 @@ pub enum CgroupError {
 
 /// Whether the host has the unified hierarchy alone.
 pub fn is_unified() -> bool {
-    rustix::fs::statfs(ROOT).is_ok_and(|stat| i64::from(stat.f_type) == CGROUP2_MAGIC)
+    rustix::fs::statfs(ROOT).is_ok_and(|stat| stat.f_type == CGROUP2_MAGIC)
 }
 
 /// A container's cgroups, as they are kept on disk.
@@ -114,11 +114,8 @@ impl Cgroup {
 
     pub fn is_frozen(&self) -> bool {
         let Some(folder) = self.folder("freezer") else { return false };
-        let (file, frozen) = if is_unified() {
-            ("cgroup.freeze", "1")
-        } else {
-            ("freezer.self_freezing", "1")
-        };
+        let (file, frozen) =
+            if is_unified() { ("cgroup.freeze", "1") } else { ("freezer.self_freezing", "1") };
         std::fs::read_to_string(folder.join(file)).is_ok_and(|text| text.trim() == frozen)
     }
 
@@ -131,9 +128,7 @@ impl Cgroup {
     }
 
     fn set_freezer(&self, state: FreezerState, attempt: &'static str) -> Result<(), CgroupError> {
-        self.manager()?
-            .freeze(state)
-            .map_err(|source| CgroupError::Library { attempt, source })
+        self.manager()?.freeze(state).map_err(|source| CgroupError::Library { attempt, source })
     }
 
     /// Every process in the container, those of cgroups below it included.
@@ -182,10 +177,10 @@ impl Cgroup {
         if is_unified() {
             return Ok(());
         }
-        if let (Some(memory), Some(folder)) = (resources.memory(), self.folder("memory")) {
-            if let Some(disable) = memory.disable_oom_killer().filter(|&disable| disable) {
-                write(&folder.join("memory.oom_control"), &u8::from(disable).to_string())?;
-            }
+        let disables =
+            resources.memory().as_ref().is_some_and(|m| m.disable_oom_killer() == Some(true));
+        if let Some(folder) = self.folder("memory").filter(|_| disables) {
+            write(&folder.join("memory.oom_control"), "1")?;
         }
         if let (Some(cpu), Some(folder)) = (resources.cpu(), self.folder("cpu")) {
             // libcgroups looks at the burst only where another value is set.
@@ -310,8 +305,18 @@ pub struct Elsewhere {
 
 /// The hierarchies that libcgroups' v1 manager joins by itself.
 const KNOWN_TO_LIBCGROUPS: &[&str] = &[
-    "cpu", "cpuacct", "cpuset", "devices", "hugetlb", "memory", "pids", "perf_event", "blkio",
-    "net_prio", "net_cls", "freezer",
+    "cpu",
+    "cpuacct",
+    "cpuset",
+    "devices",
+    "hugetlb",
+    "memory",
+    "pids",
+    "perf_event",
+    "blkio",
+    "net_prio",
+    "net_cls",
+    "freezer",
 ];
 
 impl Elsewhere {
@@ -345,6 +350,13 @@ impl Elsewhere {
     }
 }
 
+impl Elsewhere {
+    /// Leaves this process where it is: it ends soon, and each move costs milliseconds.
+    pub fn stay(mut self) {
+        self.back.clear();
+    }
+}
+
 impl Drop for Elsewhere {
     fn drop(&mut self) {
         for home in &self.back {
@@ -356,9 +368,16 @@ impl Drop for Elsewhere {
 
 /// Moves the calling process to the root of every hierarchy, as far as that is allowed.
 pub fn leave_all() {
-    for hierarchy in hierarchies().unwrap_or_default() {
-        // On v1 and v2 a process may always be in the root; without the right to, it stays.
-        let _ = std::fs::write(hierarchy.path.join("cgroup.procs"), "0");
+    let own = procfs::process::Process::myself().and_then(|me| me.cgroups());
+    let (Ok(own), Ok(hierarchies)) = (own, hierarchies()) else { return };
+    for hierarchy in hierarchies {
+        // A move makes the whole host wait for some milliseconds, so none is made in vain.
+        let elsewhere =
+            own.0.iter().any(|own| own.controllers == hierarchy.controllers && own.pathname != "/");
+        if elsewhere {
+            // On v1 and v2 a process may always be in the root; without the right to, it stays.
+            let _ = std::fs::write(hierarchy.path.join("cgroup.procs"), "0");
+        }
     }
 }
 
@@ -383,9 +402,11 @@ fn collect_processes(folder: &Path, into: &mut Vec<i32>) {
     }
 }
 
-/// Tries before giving up: a killed process leaves its cgroup some time after it is gone.
+/// A killed process leaves its cgroup some time after it is gone: mostly at once, on a busy host
+/// later. Pauses double from the first to the longest; all together last some 2 s.
 const REMOVE_TRIES: u32 = 200;
-const REMOVE_PAUSE: std::time::Duration = std::time::Duration::from_millis(10);
+const REMOVE_PAUSE_MIN: std::time::Duration = std::time::Duration::from_micros(100);
+const REMOVE_PAUSE_MAX: std::time::Duration = std::time::Duration::from_millis(10);
 
 fn remove_tree(folder: &Path) -> Result<(), CgroupError> {
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
@@ -394,13 +415,15 @@ fn remove_tree(folder: &Path) -> Result<(), CgroupError> {
         }
     }
     let mut tries = 0;
+    let mut pause = REMOVE_PAUSE_MIN;
     loop {
         tries += 1;
         match std::fs::remove_dir(folder) {
             Ok(()) => return Ok(()),
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(e) if e.kind() == io::ErrorKind::ResourceBusy && tries < REMOVE_TRIES => {
-                std::thread::sleep(REMOVE_PAUSE);
+                std::thread::sleep(pause);
+                pause = (pause * 2).min(REMOVE_PAUSE_MAX);
             }
             Err(source) => {
                 return Err(CgroupError::Io {

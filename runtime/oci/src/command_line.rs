@@ -55,21 +55,54 @@ pub struct CommandLine {
 pub enum Verb {
     Create(CreateArgs),
     Run(RunArgs),
-    Start { id: ContainerId },
-    State { id: ContainerId },
-    Kill { id: ContainerId, signal: String, all: bool },
-    Delete { id: ContainerId, force: bool },
+    Start {
+        id: ContainerId,
+    },
+    State {
+        id: ContainerId,
+    },
+    Kill {
+        id: ContainerId,
+        signal: String,
+        all: bool,
+    },
+    Delete {
+        id: ContainerId,
+        force: bool,
+    },
     Exec(Box<ExecArgs>),
-    Ps { id: ContainerId, json: bool, ps_args: Vec<String> },
-    Pause { id: ContainerId },
-    Resume { id: ContainerId },
+    Ps {
+        id: ContainerId,
+        json: bool,
+        ps_args: Vec<String>,
+    },
+    Pause {
+        id: ContainerId,
+    },
+    Resume {
+        id: ContainerId,
+    },
     Update(Box<UpdateArgs>),
-    Events { id: ContainerId, stats: bool, interval_seconds: u64 },
-    List { json: bool, quiet: bool },
+    Events {
+        id: ContainerId,
+        stats: bool,
+        interval_seconds: u64,
+    },
+    List {
+        json: bool,
+        quiet: bool,
+    },
     Features,
-    Spec { bundle: PathBuf, rootless: bool },
+    Spec {
+        bundle: PathBuf,
+        rootless: bool,
+    },
     /// Runs an OCI hook with the state that its author expects; how `create` calls itself.
-    HookRelay { relay: PathBuf, kind: String, index: usize },
+    HookRelay {
+        relay: PathBuf,
+        kind: String,
+        index: usize,
+    },
     Help,
     Version,
 }
@@ -369,8 +402,11 @@ fn parse_verb(verb: &str, args: &[String]) -> Result<Verb, UsageError> {
             Ok(Verb::Features)
         }
         "spec" => {
-            let parsed =
-                flags::parse(&[value(&["bundle", "b"]), switch(&["rootless"])], Order::Mixed, args)?;
+            let parsed = flags::parse(
+                &[value(&["bundle", "b"]), switch(&["rootless"])],
+                Order::Mixed,
+                args,
+            )?;
             at_most(0, "spec", &parsed)?;
             let bundle = PathBuf::from(parsed.last("bundle").unwrap_or("."));
             Ok(Verb::Spec { bundle, rootless: parsed.on("rootless") })
@@ -390,7 +426,10 @@ fn parse_verb(verb: &str, args: &[String]) -> Result<Verb, UsageError> {
 fn create_args(verb: &'static str, parsed: &Parsed) -> Result<CreateArgs, UsageError> {
     at_most(1, verb, parsed)?;
     if parsed.last("pidfd-socket").is_some_and(|path| !path.is_empty()) {
-        return Err(UsageError::Invalid { verb, message: "--pidfd-socket is not supported".into() });
+        return Err(UsageError::Invalid {
+            verb,
+            message: "--pidfd-socket is not supported".into(),
+        });
     }
     Ok(CreateArgs {
         id: id_of(verb, parsed)?,
@@ -408,7 +447,10 @@ fn exec_args(args: &[String]) -> Result<ExecArgs, UsageError> {
     let parsed = flags::parse(EXEC, Order::FlagsFirst, args)?;
     let id = id_of(verb, &parsed)?;
     if parsed.last("pidfd-socket").is_some_and(|path| !path.is_empty()) {
-        return Err(UsageError::Invalid { verb, message: "--pidfd-socket is not supported".into() });
+        return Err(UsageError::Invalid {
+            verb,
+            message: "--pidfd-socket is not supported".into(),
+        });
     }
     let process = match path(&parsed, "process") {
         Some(file) => ExecProcess::File(file),
@@ -528,7 +570,8 @@ fn interval_seconds(text: Option<&str>) -> Result<u64, FlagError> {
         value: text.to_owned(),
         expected: "a duration such as 5s",
     };
-    let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let (number, unit) =
+        text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
     let number: u64 = number.parse().map_err(|_| bad())?;
     let seconds = match unit {
         "s" => Some(number),
@@ -609,7 +652,8 @@ mod tests {
 
     #[test]
     fn sizes_have_units() {
-        let Verb::Update(update) = verb("update --memory 512m --memory-swap=-1 abc").unwrap() else {
+        let Verb::Update(update) = verb("update --memory 512m --memory-swap=-1 abc").unwrap()
+        else {
             panic!()
         };
         assert_eq!(update.flags.memory_bytes, Some(512 << 20));

@@ -12,8 +12,7 @@ pub struct IdError(String);
 
 impl ContainerId {
     pub fn parse(text: &str) -> Result<Self, IdError> {
-        let allowed =
-            |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '+' | '-' | '.');
+        let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '+' | '-' | '.');
         // A file name's limit (NAME_MAX).
         let fits = (1..=255).contains(&text.len());
         if fits && text.chars().all(allowed) && text != "." && text != ".." {

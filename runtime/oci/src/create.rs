@@ -94,6 +94,8 @@ pub struct CreateRequest<'a> {
     pub preserve_fds: u32,
     pub systemd_cgroup: bool,
     pub init: Init,
+    /// Whether the calling process ends right after; it then need not go back to its own cgroups.
+    pub detached: bool,
     pub log: &'a Log,
     pub debug: bool,
 }
@@ -105,6 +107,9 @@ pub struct Created {
     pub record: Record,
     /// With `Init::Blank`: one byte arrives here when the init waits, after `start`.
     pub ready: Option<OwnedFd>,
+    /// This process' own cgroups. Dropped, it goes back to them, which takes milliseconds; so a
+    /// caller that stays drops it after `start`.
+    pub elsewhere: Option<Elsewhere>,
 }
 
 /// Makes a container.
@@ -135,7 +140,7 @@ pub fn create(request: &CreateRequest<'_>) -> Result<Created, CreateError> {
     let relay = Relay::keep(dir.hooks(), &bundle.path, bundle.spec.hooks().as_ref())?;
     write_inner_bundle(&dir, &bundle, &cgroup_path, &relay, &request.init)?;
 
-    let (init_pid, ready) =
+    let (init_pid, ready, elsewhere) =
         build(request, &dir, &bundle, confinement.clone(), &cgroup_path, &cause)?;
     undo.init = Some(init_pid);
     let record = Record {
@@ -167,7 +172,7 @@ pub fn create(request: &CreateRequest<'_>) -> Result<Created, CreateError> {
         write_pid_file(pid_file, init_pid)?;
     }
     undo.keep();
-    Ok(Created { dir, record, ready })
+    Ok(Created { dir, record, ready, elsewhere })
 }
 
 fn build(
@@ -177,7 +182,7 @@ fn build(
     confinement: Confinement,
     cgroup_path: &Path,
     cause: &Cause,
-) -> Result<(i32, Option<OwnedFd>), CreateError> {
+) -> Result<(i32, Option<OwnedFd>, Option<Elsewhere>), CreateError> {
     let builder = ContainerBuilder::new(request.id.to_string(), SyscallType::default());
     let console = request
         .console_socket
@@ -190,7 +195,9 @@ fn build(
         .with_console_socket(console)
         .with_preserved_fds(i32::try_from(request.preserve_fds).unwrap_or(i32::MAX));
     let (builder, ready) = match request.init {
-        Init::Program => (builder.with_executor(program(request, bundle, confinement, cause)?), None),
+        Init::Program => {
+            (builder.with_executor(program(request, bundle, confinement, cause)?), None)
+        }
         Init::Blank { .. } => {
             let (ours, theirs) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
                 .map_err(|errno| io("make a pipe", errno.into()))?;
@@ -198,7 +205,7 @@ fn build(
             (builder.with_executor(init), Some(ours))
         }
     };
-    let _elsewhere = (!request.systemd_cgroup).then(|| Elsewhere::join(cgroup_path));
+    let elsewhere = (!request.systemd_cgroup).then(|| Elsewhere::join(cgroup_path));
     let container = builder
         .as_init(dir.inner_bundle())
         .with_systemd(request.systemd_cgroup)
@@ -207,7 +214,15 @@ fn build(
         .build()
         .map_err(|error| failed(error, cause))?;
     let pid = container.pid().ok_or(CreateError::InitGone)?;
-    Ok((pid.as_raw(), ready))
+    let elsewhere = if request.detached {
+        if let Some(elsewhere) = elsewhere {
+            elsewhere.stay();
+        }
+        None
+    } else {
+        elsewhere
+    };
+    Ok((pid.as_raw(), ready, elsewhere))
 }
 
 fn program(

@@ -36,11 +36,9 @@ pub fn attach(folder: &Path, rules: &[LinuxDeviceCgroup]) -> Result<(), DeviceFi
         .flatten()
         .chain(ALWAYS.iter().copied())
         .collect::<Vec<_>>();
-    let program =
-        load_device_program(&compile(&rules)).map_err(call("load the device filter"))?;
+    let program = load_device_program(&compile(&rules)).map_err(call("load the device filter"))?;
     let cgroup = std::fs::File::open(folder).map_err(call("open the cgroup"))?;
-    attach_device_program(cgroup.as_fd(), program.as_fd())
-        .map_err(call("attach the device filter"))
+    attach_device_program(cgroup.as_fd(), program.as_fd()).map_err(call("attach the device filter"))
 }
 
 // linux/bpf.h: BPF_DEVCG_*.

@@ -105,9 +105,9 @@ fn legacy(cgroup: &Cgroup) -> Map<String, Value> {
             "user": ticks("user"),
         })
     });
-    let throttling = cgroup.folder("cpu").map(|folder| {
-        throttling(&flat(&folder.join("cpu.stat")), "throttled_time", 1)
-    });
+    let throttling = cgroup
+        .folder("cpu")
+        .map(|folder| throttling(&flat(&folder.join("cpu.stat")), "throttled_time", 1));
     data.insert("cpu".to_owned(), json!({"usage": cpu, "throttling": throttling}));
     if let Some(folder) = cgroup.folder("cpuset") {
         let file = |name: &str| number(&folder.join(format!("cpuset.{name}")));

@@ -118,7 +118,9 @@ pub fn parse(known: &[Flag], order: Order, args: &[String]) -> Result<Parsed, Fl
             Takes::Nothing => boolean(name, attached)?,
             Takes::Value => match attached {
                 Some(value) => value,
-                None => rest.next().cloned().ok_or_else(|| FlagError::NeedsValue(name.to_owned()))?,
+                None => {
+                    rest.next().cloned().ok_or_else(|| FlagError::NeedsValue(name.to_owned()))?
+                }
             },
         };
         parsed.given.push((long, value));
@@ -141,7 +143,8 @@ fn boolean(name: &str, attached: Option<String>) -> Result<String, FlagError> {
 mod tests {
     use super::*;
 
-    const KNOWN: &[Flag] = &[switch(&["detach", "d"]), value(&["bundle", "b"]), value(&["env", "e"])];
+    const KNOWN: &[Flag] =
+        &[switch(&["detach", "d"]), value(&["bundle", "b"]), value(&["env", "e"])];
 
     fn args(line: &str) -> Vec<String> {
         line.split_whitespace().map(str::to_owned).collect()

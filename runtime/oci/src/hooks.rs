@@ -69,9 +69,8 @@ impl Relay {
         let hooks = hooks?;
         let mut wrapped = Hooks::default();
         wrapped.set_prestart(self.wrap_kind("prestart", hooks.prestart().as_deref()));
-        wrapped.set_create_runtime(
-            self.wrap_kind("createRuntime", hooks.create_runtime().as_deref()),
-        );
+        wrapped
+            .set_create_runtime(self.wrap_kind("createRuntime", hooks.create_runtime().as_deref()));
         wrapped.set_create_container(
             self.wrap_kind("createContainer", hooks.create_container().as_deref()),
         );

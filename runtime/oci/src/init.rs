@@ -128,8 +128,11 @@ impl Program {
             match samara_kernel::keyctl::join_session_keyring(name) {
                 Ok(()) => {}
                 // A kernel without keyrings, and a user without quota: runc goes on as well.
-                Err(e) if matches!(e.raw_os_error(), Some(libc_errno::ENOSYS | libc_errno::EDQUOT)) => {
-                }
+                Err(e)
+                    if matches!(
+                        e.raw_os_error(),
+                        Some(libc_errno::ENOSYS | libc_errno::EDQUOT)
+                    ) => {}
                 Err(source) => {
                     return Err(InitError::Call { attempt: "join a session keyring", source });
                 }
@@ -385,10 +388,9 @@ fn verify_working_directory() -> Result<(), InitError> {
     match rustix::process::getcwd(Vec::new()) {
         Ok(path) if path.to_bytes().starts_with(b"/") => Ok(()),
         Ok(_) | Err(Errno::NOENT) => Err(InitError::Breakout),
-        Err(errno) => Err(InitError::Call {
-            attempt: "read the working directory",
-            source: errno.into(),
-        }),
+        Err(errno) => {
+            Err(InitError::Call { attempt: "read the working directory", source: errno.into() })
+        }
     }
 }
 
@@ -466,7 +468,10 @@ mod tests {
     fn missing_programs_are_told_as_go_tells_them() {
         let text = |name| look_up(name, "/usr/bin:/bin").unwrap_err().to_string();
         assert_eq!(text("nosuch"), "exec: \"nosuch\": executable file not found in $PATH");
-        assert_eq!(text("/no/such"), "exec: \"/no/such\": stat /no/such: no such file or directory");
+        assert_eq!(
+            text("/no/such"),
+            "exec: \"/no/such\": stat /no/such: no such file or directory"
+        );
         assert_eq!(text("/etc"), "exec: \"/etc\": permission denied");
         assert_eq!(look_up("sh", "/nowhere:/bin").unwrap(), PathBuf::from("/bin/sh"));
     }

@@ -194,12 +194,8 @@ fn copy_folder(from: OwnedFd, to: &Path) -> io::Result<()> {
             rustix::fs::symlink(link, &target)?;
         } else if kind.is_file() {
             let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let mut source = std::fs::File::from(rustix::fs::openat(
-                &from,
-                name,
-                flags,
-                Mode::empty(),
-            )?);
+            let mut source =
+                std::fs::File::from(rustix::fs::openat(&from, name, flags, Mode::empty())?);
             io::copy(&mut source, &mut std::fs::File::create_new(&target)?)?;
         } else {
             // As runc: devices, sockets and pipes are not copied.

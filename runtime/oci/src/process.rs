@@ -26,9 +26,9 @@ impl ProcessIdentity {
 
     /// Whether the process still runs: a zombie does not.
     pub fn is_alive(&self) -> bool {
-        procfs::process::Process::new(self.pid)
-            .and_then(|process| process.stat())
-            .is_ok_and(|stat| stat.starttime == self.start_ticks && !matches!(stat.state, 'Z' | 'X'))
+        procfs::process::Process::new(self.pid).and_then(|process| process.stat()).is_ok_and(
+            |stat| stat.starttime == self.start_ticks && !matches!(stat.state, 'Z' | 'X'),
+        )
     }
 
     /// A descriptor of the process, which never comes to mean another; none if it is gone.

@@ -58,9 +58,13 @@ pub enum Message {
 pub enum Request {
     Status,
     /// The container's init, once there is one: the monitor ends when it does.
-    Adopt { init: ProcessIdentity },
+    Adopt {
+        init: ProcessIdentity,
+    },
     /// One capture; `args` is the worker's affair.
-    Checkpoint { args: serde_json::Value },
+    Checkpoint {
+        args: serde_json::Value,
+    },
     /// The monitor ends. A capture that is under way is told to give up.
     Shutdown,
 }
@@ -72,10 +76,16 @@ pub enum Answer {
     Adopted,
     ShuttingDown,
     /// From the worker; more follows.
-    Progress { progress: serde_json::Value },
+    Progress {
+        progress: serde_json::Value,
+    },
     /// From the worker: the capture is done.
-    Done { result: serde_json::Value },
-    Failed { error: Failure },
+    Done {
+        result: serde_json::Value,
+    },
+    Failed {
+        error: Failure,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -177,7 +187,7 @@ impl Decoder {
     }
 
     /// The next whole message; none until more bytes arrive.
-    pub fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, ProtocolError> {
+    pub fn take<T: DeserializeOwned>(&mut self) -> Result<Option<T>, ProtocolError> {
         let Some(header) = self.bytes.first_chunk::<4>() else { return Ok(None) };
         let len = u32::from_be_bytes(*header);
         if len > MESSAGE_BYTES_MAX {
@@ -220,7 +230,7 @@ mod tests {
         let mut seen = 0;
         for byte in bytes {
             decoder.feed(&[byte]);
-            while let Some(message) = decoder.next::<Versioned<Message>>().unwrap() {
+            while let Some(message) = decoder.take::<Versioned<Message>>().unwrap() {
                 assert_eq!(unversioned(message).unwrap(), unversioned(request()).unwrap());
                 seen += 1;
             }
@@ -244,7 +254,7 @@ mod tests {
         assert!(matches!(error, ProtocolError::TooLong(_)));
         let mut decoder = Decoder::default();
         decoder.feed(&bytes);
-        assert!(matches!(decoder.next::<Versioned<Message>>(), Err(ProtocolError::TooLong(_))));
+        assert!(matches!(decoder.take::<Versioned<Message>>(), Err(ProtocolError::TooLong(_))));
     }
 
     #[test]

@@ -52,8 +52,9 @@ impl Log {
         let Some(path) = &self.path else { return };
         let time = chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Secs, true);
         let text = match self.format {
-            LogFormat::Json => serde_json::json!({"level": level, "msg": message, "time": time})
-                .to_string(),
+            LogFormat::Json => {
+                serde_json::json!({"level": level, "msg": message, "time": time}).to_string()
+            }
             LogFormat::Text => format!("time={time:?} level={level} msg={message:?}"),
         };
         // An engine that cannot be told by its log is told by standard error.

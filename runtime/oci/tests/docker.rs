@@ -1,6 +1,8 @@
 //! docker with `samara-runtime` as a container's runtime, beside runc: a dockerd of our own, with
 //! its own data, sockets and bridge, that is stopped and removed at the end.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 #[path = "support/sandbox.rs"]
 mod sandbox;
 
@@ -106,7 +108,9 @@ impl Drop for Docker {
         for id in containers.split_whitespace() {
             let _ = self.call(&["rm", "-f", id]);
         }
-        if let Some(pid) = i32::try_from(self.daemon.id()).ok().and_then(rustix::process::Pid::from_raw) {
+        if let Some(pid) =
+            i32::try_from(self.daemon.id()).ok().and_then(rustix::process::Pid::from_raw)
+        {
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
         }
         let _ = self.daemon.wait();
@@ -143,10 +147,8 @@ fn docker_does_with_us_what_it_does_with_runc() {
     docker.same(&["--user", "5"], &["sh", "-c", "id; echo x > /dev/stdout; echo $HOME"]);
     let limits = "cat /sys/fs/cgroup/memory/memory.limit_in_bytes \
                   /sys/fs/cgroup/cpu/cpu.cfs_quota_us /sys/fs/cgroup/pids/pids.max";
-    let (all, _) = docker.same(
-        &["--memory", "64m", "--cpus", "0.5", "--pids-limit", "50"],
-        &["sh", "-c", limits],
-    );
+    let (all, _) = docker
+        .same(&["--memory", "64m", "--cpus", "0.5", "--pids-limit", "50"], &["sh", "-c", limits]);
     assert_eq!(all, "67108864\n50000\n50\n");
     let files = "touch /x 2>/dev/null; echo $?; touch /tmp/x; echo $?; ls -ld /tmp | cut -c1-10; \
                  cat /v/mark; touch /v/x 2>/dev/null; echo $?; \
@@ -159,7 +161,8 @@ fn docker_does_with_us_what_it_does_with_runc() {
     docker.same(&["--init"], &["sh", "-c", "cat /proc/1/comm"]);
     docker.same(&["-t"], &["sh", "-c", "tty; ls -l /dev/console | cut -c1-10"]);
     for network in ["none", "host", "bridge"] {
-        let (all, _) = docker.same(&["--network", network], &["sh", "-c", "ls /sys/class/net | sort"]);
+        let (all, _) =
+            docker.same(&["--network", network], &["sh", "-c", "ls /sys/class/net | sort"]);
         assert!(all.contains("lo"), "{network}: {all}");
     }
     docker.same(&["--ulimit", "nofile=100:200"], &["sh", "-c", "ulimit -n"]);
@@ -188,8 +191,19 @@ fn a_life(docker: &Docker) {
     docker.ok(&["run", "-d", "--name", "life", "--runtime", "samara", "box", "sh", "-c", script]);
     let inspect = |field: &str| docker.ok(&["inspect", "-f", field, "life"]);
     poll("the container speaks", || docker.ok(&["logs", "life"]) == "up\n");
-    let seen = docker.call(&["exec", "-u", "5", "-e", "A=b", "-w", "/tmp", "life", "sh", "-c",
-        "id -u; echo $A; pwd; grep Seccomp: /proc/self/status; exit 9"]);
+    let seen = docker.call(&[
+        "exec",
+        "-u",
+        "5",
+        "-e",
+        "A=b",
+        "-w",
+        "/tmp",
+        "life",
+        "sh",
+        "-c",
+        "id -u; echo $A; pwd; grep Seccomp: /proc/self/status; exit 9",
+    ]);
     assert_eq!(text(&seen.stdout), "5\nb\n/tmp\nSeccomp:\t2\n");
     assert_eq!(seen.status.code(), Some(9));
     assert!(docker.ok(&["exec", "-t", "life", "tty"]).starts_with("/dev/pts/"));
@@ -199,9 +213,23 @@ fn a_life(docker: &Docker) {
     docker.ok(&["unpause", "life"]);
     assert!(docker.ok(&["stats", "--no-stream", "--format", "{{.PIDs}}", "life"]).trim() != "0");
     assert!(docker.ok(&["top", "life"]).contains("trap"));
-    docker.ok(&["update", "--memory", "100m", "--memory-swap", "200m", "--cpu-shares", "512", "life"]);
-    let limits = docker.ok(&["exec", "life", "cat", "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/cpu/cpu.shares"]);
+    docker.ok(&[
+        "update",
+        "--memory",
+        "100m",
+        "--memory-swap",
+        "200m",
+        "--cpu-shares",
+        "512",
+        "life",
+    ]);
+    let limits = docker.ok(&[
+        "exec",
+        "life",
+        "cat",
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/cpu/cpu.shares",
+    ]);
     assert_eq!(limits, "104857600\n512\n");
     docker.ok(&["stop", "life"]);
     assert_eq!(inspect("{{.State.Status}} {{.State.ExitCode}}"), "exited 3\n");
@@ -213,14 +241,39 @@ fn a_life(docker: &Docker) {
 }
 
 fn restarts_and_health(docker: &Docker) {
-    docker.ok(&["run", "-d", "--name", "again", "--restart", "on-failure:2", "--runtime", "samara",
-        "box", "sh", "-c", "exit 4"]);
+    docker.ok(&[
+        "run",
+        "-d",
+        "--name",
+        "again",
+        "--restart",
+        "on-failure:2",
+        "--runtime",
+        "samara",
+        "box",
+        "sh",
+        "-c",
+        "exit 4",
+    ]);
     poll("two restarts", || {
         let seen = docker.ok(&["inspect", "-f", "{{.State.Status}} {{.RestartCount}}", "again"]);
         seen == "exited 2\n"
     });
-    docker.ok(&["run", "-d", "--name", "well", "--health-cmd", "true", "--health-interval", "1s",
-        "--runtime", "samara", "box", "sleep", "1000"]);
+    docker.ok(&[
+        "run",
+        "-d",
+        "--name",
+        "well",
+        "--health-cmd",
+        "true",
+        "--health-interval",
+        "1s",
+        "--runtime",
+        "samara",
+        "box",
+        "sleep",
+        "1000",
+    ]);
     poll("the health check", || {
         docker.ok(&["inspect", "-f", "{{.State.Health.Status}}", "well"]) == "healthy\n"
     });

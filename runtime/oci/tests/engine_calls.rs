@@ -3,6 +3,8 @@
 //! The calls were recorded from the engines (docs/lifecycle.md tells how). If one stops being
 //! understood, that engine stops working with us.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 use std::path::Path;
 
 use samara_oci::capsule_verbs::{parse_checkpoint, parse_restore};
@@ -18,8 +20,7 @@ struct Call {
 }
 
 fn calls() -> Vec<(String, Call)> {
-    let folder =
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/engine-calls");
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/engine-calls");
     let mut calls: Vec<_> = std::fs::read_dir(folder)
         .unwrap()
         .map(|entry| {
@@ -35,8 +36,19 @@ fn calls() -> Vec<(String, Call)> {
 /// Where the verb stands: behind the flags that come before it.
 fn verb_index(args: &[String]) -> usize {
     let verbs = [
-        "create", "start", "state", "kill", "delete", "exec", "ps", "pause", "resume", "update",
-        "features", "checkpoint", "restore",
+        "create",
+        "start",
+        "state",
+        "kill",
+        "delete",
+        "exec",
+        "ps",
+        "pause",
+        "resume",
+        "update",
+        "features",
+        "checkpoint",
+        "restore",
     ];
     args.iter().position(|arg| verbs.contains(&arg.as_str())).unwrap()
 }

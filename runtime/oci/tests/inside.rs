@@ -1,6 +1,8 @@
 //! Tests that call the library where it forks: in a process with one thread, started from a folder
 //! in which our programs lie side by side. So this file has a `main` of its own.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 #[path = "support/sandbox.rs"]
 mod sandbox;
 
@@ -47,10 +49,8 @@ fn main() {
     place(&built.join("samara-monitor"), "samara-monitor");
     // The monitor runs this beside it as the worker.
     place(&built.join("examples/capture-worker"), "samara-runtime");
-    let status = Command::new(folder.path().join(TESTER))
-        .args(std::env::args().skip(1))
-        .status()
-        .unwrap();
+    let status =
+        Command::new(folder.path().join(TESTER)).args(std::env::args().skip(1)).status().unwrap();
     drop(folder);
     std::process::exit(status.code().unwrap_or(1));
 }
@@ -70,7 +70,9 @@ fn run_tests() {
     }
     let passed = tests.len() - failed;
     let word = if failed == 0 { "ok" } else { "FAILED" };
-    println!("\ntest result: {word}. {passed} passed; {failed} failed; 0 ignored; 0 measured; 0 filtered out\n");
+    println!(
+        "\ntest result: {word}. {passed} passed; {failed} failed; 0 ignored; 0 measured; 0 filtered out\n"
+    );
     std::process::exit(i32::from(failed > 0));
 }
 
@@ -109,6 +111,7 @@ fn make(sandbox: &Sandbox, spec: &serde_json::Value, init: Init) -> Made {
         preserve_fds: 0,
         systemd_cgroup: false,
         init,
+        detached: false,
         log: &Log::new(&Global::default()),
         debug: false,
     })
@@ -126,8 +129,7 @@ fn a_blank_init_waits_in_the_containers_place() {
     confined["linux"]["cgroupsPath"] = json!(path);
     confined["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "cgroup"}));
     confined["process"]["user"] = json!({"uid": 5, "gid": 6});
-    confined["linux"]["seccomp"] =
-        json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["chmod"], "action": "SCMP_ACT_ERRNO"}]});
+    confined["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["chmod"], "action": "SCMP_ACT_ERRNO"}]});
     confined["process"]["rlimits"] = json!([{"type": "RLIMIT_NOFILE", "soft": 10, "hard": 10}]);
     let offsets = TimeOffsets {
         monotonic: ClockOffset { seconds: 86_400, nanoseconds: 5 },
@@ -155,7 +157,8 @@ fn a_blank_init_waits_in_the_containers_place() {
     let own = own.lines().find(|line| line.starts_with("CapEff")).unwrap();
     assert!(own.ends_with(&field("CapEff")), "every capability that the host has");
     for namespace in ["pid", "net", "ipc", "uts", "mnt", "cgroup", "time"] {
-        let of = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/{namespace}")).unwrap();
+        let of =
+            |process: &str| std::fs::read_link(format!("/proc/{process}/ns/{namespace}")).unwrap();
         assert_ne!(of(&pid.to_string()), of("self"), "{namespace}");
     }
     let clocks: Vec<Vec<String>> = proc("timens_offsets")
@@ -187,8 +190,16 @@ fn a_blank_init_waits_in_the_containers_place() {
     };
     let inside = clock(&mut sandbox.command(
         SAMARA,
-        &["exec", "-u", "5:6", &id, "sh", "-c", "cat /proc/uptime; id -u; cat /proc/self/timens_offsets; \
-          grep Seccomp_filters /proc/self/status"],
+        &[
+            "exec",
+            "-u",
+            "5:6",
+            &id,
+            "sh",
+            "-c",
+            "cat /proc/uptime; id -u; cat /proc/self/timens_offsets; \
+          grep Seccomp_filters /proc/self/status",
+        ],
     ));
     let mut lines = inside.lines();
     let seconds = |text: &str| text.split('.').next().unwrap().parse::<u64>().unwrap();
@@ -228,6 +239,7 @@ fn a_failed_create_leaves_nothing() {
         preserve_fds: 0,
         systemd_cgroup: false,
         init: Init::Program,
+        detached: false,
         log: &Log::new(&Global::default()),
         debug: false,
     })
@@ -273,7 +285,10 @@ fn captures_report_and_end() {
     assert!(capture(dir, "succeed").is_ok(), "after failures the next one works");
 }
 
-fn capture(dir: &StateDir, what: &str) -> Result<serde_json::Value, samara_oci::monitor::MonitorError> {
+fn capture(
+    dir: &StateDir,
+    what: &str,
+) -> Result<serde_json::Value, samara_oci::monitor::MonitorError> {
     Client::connect(dir).unwrap().checkpoint(json!({ "do": what }), |_| {})
 }
 
@@ -384,7 +399,9 @@ fn nonsense_is_answered() {
     let sandbox = Sandbox::new();
     let made = watched(&sandbox);
     let dir = &made.created.dir;
-    for nonsense in [&b"\0\0\0\x05hello"[..], b"\xff\xff\xff\xff", b"\0\0\0\x14{\"version\":7,\"x\":[]}"] {
+    for nonsense in
+        [&b"\0\0\0\x05hello"[..], b"\xff\xff\xff\xff", b"\0\0\0\x14{\"version\":7,\"x\":[]}"]
+    {
         let folder = std::fs::File::open(dir.path()).unwrap();
         use std::os::fd::AsRawFd;
         let path = format!("/proc/self/fd/{}/monitor.sock", folder.as_raw_fd());

@@ -54,6 +54,7 @@ fn act(line: CommandLine, log: &Log) -> Result<u8, Box<dyn Error>> {
                 preserve_fds: args.preserve_fds,
                 systemd_cgroup: global.systemd_cgroup,
                 init: Init::Program,
+                detached: true,
                 log,
                 debug: global.debug,
             })?;

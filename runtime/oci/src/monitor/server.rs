@@ -13,8 +13,8 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use super::client::worker_program;
 use super::MonitorError;
+use super::client::worker_program;
 use crate::process::ProcessIdentity;
 use crate::protocol::{
     Answer, Decoder, Failure, Message, MonitorStatus, Request, Versioned, WORKER_VERB,
@@ -60,7 +60,13 @@ pub fn serve(dir: &StateDir, creator: i32) -> Result<(), MonitorError> {
         capture: None,
         stopping: false,
     };
+    let mut moved = false;
     while !server.is_done() {
+        if server.init.is_some() && !moved {
+            // Only now, since a move makes `create` wait.
+            crate::cgroup::leave_all();
+            moved = true;
+        }
         server.turn().map_err(io("wait"))?;
     }
     Ok(())
@@ -79,7 +85,6 @@ fn detach() -> io::Result<UnixListener> {
     rustix::process::chdir("/")?;
     // Without CAP_SYS_RESOURCE the score cannot go down; it then stays the engine's.
     let _ = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE);
-    crate::cgroup::leave_all();
     let listener = UnixListener::from(listener);
     listener.set_nonblocking(true)?;
     Ok(listener)
@@ -240,9 +245,11 @@ impl Server {
             return;
         }
         let id = client.id;
-        let request = match client.decoder.next::<Versioned<Message>>().and_then(|message| {
-            message.map(unversioned).transpose()
-        }) {
+        let request = match client
+            .decoder
+            .take::<Versioned<Message>>()
+            .and_then(|message| message.map(unversioned).transpose())
+        {
             Ok(None) => return,
             Ok(Some(Message::Request(request))) => request,
             Ok(Some(Message::Answer(_))) => {
@@ -302,8 +309,7 @@ impl Server {
         }
         let init = self.init.as_ref().ok_or(Failure::NoContainer)?.identity;
         let task = WorkerTask { state_dir: self.dir.clone(), init, args };
-        let untold =
-            encode(&task).map_err(|e| Failure::BadRequest { message: e.to_string() })?;
+        let untold = encode(&task).map_err(|e| Failure::BadRequest { message: e.to_string() })?;
         let capture = Capture::spawn(&self.dir, client, untold)
             .map_err(|e| Failure::Spawn { message: e.to_string() })?;
         self.capture = Some(capture);
@@ -456,7 +462,7 @@ impl Capture {
                 Ok(count) => {
                     self.decoder.feed(buffer.get(..count).unwrap_or_default());
                     loop {
-                        match self.decoder.next() {
+                        match self.decoder.take() {
                             Ok(Some(report)) => said.push(report),
                             Ok(None) => break,
                             // A worker that speaks nonsense is not listened to again.

@@ -1,5 +1,7 @@
 //! Tiny bundles for real containers, made of the host's static busybox, and their removal.
 
+#![allow(dead_code, reason = "each test program uses a part")]
+
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -35,8 +37,11 @@ impl Sandbox {
         for applet in APPLETS {
             std::os::unix::fs::symlink("busybox", root.join("bin").join(applet)).unwrap();
         }
-        std::fs::write(root.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nu:x:5:5::/tmp:/bin/sh\n")
-            .unwrap();
+        std::fs::write(
+            root.join("etc/passwd"),
+            "root:x:0:0::/root:/bin/sh\nu:x:5:5::/tmp:/bin/sh\n",
+        )
+        .unwrap();
         Self { dir, containers: RefCell::new(Vec::new()) }
     }
 
