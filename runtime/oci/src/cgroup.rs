@@ -235,10 +235,12 @@ impl Cgroup {
 
     /// Removes the folders, those below them first. Fails while a process is inside.
     pub fn remove(&self) -> Result<(), CgroupError> {
+        let mut outcome = Ok(());
         for folder in &self.folders {
-            remove_tree(&folder.path)?;
+            // One that resists is no reason to leave the others.
+            outcome = outcome.and(remove_tree(&folder.path));
         }
-        Ok(())
+        outcome
     }
 }
 

@@ -100,7 +100,7 @@ impl Drop for Made {
 fn make(sandbox: &Sandbox, spec: &serde_json::Value, init: Init) -> Made {
     let id = sandbox.new_id(SAMARA);
     let bundle = sandbox.bundle(&id, spec);
-    let created = create(&CreateRequest {
+    let mut created = create(&CreateRequest {
         root: &sandbox.state_root(SAMARA),
         id: ContainerId::parse(&id).unwrap(),
         bundle: &bundle,
@@ -116,6 +116,8 @@ fn make(sandbox: &Sandbox, spec: &serde_json::Value, init: Init) -> Made {
         debug: false,
     })
     .unwrap();
+    // This process stays, so it goes back to its own cgroups.
+    created.elsewhere = None;
     let pid = created.record.init.pid;
     Made { created, _child: Reaper(pid) }
 }
