@@ -114,6 +114,9 @@ impl Drop for Docker {
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
         }
         let _ = self.daemon.wait();
+        // dockerd leaves this mount behind, and the folder could not be removed with it.
+        let namespace = self.sandbox.path().join("exec/netns/default");
+        let _ = rustix::mount::unmount(namespace, rustix::mount::UnmountFlags::DETACH);
         ip(&["link", "delete", BRIDGE]);
     }
 }
