@@ -3,6 +3,7 @@
 //! One module per interface, named as its man page. This is the only crate with `unsafe` code.
 //! What the crate does not have: policy. It neither retries, nor decides, nor remembers.
 
+pub mod bpf;
 pub mod close_range;
 pub mod kcmp;
 pub mod keyctl;

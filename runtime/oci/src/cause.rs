@@ -7,7 +7,7 @@
 use std::fmt::Write as _;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
@@ -39,8 +39,8 @@ impl Cause {
     /// Sends libcontainer's error lines here, and with `debug` all its lines to the log.
     pub fn listen(&self, log: Log, debug: bool) -> std::io::Result<()> {
         let fd = self.0.try_clone()?;
-        // A second call in one process keeps the first listener, whose file is then unread.
-        let _ = LISTENER.set(Listener { fd, log, debug });
+        *listener() = Some(Listener { fd, log, debug });
+        // Fails when the forwarder is in place already, from an earlier call in this process.
         let _ = tracing::subscriber::set_global_default(Forwarder);
         Ok(())
     }
@@ -59,13 +59,20 @@ impl Cause {
 
 fn write_line(fd: &OwnedFd, mark: char, text: &str) {
     let mut line = format!("{mark}{}", text.replace('\n', " "));
-    line.truncate(line.floor_char_boundary(4096));
+    let end = (0..=4096.min(line.len())).rev().find(|&end| line.is_char_boundary(end));
+    line.truncate(end.unwrap_or(0));
     line.push('\n');
     // Written in one call, so that lines of several processes do not mix. Losing it costs words.
     let _ = rustix::io::write(fd, line.as_bytes());
 }
 
-static LISTENER: OnceLock<Listener> = OnceLock::new();
+static LISTENER: Mutex<Option<Listener>> = Mutex::new(None);
+
+/// The place of the latest `listen`.
+fn listener() -> MutexGuard<'static, Option<Listener>> {
+    // Nothing that holds it can panic half-way through a change.
+    LISTENER.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 struct Listener {
     fd: OwnedFd,
@@ -77,12 +84,12 @@ struct Forwarder;
 
 impl Subscriber for Forwarder {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        *metadata.level() == Level::ERROR || LISTENER.get().is_some_and(|l| l.debug)
+        *metadata.level() == Level::ERROR || listener().as_ref().is_some_and(|l| l.debug)
     }
 
     fn max_level_hint(&self) -> Option<tracing::level_filters::LevelFilter> {
         use tracing::level_filters::LevelFilter;
-        Some(if LISTENER.get().is_some_and(|l| l.debug) {
+        Some(if listener().as_ref().is_some_and(|l| l.debug) {
             LevelFilter::DEBUG
         } else {
             LevelFilter::ERROR
@@ -98,7 +105,8 @@ impl Subscriber for Forwarder {
     fn record_follows_from(&self, _: &Id, _: &Id) {}
 
     fn event(&self, event: &Event<'_>) {
-        let Some(listener) = LISTENER.get() else { return };
+        let listener = listener();
+        let Some(listener) = listener.as_ref() else { return };
         let mut words = Words::default();
         event.record(&mut words);
         let text = format!("{}{}", words.message, words.fields);

@@ -38,7 +38,7 @@ pub enum CgroupError {
 
 /// Whether the host has the unified hierarchy alone.
 pub fn is_unified() -> bool {
-    rustix::fs::statfs(ROOT).is_ok_and(|stat| i64::from(stat.f_type) == CGROUP2_MAGIC)
+    rustix::fs::statfs(ROOT).is_ok_and(|stat| stat.f_type == CGROUP2_MAGIC)
 }
 
 /// A container's cgroups, as they are kept on disk.
@@ -177,10 +177,10 @@ impl Cgroup {
         if is_unified() {
             return Ok(());
         }
-        if let (Some(memory), Some(folder)) = (resources.memory(), self.folder("memory")) {
-            if let Some(disable) = memory.disable_oom_killer().filter(|&disable| disable) {
-                write(&folder.join("memory.oom_control"), &u8::from(disable).to_string())?;
-            }
+        let disables =
+            resources.memory().as_ref().is_some_and(|m| m.disable_oom_killer() == Some(true));
+        if let Some(folder) = self.folder("memory").filter(|_| disables) {
+            write(&folder.join("memory.oom_control"), "1")?;
         }
         if let (Some(cpu), Some(folder)) = (resources.cpu(), self.folder("cpu")) {
             // libcgroups looks at the burst only where another value is set.
@@ -235,10 +235,12 @@ impl Cgroup {
 
     /// Removes the folders, those below them first. Fails while a process is inside.
     pub fn remove(&self) -> Result<(), CgroupError> {
+        let mut outcome = Ok(());
         for folder in &self.folders {
-            remove_tree(&folder.path)?;
+            // One that resists is no reason to leave the others.
+            outcome = outcome.and(remove_tree(&folder.path));
         }
-        Ok(())
+        outcome
     }
 }
 
@@ -260,10 +262,13 @@ struct Hierarchy {
 fn hierarchies() -> procfs::ProcResult<Vec<Hierarchy>> {
     let mounts = procfs::process::Process::myself()?.mountinfo()?;
     let named = procfs::process::Process::myself()?.cgroups()?;
+    let unified = is_unified();
     Ok(mounts
         .0
         .into_iter()
         .filter(|mount| mount.root == "/" && mount.mount_point.starts_with(ROOT))
+        // On a host with v2 alone, anything further down is covered.
+        .filter(|mount| !unified || mount.mount_point == Path::new(ROOT))
         .filter_map(|mount| match mount.fs_type.as_str() {
             "cgroup2" => Some(Hierarchy { controllers: Vec::new(), path: mount.mount_point }),
             "cgroup" => named
@@ -347,6 +352,13 @@ impl Elsewhere {
     }
 }
 
+impl Elsewhere {
+    /// Leaves this process where it is: it ends soon, and each move costs milliseconds.
+    pub fn stay(mut self) {
+        self.back.clear();
+    }
+}
+
 impl Drop for Elsewhere {
     fn drop(&mut self) {
         for home in &self.back {
@@ -358,9 +370,16 @@ impl Drop for Elsewhere {
 
 /// Moves the calling process to the root of every hierarchy, as far as that is allowed.
 pub fn leave_all() {
-    for hierarchy in hierarchies().unwrap_or_default() {
-        // On v1 and v2 a process may always be in the root; without the right to, it stays.
-        let _ = std::fs::write(hierarchy.path.join("cgroup.procs"), "0");
+    let own = procfs::process::Process::myself().and_then(|me| me.cgroups());
+    let (Ok(own), Ok(hierarchies)) = (own, hierarchies()) else { return };
+    for hierarchy in hierarchies {
+        // A move makes the whole host wait for some milliseconds, so none is made in vain.
+        let elsewhere =
+            own.0.iter().any(|own| own.controllers == hierarchy.controllers && own.pathname != "/");
+        if elsewhere {
+            // On v1 and v2 a process may always be in the root; without the right to, it stays.
+            let _ = std::fs::write(hierarchy.path.join("cgroup.procs"), "0");
+        }
     }
 }
 
@@ -385,9 +404,11 @@ fn collect_processes(folder: &Path, into: &mut Vec<i32>) {
     }
 }
 
-/// Tries before giving up: a killed process leaves its cgroup some time after it is gone.
+/// A killed process leaves its cgroup some time after it is gone: mostly at once, on a busy host
+/// later. Pauses double from the first to the longest; all together last some 2 s.
 const REMOVE_TRIES: u32 = 200;
-const REMOVE_PAUSE: std::time::Duration = std::time::Duration::from_millis(10);
+const REMOVE_PAUSE_MIN: std::time::Duration = std::time::Duration::from_micros(100);
+const REMOVE_PAUSE_MAX: std::time::Duration = std::time::Duration::from_millis(10);
 
 fn remove_tree(folder: &Path) -> Result<(), CgroupError> {
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
@@ -396,13 +417,15 @@ fn remove_tree(folder: &Path) -> Result<(), CgroupError> {
         }
     }
     let mut tries = 0;
+    let mut pause = REMOVE_PAUSE_MIN;
     loop {
         tries += 1;
         match std::fs::remove_dir(folder) {
             Ok(()) => return Ok(()),
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(e) if e.kind() == io::ErrorKind::ResourceBusy && tries < REMOVE_TRIES => {
-                std::thread::sleep(REMOVE_PAUSE);
+                std::thread::sleep(pause);
+                pause = (pause * 2).min(REMOVE_PAUSE_MAX);
             }
             Err(source) => {
                 return Err(CgroupError::Io {

@@ -107,7 +107,7 @@ impl Confinement {
             }
             if limit.hard > before.maximum.unwrap_or(u64::MAX) {
                 // CAP_SYS_RESOURCE of a user namespace does not count, so only trying tells.
-                let raised = Rlimit { maximum: finite(limit.hard), ..before.clone() };
+                let raised = Rlimit { maximum: finite(limit.hard), ..before };
                 setrlimit(limit.resource, raised)
                     .and_then(|()| setrlimit(limit.resource, before))
                     .map_err(|errno| limit.error(errno))?;

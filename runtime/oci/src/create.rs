@@ -19,6 +19,7 @@ use crate::cause::Cause;
 use crate::cgroup::{Cgroup, CgroupError, Elsewhere};
 use crate::confine::{ConfineError, Confinement};
 use crate::container_id::ContainerId;
+use crate::device_filter::{self, DeviceFilterError};
 use crate::hooks::{HookError, HookState, Relay};
 use crate::init::{BlankInit, FirstProcess, ProgramInit};
 use crate::monitor::{self, MonitorError};
@@ -42,6 +43,8 @@ pub enum CreateError {
     Cgroup(#[from] CgroupError),
     #[error(transparent)]
     Monitor(#[from] MonitorError),
+    #[error(transparent)]
+    Devices(#[from] DeviceFilterError),
     #[error("cannot allocate tty if runc will detach without setting console socket")]
     ConsoleSocketMissing,
     #[error("cannot use console socket if runc will not detach or allocate tty")]
@@ -52,6 +55,8 @@ pub enum CreateError {
     Container { cause: String, error: Box<LibcontainerError> },
     #[error(transparent)]
     Restore(#[from] Box<RestoreError>),
+    #[error("the container's init is in no cgroup of its own, so its devices cannot be restricted")]
+    NoCgroup,
     #[error("the container's init is gone before it could be recorded")]
     InitGone,
     #[error("cannot {attempt}")]
@@ -97,6 +102,8 @@ pub struct CreateRequest<'a> {
     pub init: Init,
     /// Where to continue from; without it, the specification may name an address.
     pub capsule: Option<&'a Location>,
+    /// Whether the calling process ends right after; it then need not go back to its own cgroups.
+    pub detached: bool,
     pub log: &'a Log,
     pub debug: bool,
 }
@@ -108,6 +115,9 @@ pub struct Created {
     pub record: Record,
     /// With `Init::Blank`: one byte arrives here when the init waits, after `start`.
     pub ready: Option<OwnedFd>,
+    /// This process' own cgroups. Dropped, it goes back to them, which takes milliseconds; so a
+    /// caller that stays drops it after `start`.
+    pub elsewhere: Option<Elsewhere>,
 }
 
 /// Makes a container.
@@ -143,7 +153,7 @@ pub fn create(request: &CreateRequest<'_>) -> Result<Created, CreateError> {
     let relay = Relay::keep(dir.hooks(), &bundle.path, bundle.spec.hooks().as_ref())?;
     write_inner_bundle(&dir, &bundle, &cgroup_path, &relay, &init)?;
 
-    let (init_pid, ready) =
+    let (init_pid, ready, elsewhere) =
         build(request, &init, &dir, &bundle, confinement.clone(), &cgroup_path, &cause)?;
     undo.init = Some(init_pid);
     let record = Record {
@@ -169,7 +179,7 @@ pub fn create(request: &CreateRequest<'_>) -> Result<Created, CreateError> {
     if let Some(resources) = bundle.linux()?.resources() {
         record.cgroup.apply_rest(resources)?;
     }
-    record.cgroup.deny_host_console(bundle.linux()?.resources().as_ref())?;
+    restrict_devices(&record.cgroup, bundle.linux()?)?;
     dir.save(&record)?;
     match (&incoming, &held) {
         (Some(incoming), _) => incoming.keep(&dir).map_err(Box::new)?,
@@ -181,7 +191,7 @@ pub fn create(request: &CreateRequest<'_>) -> Result<Created, CreateError> {
         write_pid_file(pid_file, init_pid)?;
     }
     undo.keep();
-    Ok(Created { dir, record, ready })
+    Ok(Created { dir, record, ready, elsewhere })
 }
 
 /// The capsule that the container will continue from, if there is one; its root is made equal to the saved one.
@@ -214,7 +224,7 @@ fn build(
     confinement: Confinement,
     cgroup_path: &Path,
     cause: &Cause,
-) -> Result<(i32, Option<OwnedFd>), CreateError> {
+) -> Result<(i32, Option<OwnedFd>, Option<Elsewhere>), CreateError> {
     let builder = ContainerBuilder::new(request.id.to_string(), SyscallType::default());
     let console = request
         .console_socket
@@ -237,7 +247,7 @@ fn build(
             (builder.with_executor(init), Some(ours))
         }
     };
-    let _elsewhere = (!request.systemd_cgroup).then(|| Elsewhere::join(cgroup_path));
+    let elsewhere = (!request.systemd_cgroup).then(|| Elsewhere::join(cgroup_path));
     let container = builder
         .as_init(dir.inner_bundle())
         .with_systemd(request.systemd_cgroup)
@@ -246,7 +256,15 @@ fn build(
         .build()
         .map_err(|error| failed(error, cause))?;
     let pid = container.pid().ok_or(CreateError::InitGone)?;
-    Ok((pid.as_raw(), ready))
+    let elsewhere = if request.detached {
+        if let Some(elsewhere) = elsewhere {
+            elsewhere.stay();
+        }
+        None
+    } else {
+        elsewhere
+    };
+    Ok((pid.as_raw(), ready, elsewhere))
 }
 
 fn program(
@@ -303,6 +321,17 @@ fn check_console(request: &CreateRequest<'_>, process: &Process) -> Result<(), C
         (false, Some(_)) => Err(CreateError::ConsoleSocketUnused),
         (true, Some(_)) | (false, None) => Ok(()),
     }
+}
+
+/// What libcgroups leaves of `linux.resources.devices`: everything on v2, the host's console on v1.
+fn restrict_devices(cgroup: &Cgroup, linux: &oci_spec::runtime::Linux) -> Result<(), CreateError> {
+    let resources = linux.resources().as_ref();
+    if !crate::cgroup::is_unified() {
+        return Ok(cgroup.deny_host_console(resources)?);
+    }
+    let rules = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
+    let folder = cgroup.folder("devices").ok_or(CreateError::NoCgroup)?;
+    Ok(device_filter::attach(folder, rules)?)
 }
 
 fn file_identity(pid: i32, fd: i32) -> Option<FileIdentity> {

@@ -125,8 +125,8 @@ fn build(
         .map(std::path::absolute)
         .transpose()
         .map_err(|source| io("find the console socket", source))?;
-    let _elsewhere = (!record.cgroup.systemd).then(|| Elsewhere::join(&record.cgroup.path));
-    ContainerBuilder::new(record.id.clone(), SyscallType::default())
+    let elsewhere = (!record.cgroup.systemd).then(|| Elsewhere::join(&record.cgroup.path));
+    let pid = ContainerBuilder::new(record.id.clone(), SyscallType::default())
         .with_root_path(dir.path())
         .map_err(|error| failed(error, cause))?
         .with_console_socket(console)
@@ -139,7 +139,11 @@ fn build(
         .with_sub_cgroup(args.cgroup.clone())
         .build()
         .map(|pid| pid.as_raw())
-        .map_err(|error| failed(error, cause))
+        .map_err(|error| failed(error, cause))?;
+    if let Some(elsewhere) = elsewhere.filter(|_| args.detach) {
+        elsewhere.stay();
+    }
+    Ok(pid)
 }
 
 fn failed(error: LibcontainerError, cause: &Cause) -> ExecError {

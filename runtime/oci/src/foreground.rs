@@ -139,15 +139,11 @@ pub fn attend(pid: i32, signals: Signals, console: Option<Console>) -> Result<u8
             return Ok(status);
         }
         let ready = wait(&signals, terminal.as_ref())?;
-        if ready.input {
-            if let Some(terminal) = &mut terminal {
-                terminal.copy_in();
-            }
+        if let Some(terminal) = terminal.as_mut().filter(|_| ready.input) {
+            terminal.copy_in();
         }
-        if ready.output {
-            if let Some(terminal) = &mut terminal {
-                terminal.copy_out();
-            }
+        if let Some(terminal) = terminal.as_mut().filter(|_| ready.output) {
+            terminal.copy_out();
         }
         while let Ok(Some(info)) = signals.0.read_signal() {
             let number = i32::try_from(info.ssi_signo).unwrap_or(0);

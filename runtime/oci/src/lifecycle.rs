@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use libcontainer::container::{Container, ContainerStatus};
 use libcontainer::notify_socket::{NOTIFY_FILE, NotifySocket};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Serialize;
 
 use crate::bundle::{Bundle, BundleError};
@@ -219,9 +220,8 @@ fn outlives_init(dir: &StateDir) -> bool {
         .is_ok_and(|spec| spec.linux().as_ref().is_some_and(crate::create::shares_pid_namespace))
 }
 
-/// Times that `delete --force` looks whether the killed init is gone: 10 s, as runc.
-const GONE_TRIES: u32 = 1000;
-const GONE_PAUSE: std::time::Duration = std::time::Duration::from_millis(10);
+/// How long `delete --force` waits for the killed init, as runc.
+const GONE_WITHIN: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
 /// Removes the container. A running one only with `force`, which kills it.
 pub fn delete(dir: &StateDir, force: bool, log: &Log) -> Result<(), LifecycleError> {
@@ -268,12 +268,11 @@ fn delete_half_made(dir: &StateDir, force: bool) -> Result<(), LifecycleError> {
         }
     }
     monitor::stop(dir);
-    if let Ok(spec) = Bundle::reload(&dir.config()) {
-        if let Some(linux) = spec.linux() {
-            if let Ok(path) = crate::bundle::cgroup_path(linux, dir.id(), false) {
-                crate::cgroup::remove_by_path(&path);
-            }
-        }
+    if let Ok(spec) = Bundle::reload(&dir.config())
+        && let Some(linux) = spec.linux()
+        && let Ok(path) = crate::bundle::cgroup_path(linux, dir.id(), false)
+    {
+        crate::cgroup::remove_by_path(&path);
     }
     Ok(dir.remove()?)
 }
@@ -287,13 +286,11 @@ fn kill_and_wait(record: &Record) -> Result<(), LifecycleError> {
 }
 
 fn wait_until_gone(init: &ProcessIdentity) -> Result<(), LifecycleError> {
-    for _ in 0..GONE_TRIES {
-        if !init.is_alive() {
-            return Ok(());
-        }
-        std::thread::sleep(GONE_PAUSE);
-    }
-    Err(LifecycleError::StillRunning)
+    let Some(fd) = init.pidfd() else { return Ok(()) };
+    let mut fds = [PollFd::new(&fd, PollFlags::IN)];
+    // A signal to this process ends the wait early; what counts is whether the init is gone.
+    let _ = poll(&mut fds, Some(&GONE_WITHIN));
+    if init.is_alive() { Err(LifecycleError::StillRunning) } else { Ok(()) }
 }
 
 /// Freezes every process of the container.

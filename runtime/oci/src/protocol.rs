@@ -187,7 +187,7 @@ impl Decoder {
     }
 
     /// The next whole message; none until more bytes arrive.
-    pub fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, ProtocolError> {
+    pub fn take<T: DeserializeOwned>(&mut self) -> Result<Option<T>, ProtocolError> {
         let Some(header) = self.bytes.first_chunk::<4>() else { return Ok(None) };
         let len = u32::from_be_bytes(*header);
         if len > MESSAGE_BYTES_MAX {
@@ -230,7 +230,7 @@ mod tests {
         let mut seen = 0;
         for byte in bytes {
             decoder.feed(&[byte]);
-            while let Some(message) = decoder.next::<Versioned<Message>>().unwrap() {
+            while let Some(message) = decoder.take::<Versioned<Message>>().unwrap() {
                 assert_eq!(unversioned(message).unwrap(), unversioned(request()).unwrap());
                 seen += 1;
             }
@@ -254,7 +254,7 @@ mod tests {
         assert!(matches!(error, ProtocolError::TooLong(_)));
         let mut decoder = Decoder::default();
         decoder.feed(&bytes);
-        assert!(matches!(decoder.next::<Versioned<Message>>(), Err(ProtocolError::TooLong(_))));
+        assert!(matches!(decoder.take::<Versioned<Message>>(), Err(ProtocolError::TooLong(_))));
     }
 
     #[test]

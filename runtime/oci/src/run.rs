@@ -44,7 +44,7 @@ pub fn run(
         // setting they only end elsewhere.
         let _ = rustix::process::set_child_subreaper(Some(rustix::process::getpid()));
     }
-    let created = create::create(&CreateRequest {
+    let mut created = create::create(&CreateRequest {
         root,
         id: create.id.clone(),
         bundle: &create.bundle,
@@ -56,10 +56,13 @@ pub fn run(
         systemd_cgroup,
         init: Init::Program,
         capsule,
+        detached: args.detach,
         log,
         debug,
     })?;
-    if let Err(error) = lifecycle::start(&created.dir) {
+    let started = lifecycle::start(&created.dir);
+    created.elsewhere = None;
+    if let Err(error) = started {
         // The first failure is the one to report.
         let _ = lifecycle::delete(&created.dir, true, log);
         return Err(error.into());

@@ -206,14 +206,18 @@ fn export(context: &ScmpFilterContext) -> Result<Vec<u8>, SeccompError> {
     exported.map_err(SeccompError::Install)
 }
 
+/// libseccomp writes instructions in this machine's byte order.
 fn decode(bytes: &[u8]) -> impl Iterator<Item = Instruction> + '_ {
-    bytes.chunks_exact(size_of::<Instruction>()).map(|chunk| {
+    let little = cfg!(target_endian = "little");
+    bytes.chunks_exact(size_of::<Instruction>()).map(move |chunk| {
         let byte = |at: usize| chunk.get(at).copied().unwrap_or(0);
+        let code = [byte(0), byte(1)];
+        let value = [byte(4), byte(5), byte(6), byte(7)];
         Instruction {
-            code: u16::from_ne_bytes([byte(0), byte(1)]),
+            code: if little { u16::from_le_bytes(code) } else { u16::from_be_bytes(code) },
             jump_true: byte(2),
             jump_false: byte(3),
-            value: u32::from_ne_bytes([byte(4), byte(5), byte(6), byte(7)]),
+            value: if little { u32::from_le_bytes(value) } else { u32::from_be_bytes(value) },
         }
     })
 }

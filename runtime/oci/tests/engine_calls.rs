@@ -3,6 +3,8 @@
 //! The calls were recorded from the engines (docs/lifecycle.md tells how). If one stops being
 //! understood, that engine stops working with us.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 use std::path::Path;
 
 use samara_oci::capsule_verbs::{parse_checkpoint, parse_restore};

@@ -1,6 +1,8 @@
 //! Tests that call the library where it forks: in a process with one thread, started from a folder
 //! in which our programs lie side by side. So this file has a `main` of its own.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 #[path = "support/sandbox.rs"]
 mod sandbox;
 
@@ -98,7 +100,7 @@ impl Drop for Made {
 fn make(sandbox: &Sandbox, spec: &serde_json::Value, init: Init) -> Made {
     let id = sandbox.new_id(SAMARA);
     let bundle = sandbox.bundle(&id, spec);
-    let created = create(&CreateRequest {
+    let mut created = create(&CreateRequest {
         root: &sandbox.state_root(SAMARA),
         id: ContainerId::parse(&id).unwrap(),
         bundle: &bundle,
@@ -110,10 +112,13 @@ fn make(sandbox: &Sandbox, spec: &serde_json::Value, init: Init) -> Made {
         systemd_cgroup: false,
         init,
         capsule: None,
+        detached: false,
         log: &Log::new(&Global::default()),
         debug: false,
     })
     .unwrap();
+    // This process stays, so it goes back to its own cgroups.
+    created.elsewhere = None;
     let pid = created.record.init.pid;
     Made { created, _child: Reaper(pid) }
 }
@@ -238,6 +243,7 @@ fn a_failed_create_leaves_nothing() {
         systemd_cgroup: false,
         init: Init::Program,
         capsule: None,
+        detached: false,
         log: &Log::new(&Global::default()),
         debug: false,
     })
@@ -398,12 +404,14 @@ fn nonsense_is_answered() {
     let made = watched(&sandbox);
     let dir = &made.created.dir;
     for nonsense in
-        [&b"\0\0\0\x05hello"[..], b"\xff\xff\xff\xff", b"\0\0\0\x15{\"version\":7,\"x\":[]}"]
+        [&b"\0\0\0\x05hello"[..], b"\xff\xff\xff\xff", b"\0\0\0\x14{\"version\":7,\"x\":[]}"]
     {
         let folder = std::fs::File::open(dir.path()).unwrap();
         use std::os::fd::AsRawFd;
         let path = format!("/proc/self/fd/{}/monitor.sock", folder.as_raw_fd());
         let mut stream = std::os::unix::net::UnixStream::connect(path).unwrap();
+        // A monitor that stays silent must fail the test, not hold it.
+        stream.set_read_timeout(Some(std::time::Duration::from_secs(20))).unwrap();
         stream.write_all(nonsense).unwrap();
         let answer: serde_json::Value = samara_oci::protocol::receive(&mut stream).unwrap();
         assert_eq!(answer["answer"]["error"]["code"], "bad-request", "{answer}");

@@ -56,6 +56,7 @@ fn act(line: CommandLine, log: &Log) -> Result<u8, Box<dyn Error>> {
                 systemd_cgroup: global.systemd_cgroup,
                 init: Init::Program,
                 capsule: None,
+                detached: true,
                 log,
                 debug: global.debug,
             })?;

@@ -30,7 +30,8 @@ impl Client {
         let record = dir.load()?;
         // Two callers that find no monitor must not start two.
         let lock = std::fs::File::create(dir.path().join("monitor.lock")).map_err(io)?;
-        lock.lock().map_err(io)?;
+        rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)
+            .map_err(|errno| io(errno.into()))?;
         match Self::connect_existing(dir) {
             Err(MonitorError::Io { source, .. }) if is_absent(&source) => {
                 spawn(dir)?.adopt(record.init)?;

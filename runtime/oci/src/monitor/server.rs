@@ -60,7 +60,13 @@ pub fn serve(dir: &StateDir, creator: i32) -> Result<(), MonitorError> {
         capture: None,
         stopping: false,
     };
+    let mut moved = false;
     while !server.is_done() {
+        if server.init.is_some() && !moved {
+            // Only now, since a move makes `create` wait.
+            crate::cgroup::leave_all();
+            moved = true;
+        }
         server.turn().map_err(io("wait"))?;
     }
     Ok(())
@@ -79,7 +85,6 @@ fn detach() -> io::Result<UnixListener> {
     rustix::process::chdir("/")?;
     // Without CAP_SYS_RESOURCE the score cannot go down; it then stays the engine's.
     let _ = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE);
-    crate::cgroup::leave_all();
     let listener = UnixListener::from(listener);
     listener.set_nonblocking(true)?;
     Ok(listener)
@@ -242,7 +247,7 @@ impl Server {
         let id = client.id;
         let request = match client
             .decoder
-            .next::<Versioned<Message>>()
+            .take::<Versioned<Message>>()
             .and_then(|message| message.map(unversioned).transpose())
         {
             Ok(None) => return,
@@ -457,7 +462,7 @@ impl Capture {
                 Ok(count) => {
                     self.decoder.feed(buffer.get(..count).unwrap_or_default());
                     loop {
-                        match self.decoder.next() {
+                        match self.decoder.take() {
                             Ok(Some(report)) => said.push(report),
                             Ok(None) => break,
                             // A worker that speaks nonsense is not listened to again.

@@ -1,5 +1,7 @@
 //! Tiny bundles for real containers, made of the host's static busybox, and their removal.
 
+#![allow(dead_code, reason = "each test program uses a part")]
+
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
