@@ -6,8 +6,10 @@
 //! Exit statuses: 0 done, 1 failed or found damaged, 2 wrong usage.
 
 mod capsule;
+mod containers;
 mod output;
 
+use std::error::Error;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -31,6 +33,10 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
+    /// List the containers that run here under samara-runtime
+    Ps(containers::Ps),
+    /// Save a running container
+    Save(containers::Save),
     /// Look at capsules in object storage, check, copy and remove them
     #[command(subcommand)]
     Capsule(capsule::Verb),
@@ -39,13 +45,17 @@ enum Verb {
 fn main() -> ExitCode {
     let Arguments { json, config, verb } = Arguments::parse();
     let mut output = Output::new(json);
-    let result = match verb {
-        Verb::Capsule(verb) => capsule::run(verb, config.as_deref(), &mut output),
+    let result: Result<(), Box<dyn Error>> = match verb {
+        Verb::Ps(ps) => containers::ps(&ps, &mut output).map_err(Into::into),
+        Verb::Save(save) => containers::save(&save, config, &mut output).map_err(Into::into),
+        Verb::Capsule(verb) => {
+            capsule::run(verb, config.as_deref(), &mut output).map_err(Into::into)
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            output.error(&error);
+            output.error(&*error);
             ExitCode::FAILURE
         }
     }

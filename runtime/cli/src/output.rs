@@ -5,6 +5,7 @@
 
 use std::error::Error;
 use std::io::{IsTerminal as _, Write as _};
+use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
@@ -42,6 +43,11 @@ impl Output {
         }
     }
 
+    /// Says what could not be read without ending for it.
+    pub(crate) fn warning(&mut self, error: &(dyn Error + 'static)) {
+        eprintln!("samara: warning: {}", chain(error));
+    }
+
     /// A bar for `verb`, hidden unless standard error is a terminal. The function that is returned takes how much is done,
     /// of how much.
     pub(crate) fn progress(
@@ -64,6 +70,18 @@ impl Output {
             bar.0.set_length(total);
             bar.0.set_position(done);
         }
+    }
+
+    /// Shows which phase runs, without a measure of how much is left; hidden unless standard error is a terminal.
+    pub(crate) fn phases(&self) -> impl Fn(&str) + use<> {
+        let visible = !self.json && std::io::stderr().is_terminal();
+        let target =
+            if visible { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        let style = ProgressStyle::with_template("{msg} {elapsed}").expect("the template is valid");
+        let bar = Cleared(ProgressBar::with_draw_target(None, target).with_style(style));
+        // Most of a long save is one phase: the time must be seen to go on in it.
+        bar.0.enable_steady_tick(Duration::from_millis(500));
+        move |phase| bar.0.set_message(phase.to_owned())
     }
 }
 

@@ -17,6 +17,7 @@ use samara_capsule::record::{
 };
 use samara_kernel::pidfd::PidFd;
 use samara_kernel::proc::DescriptorInfo;
+use samara_kernel::sock_diag::in_network_namespace;
 use samara_kernel::tape::End;
 use samara_kernel::{Pid, kcmp, proc};
 
@@ -172,7 +173,12 @@ fn classify(
         )));
     }
     if kind.is_file() {
-        return Ok(Ok(FileKind::Regular { path: path(), position, bytes: found.metadata.size() }));
+        return Ok(Ok(FileKind::Regular {
+            path: path(),
+            position,
+            bytes: found.metadata.size(),
+            inode,
+        }));
     }
     if kind.is_dir() {
         return Ok(Ok(FileKind::Directory { path: path(), position }));
@@ -386,8 +392,9 @@ pub(crate) struct Files(Vec<OwnedFd>);
 
 /// Makes all open file descriptions.
 ///
-/// `outside` are the new container's own standard streams.
+/// `init` is the container's, `outside` are the new container's own standard streams.
 pub(crate) fn make_files(
+    init: Pid,
     container: &Container,
     root: &Root,
     outside: &[Option<OwnedFd>],
@@ -396,7 +403,8 @@ pub(crate) fn make_files(
     let mut pipes = pipes::Made::default();
     let mut pairs: Vec<[Option<OwnedFd>; 2]> = Vec::new();
     for pair in &container.socket_pairs {
-        pairs.push(sockets::restore(pair).map_err(make("a pair of unix sockets"))?);
+        let made = in_network_namespace(init, || sockets::restore(pair));
+        pairs.push(made.map_err(make("a pair of unix sockets"))?);
     }
     let mut files = Vec::with_capacity(container.files.len());
     for file in &container.files {

@@ -22,6 +22,7 @@
 mod changes;
 mod content;
 mod fingerprint;
+mod inodes;
 mod layer;
 mod metadata;
 mod revert;
@@ -30,6 +31,7 @@ mod tree;
 
 pub use changes::{apply_root, apply_tree, capture_root, capture_tree};
 pub use fingerprint::{Fingerprint, FingerprintError, base_fingerprint};
+pub use inodes::keep_inodes;
 pub use root::{LocateError, Lower, Overlay, RootChanges};
 
 use std::io;

@@ -651,16 +651,18 @@ pub(crate) fn bury(mut process: Process, exit_status: i32) -> Result<(), Restore
     ptrace::set_signal_mask(tid, 0).map_err(failed("set the signal mask of", tid))?;
     let handle = samara_kernel::pidfd::PidFd::open(tid).map_err(make("a handle on a process"))?;
     handle.send_signal(signal).map_err(make("the end of a process"))?;
-    ptrace::cont(tid, 0).map_err(failed("resume", tid))?;
+    let mut resume = 0;
     loop {
-        match wait::one(tid).map_err(failed("wait for", tid))? {
-            Status::Exited(_) | Status::Killed(_) => return Ok(()),
-            Status::SignalStop(signal) => ptrace::cont(tid, signal),
-            Status::EventStop(_) | Status::Event(_) | Status::SyscallStop | Status::Continued => {
-                ptrace::cont(tid, 0)
-            }
+        match ptrace::cont(tid, resume) {
+            // SIGKILL does not wait to be let through.
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
+            other => other.map_err(failed("resume", tid))?,
         }
-        .map_err(failed("resume", tid))?;
+        resume = match wait::one(tid).map_err(failed("wait for", tid))? {
+            Status::Exited(_) | Status::Killed(_) => return Ok(()),
+            Status::SignalStop(signal) => signal,
+            Status::EventStop(_) | Status::Event(_) | Status::SyscallStop | Status::Continued => 0,
+        };
     }
 }
 

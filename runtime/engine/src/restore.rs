@@ -96,7 +96,7 @@ pub fn restore(
     let fill = begun.elapsed();
 
     let begun = Instant::now();
-    let files = descriptors::make_files(container, &root, &tree.outside, &shared)?;
+    let files = descriptors::make_files(request.init, container, &root, &tree.outside, &shared)?;
     for record in &container.processes {
         if let ProcessState::Alive(alive) = &record.state {
             tree.furnish(record, alive, &root, &files)?;

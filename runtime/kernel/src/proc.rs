@@ -187,21 +187,46 @@ pub fn descriptor_info(pid: Pid, fd: i32) -> io::Result<DescriptorInfo> {
     Ok(info)
 }
 
-/// Number of resources (`RLIM_NLIMITS` of asm-generic/resource.h; libc deprecates its constant).
-pub const RLIMITS: u32 = 16;
+/// The lines of `/proc/PID/limits` in the order of the `RLIMIT_` numbers (fs/proc/base.c, lnames).
+const LIMIT_NAMES: [&str; 16] = [
+    "Max cpu time",
+    "Max file size",
+    "Max data size",
+    "Max stack size",
+    "Max core file size",
+    "Max resident set",
+    "Max processes",
+    "Max open files",
+    "Max locked memory",
+    "Max address space",
+    "Max file locks",
+    "Max pending signals",
+    "Max msgqueue size",
+    "Max nice priority",
+    "Max realtime priority",
+    "Max realtime timeout",
+];
 
 /// Soft and hard limit of every resource, in the order of the `RLIMIT_` numbers; `u64::MAX` is no limit.
 ///
-/// # Errors
-/// Of the calls, which need the right to trace the process.
+/// Read from `/proc`: `prlimit` on another user's process takes CAP_SYS_RESOURCE.
 pub fn limits(pid: Pid) -> io::Result<Vec<(u64, u64)>> {
-    (0..RLIMITS)
-        .map(|resource| {
-            let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-            // SAFETY: `limit` outlives the call; a null new limit means that none is set.
-            let result = unsafe { libc::prlimit(pid, resource, std::ptr::null(), &raw mut limit) };
-            crate::check(result.into())?;
-            Ok((limit.rlim_cur, limit.rlim_max))
+    let text = fs::read_to_string(format!("/proc/{pid}/limits"))?;
+    LIMIT_NAMES
+        .iter()
+        .map(|name| {
+            let line = text
+                .lines()
+                .find_map(|line| line.strip_prefix(name))
+                .ok_or_else(|| malformed(name.as_bytes()))?;
+            let mut values = line.split_ascii_whitespace().map(|value| match value {
+                "unlimited" => Some(u64::MAX),
+                number => number.parse().ok(),
+            });
+            match (values.next().flatten(), values.next().flatten()) {
+                (Some(soft), Some(hard)) => Ok((soft, hard)),
+                _ => Err(malformed(line.as_bytes())),
+            }
         })
         .collect()
 }
@@ -325,6 +350,18 @@ mod tests {
         );
         assert!(mappings[0].execute && !mappings[0].write && !mappings[0].shared);
         assert!(mappings[1].name.is_empty() && mappings[1].shared && mappings[1].has_flag(b"sd"));
+    }
+
+    /// A limit in the wrong place would end a restored program, or let it do what it may not.
+    #[test]
+    fn limits_are_those_that_the_kernel_tells_their_owner() {
+        let own = limits(i32::try_from(std::process::id()).expect("a pid")).expect("own limits");
+        for (resource, (soft, hard)) in (0u32..).zip(own) {
+            let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+            // SAFETY: `limit` outlives the call.
+            assert_eq!(unsafe { libc::getrlimit(resource, &raw mut limit) }, 0);
+            assert_eq!((soft, hard), (limit.rlim_cur, limit.rlim_max), "limit {resource}");
+        }
     }
 
     #[test]

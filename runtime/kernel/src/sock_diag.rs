@@ -22,12 +22,7 @@ pub struct UnixSocket {
 /// # Errors
 /// Of the calls; `InvalidData` for an answer that is not as `sock_diag(7)` says.
 pub fn unix_sockets(pid: Pid) -> io::Result<BTreeMap<u32, UnixSocket>> {
-    let namespace = File::open(format!("/proc/{pid}/ns/net"))?;
-    // A namespace is entered by a thread, and this one ends when it has the socket.
-    let socket = std::thread::spawn(move || diagnostics_socket(&namespace))
-        .join()
-        .map_err(|_| io::Error::other("the thread that enters the network namespace panicked"))??;
-    let mut socket = File::from(socket);
+    let mut socket = File::from(in_network_namespace(pid, diagnostics_socket)?);
     socket.write_all(&request())?;
     let mut sockets = BTreeMap::new();
     let mut buffer = vec![0u8; 256 << 10];
@@ -52,13 +47,35 @@ pub fn unix_sockets(pid: Pid) -> io::Result<BTreeMap<u32, UnixSocket>> {
     }
 }
 
+/// Runs `act` in the network namespace of process `pid`: sockets belong to the namespace that they are made in.
+///
+/// # Errors
+/// Of entering the namespace, and of `act`.
+pub fn in_network_namespace<T: Send>(
+    pid: Pid,
+    act: impl FnOnce() -> io::Result<T> + Send,
+) -> io::Result<T> {
+    let namespace = File::open(format!("/proc/{pid}/ns/net"))?;
+    // A namespace is entered by a thread, and this one ends when it has done so.
+    std::thread::scope(|scope| {
+        scope
+            .spawn(|| {
+                // SAFETY: the call takes a descriptor that lives, and changes this thread only.
+                check(unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) }.into())?;
+                act()
+            })
+            .join()
+            .unwrap_or_else(|_| {
+                Err(io::Error::other("the thread in the network namespace panicked"))
+            })
+    })
+}
+
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const HEADER_BYTES: usize = 16;
 
-fn diagnostics_socket(namespace: &File) -> io::Result<OwnedFd> {
-    // SAFETY: the call takes a descriptor that lives, and changes this thread only.
-    check(unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) }.into())?;
+fn diagnostics_socket() -> io::Result<OwnedFd> {
     const NETLINK_SOCK_DIAG: libc::c_int = 4;
     // SAFETY: the call takes numbers only.
     let fd = unsafe {

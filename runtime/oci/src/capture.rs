@@ -108,9 +108,10 @@ pub struct Summary {
 
 /// The address that a container was started with, and the right to commit there.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) struct Held {
-    pub(crate) address: String,
-    pub(crate) config: Option<PathBuf>,
+pub struct Held {
+    pub address: String,
+    /// The node configuration that the address is reached with; none for the default one.
+    pub config: Option<PathBuf>,
     pub(crate) lease: Lease,
 }
 
@@ -120,7 +121,7 @@ impl Held {
     }
 
     /// What was kept for a container; none for one without an address.
-    pub(crate) fn load(dir: &StateDir) -> Option<Held> {
+    pub fn load(dir: &StateDir) -> Option<Held> {
         serde_json::from_slice(&fs::read(Held::path(dir)).ok()?).ok()
     }
 
@@ -142,14 +143,16 @@ pub fn target(image: &ImageArgs) -> Result<Location, CheckpointError> {
     }
 }
 
-/// Saves a container.
+/// Saves a container. The store is reached with the node configuration `config`, none for the default one; `progress` gets
+/// each phase.
 ///
 /// Success: the capsule is in the store, whole; the container runs on if `leave_running`, else it has ended with status 143.
 /// Failure: no capsule is visible, and the container is as it was.
 pub fn checkpoint(
     dir: &StateDir,
     args: &CheckpointArgs,
-    terminal: bool,
+    config: Option<PathBuf>,
+    mut progress: impl FnMut(&str),
 ) -> Result<Summary, CheckpointError> {
     if args.pre_dump {
         return Err(CheckpointError::Flag("pre-dump"));
@@ -167,13 +170,13 @@ pub fn checkpoint(
     }
     let order = Order {
         target: target(&args.image)?.to_string(),
-        config: std::env::var_os(crate::address::CONFIG_VARIABLE).map(PathBuf::from),
+        config,
         leave_running: args.leave_running,
     };
     let order = serde_json::to_value(order).map_err(CheckpointError::Arguments)?;
-    let answer = Client::connect(dir)?.checkpoint(order, |progress| {
-        if terminal && let Some(text) = progress.as_str() {
-            crate::output::transient(text);
+    let answer = Client::connect(dir)?.checkpoint(order, |phase| {
+        if let Some(text) = phase.as_str() {
+            progress(text);
         }
     })?;
     serde_json::from_value(answer).map_err(CheckpointError::Arguments)

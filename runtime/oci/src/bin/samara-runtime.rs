@@ -2,8 +2,10 @@
 
 use std::error::Error;
 use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
+use samara_oci::address::CONFIG_VARIABLE;
 use samara_oci::command_line::{self, CommandLine, Global, Verb};
 use samara_oci::create::{self, CreateRequest, Init};
 use samara_oci::report::Log;
@@ -71,7 +73,12 @@ fn act(line: CommandLine, log: &Log) -> Result<u8, Box<dyn Error>> {
         }
         Verb::Checkpoint(args) => {
             let terminal = std::io::stderr().is_terminal();
-            let summary = capture::checkpoint(&dir(&args.id), &args, terminal)?;
+            let config = std::env::var_os(CONFIG_VARIABLE).map(PathBuf::from);
+            let summary = capture::checkpoint(&dir(&args.id), &args, config, |phase| {
+                if terminal {
+                    output::transient(phase);
+                }
+            })?;
             if terminal {
                 output::transient("");
             }
