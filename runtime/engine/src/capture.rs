@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use samara_capsule::record::{self, Bytes, Container, ProcessState};
 use samara_capsule::transfer::{Sink, SpaceId};
+use samara_kernel::setns::{Namespace, inside};
 use samara_kernel::{Pid, proc};
 use sha2::{Digest, Sha256};
 
@@ -92,6 +93,7 @@ pub fn capture(
 
     let begun = Instant::now();
     let mut tables = Tables::new(request)?;
+    refuse_system_v(&mut tables)?;
     let (mut processes, vdso) = collect(&mut frozen, &mut tables)?;
     let sockets = sockets::collect(&mut tables);
     if !tables.unsupported.is_empty() {
@@ -129,6 +131,34 @@ pub fn capture(
         vdso_sha256: vdso,
     };
     Ok(Captured { container, frozen, report })
+}
+
+/// Notes System V objects, which belong to the container and to none of its processes.
+///
+/// They are listed for an IPC namespace; one that the container shares with its host says nothing about the container.
+fn refuse_system_v(tables: &mut Tables<'_>) -> Result<(), CaptureError> {
+    let init = tables.request.init;
+    let own = i32::try_from(std::process::id()).expect("pids are ints");
+    let what = || read("the container's System V objects");
+    if proc::namespace(init, "ipc").map_err(what())?
+        == proc::namespace(own, "ipc").map_err(what())?
+    {
+        return Ok(());
+    }
+    for (file, kind) in [("shm", "shared memory"), ("sem", "semaphores"), ("msg", "message queues")]
+    {
+        let path = format!("/proc/sysvipc/{file}");
+        let table = inside(init, Namespace::Ipc, || fs::read_to_string(&path)).map_err(what())?;
+        // A line of headings, and one an object.
+        if table.lines().count() > 1 {
+            tables.refuse(
+                init,
+                Place::Process,
+                format!("its container has System V {kind}, which are not supported"),
+            );
+        }
+    }
+    Ok(())
 }
 
 /// Records of all processes by the engine's number, and the vdso's digest.

@@ -17,7 +17,7 @@ use samara_capsule::record::{
 };
 use samara_kernel::pidfd::PidFd;
 use samara_kernel::proc::DescriptorInfo;
-use samara_kernel::sock_diag::in_network_namespace;
+use samara_kernel::setns::{Namespace, inside};
 use samara_kernel::tape::End;
 use samara_kernel::{Pid, kcmp, proc};
 
@@ -403,7 +403,7 @@ pub(crate) fn make_files(
     let mut pipes = pipes::Made::default();
     let mut pairs: Vec<[Option<OwnedFd>; 2]> = Vec::new();
     for pair in &container.socket_pairs {
-        let made = in_network_namespace(init, || sockets::restore(pair));
+        let made = inside(init, Namespace::Network, || sockets::restore(pair));
         pairs.push(made.map_err(make("a pair of unix sockets"))?);
     }
     let mut files = Vec::with_capacity(container.files.len());

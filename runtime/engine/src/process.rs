@@ -16,7 +16,7 @@ use samara_kernel::{Pid, proc, sched};
 
 use crate::capture::{CaptureError, Tables, attribute, inner_pid, link, name, read};
 use crate::descriptors::{Channel, Descriptors};
-use crate::restart::{self, Goal};
+use crate::restart::{self, Goal, Slept};
 use crate::restore::{RestoreError, make, open_below};
 use crate::root::Root;
 use crate::tracee::{Output, Process, Tape, Thread, TraceeError, failed};
@@ -43,7 +43,7 @@ pub(crate) fn collect(
     mappings: Vec<record::Mapping>,
     descriptors: Descriptors,
     space: SpaceId,
-    elapsed: &BTreeMap<Pid, u64>,
+    elapsed: &BTreeMap<Pid, Slept>,
     tables: &mut Tables<'_>,
 ) -> Result<record::Process, CaptureError> {
     let pid = process.pid;
@@ -241,13 +241,19 @@ fn leave_critical_sections(process: &mut Process) -> Result<(), TraceeError> {
 /// Corrects the interrupted calls of all threads of a process that will be thawed.
 pub(crate) fn mend_for_thaw(
     process: &mut Process,
-    elapsed: &BTreeMap<Pid, u64>,
+    elapsed: &BTreeMap<Pid, Slept>,
 ) -> Result<(), TraceeError> {
     let corrections: Vec<(Registers, Restart)> = process
         .threads
         .iter()
         .map(|thread| corrected(process, thread, Goal::Thaw, elapsed))
         .collect();
+    for thread in &process.threads {
+        if let Some((address, before)) = elapsed.get(&thread.tid).and_then(|slept| slept.remainder)
+        {
+            process.write(address, &before)?;
+        }
+    }
     let places = process.scratch_for(corrections.iter().map(|(_, restart)| *restart))?;
     for (thread, ((mut registers, restart), place)) in
         process.threads.iter_mut().zip(corrections.into_iter().zip(places))
@@ -268,10 +274,10 @@ fn corrected(
     process: &Process,
     thread: &Thread,
     goal: Goal,
-    elapsed: &BTreeMap<Pid, u64>,
+    elapsed: &BTreeMap<Pid, Slept>,
 ) -> (Registers, Restart) {
     let mut registers = thread.stop;
-    let elapsed_ns = elapsed.get(&thread.tid).copied().unwrap_or(0);
+    let elapsed_ns = elapsed.get(&thread.tid).map_or(0, |slept| slept.elapsed_ns);
     let read = |address| process.read(address, 16).ok().and_then(|bytes| bytes.try_into().ok());
     let restart = restart::shorten(&mut registers, goal, elapsed_ns, &read);
     (registers, restart)

@@ -16,7 +16,7 @@ use std::time::Instant;
 
 use samara_capsule::record::Restart;
 use samara_kernel::ptrace::Registers;
-use samara_kernel::{Pid, proc};
+use samara_kernel::{Pid, proc, process_vm};
 
 const ERESTARTSYS: i64 = 512;
 const ERESTARTNOINTR: i64 = 513;
@@ -97,17 +97,51 @@ pub(crate) struct Sleeper {
     /// The scheduler's figure, in nanoseconds of the task clock of `processor`.
     since_ns: u64,
     processor: i32,
+    /// Where a sleep will write what is left when it is interrupted, and what stands there before.
+    remainder: Option<(u64, [u8; 16])>,
+}
+
+/// What is known of a thread that was asleep when it was stopped.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Slept {
+    pub(crate) elapsed_ns: u64,
+    /// What the program had where the kernel has written the rest of a sleep that nobody interrupted.
+    pub(crate) remainder: Option<(u64, [u8; 16])>,
 }
 
 impl Sleeper {
     /// Looks at a thread that still runs undisturbed. `None`: it is not in a call whose timeout would have to be corrected.
     pub(crate) fn observe(tid: Pid) -> Option<Sleeper> {
         let call = proc::attribute(tid, "syscall").ok()?;
-        let number: i64 = call.split(' ').next()?.parse().ok()?;
-        timeout(number)?;
+        let mut words = call.split(' ');
+        let number: i64 = words.next()?.parse().ok()?;
+        let timeout = timeout(number)?;
+        let arguments: Vec<u64> = words
+            .filter_map(|word| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok())
+            .collect();
+        let remainder = match timeout {
+            Timeout::Milliseconds(_) | Timeout::Timespec(_) => None,
+            Timeout::Sleep { request, rest } => remainder(tid, &arguments, request, rest),
+        };
         let (since_ns, _) = proc::scheduled(tid)?;
-        Some(Sleeper { since_ns, processor: proc::stat(tid).ok()?.processor? })
+        Some(Sleeper { since_ns, processor: proc::stat(tid).ok()?.processor?, remainder })
     }
+}
+
+/// What stands where a sleep would write its rest, unless it reads its length from there too.
+fn remainder(
+    tid: Pid,
+    arguments: &[u64],
+    request: Argument,
+    rest: Argument,
+) -> Option<(u64, [u8; 16])> {
+    let argument = |which: Argument| arguments.get(which.position()).copied();
+    let address =
+        argument(rest).filter(|address| *address != 0 && Some(*address) != argument(request))?;
+    let mut before = [0; 16];
+    let range = process_vm::Range { address, bytes: before.len() };
+    let read = process_vm::read(tid, &[range], &mut before).ok()?;
+    (read == before.len()).then_some((address, before))
 }
 
 /// Where a call has its timeout.
@@ -131,6 +165,17 @@ enum Argument {
 }
 
 impl Argument {
+    /// The place in the list of arguments, from 0.
+    fn position(self) -> usize {
+        match self {
+            Argument::Rdi => 0,
+            Argument::Rsi => 1,
+            Argument::Rdx => 2,
+            Argument::R10 => 3,
+            Argument::R8 => 4,
+        }
+    }
+
     fn of(self, registers: &mut Registers) -> &mut u64 {
         match self {
             Argument::Rdi => &mut registers.rdi,
@@ -213,13 +258,7 @@ pub(crate) fn shorten(
             Restart::AsIs
         }
         Some(Timeout::Timespec(argument)) => {
-            let index = match argument {
-                Argument::Rdi => 0,
-                Argument::Rsi => 1,
-                Argument::Rdx => 2,
-                Argument::R10 => 3,
-                Argument::R8 => 4,
-            };
+            let index = u32::try_from(argument.position()).expect("there are six arguments");
             match read(*argument.of(registers)).and_then(timespec_ns) {
                 Some(whole_ns) if elapsed_ns > 0 => Restart::Timespec {
                     argument: index,
@@ -231,9 +270,15 @@ pub(crate) fn shorten(
         Some(Timeout::Sleep { request, rest }) => {
             let rest_address = *rest.of(registers);
             if rest_address != 0 {
-                // The kernel has written there what is left (hrtimer_nanosleep); sleeping on from there keeps it written.
-                *request.of(registers) = rest_address;
-                return Restart::AsIs;
+                // The kernel has written there what is left (hrtimer_nanosleep).
+                return match read(rest_address).and_then(timespec_ns) {
+                    Some(rest_ns) => Restart::Timespec {
+                        argument: u32::try_from(request.position())
+                            .expect("there are six arguments"),
+                        rest_ns,
+                    },
+                    None => Restart::AsIs,
+                };
             }
             let whole_ns = read(*request.of(registers)).and_then(timespec_ns).unwrap_or(0);
             let rest_ms = whole_ns.saturating_sub(elapsed_ns).div_ceil(MS);
@@ -273,17 +318,19 @@ fn timespec_ns(bytes: [u8; 16]) -> Option<u64> {
 pub(crate) fn elapsed(
     sleepers: &BTreeMap<Pid, Sleeper>,
     stopped_at: Instant,
-) -> BTreeMap<Pid, u64> {
-    let mut by_processor: BTreeMap<i32, Vec<(Pid, u64)>> = BTreeMap::new();
+) -> BTreeMap<Pid, Slept> {
+    let mut by_processor: BTreeMap<i32, Vec<(Pid, Sleeper)>> = BTreeMap::new();
     for (tid, sleeper) in sleepers {
-        by_processor.entry(sleeper.processor).or_default().push((*tid, sleeper.since_ns));
+        by_processor.entry(sleeper.processor).or_default().push((*tid, *sleeper));
     }
     let mut elapsed = BTreeMap::new();
     for (processor, members) in by_processor {
-        let Some(now_ns) = samara_kernel::sched::task_clock_on(processor) else { continue };
+        let now_ns = samara_kernel::sched::task_clock_on(processor);
         let since_stop = u64::try_from(stopped_at.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        for (tid, since_ns) in members {
-            elapsed.insert(tid, now_ns.saturating_sub(since_ns).saturating_sub(since_stop));
+        for (tid, sleeper) in members {
+            let asleep = now_ns.map_or(0, |now_ns| now_ns.saturating_sub(sleeper.since_ns));
+            let elapsed_ns = asleep.saturating_sub(since_stop);
+            elapsed.insert(tid, Slept { elapsed_ns, remainder: sleeper.remainder });
         }
     }
     elapsed
@@ -337,12 +384,11 @@ mod tests {
         assert_eq!(registers.orig_rax, libc::SYS_poll.unsigned_abs());
         assert_eq!((registers.rdi, registers.rsi, registers.rdx), (0, 0, 6000));
 
-        let mut registers = Registers { rsi: 0x6000, ..stop };
-        shorten(&mut registers, Goal::Restore, 0, &read);
-        assert_eq!(
-            (registers.orig_rax, registers.rdi),
-            (libc::SYS_nanosleep.unsigned_abs(), 0x6000)
-        );
+        // With a place for the rest, the kernel has written it there.
+        let mut registers = Registers { rsi: 0x5000, rdi: 0x7000, ..stop };
+        let restart = shorten(&mut registers, Goal::Restore, 0, &read);
+        assert_eq!(registers.orig_rax, libc::SYS_nanosleep.unsigned_abs());
+        assert_eq!(restart, Restart::Timespec { argument: 0, rest_ns: 10_000_000_000 });
     }
 
     /// A call that really returned EINTR because of a handler must not be issued again.

@@ -17,6 +17,7 @@ pub mod ptrace;
 pub mod robust_list;
 pub mod sched;
 pub mod seccomp;
+pub mod setns;
 pub mod signal;
 pub mod sock_diag;
 pub mod tape;

@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
+use crate::setns::{Namespace, inside};
 use crate::{Pid, check};
 
 /// What the kernel tells of a unix socket.
@@ -22,7 +23,7 @@ pub struct UnixSocket {
 /// # Errors
 /// Of the calls; `InvalidData` for an answer that is not as `sock_diag(7)` says.
 pub fn unix_sockets(pid: Pid) -> io::Result<BTreeMap<u32, UnixSocket>> {
-    let mut socket = File::from(in_network_namespace(pid, diagnostics_socket)?);
+    let mut socket = File::from(inside(pid, Namespace::Network, diagnostics_socket)?);
     socket.write_all(&request())?;
     let mut sockets = BTreeMap::new();
     let mut buffer = vec![0u8; 256 << 10];
@@ -45,30 +46,6 @@ pub fn unix_sockets(pid: Pid) -> io::Result<BTreeMap<u32, UnixSocket>> {
             }
         }
     }
-}
-
-/// Runs `act` in the network namespace of process `pid`: sockets belong to the namespace that they are made in.
-///
-/// # Errors
-/// Of entering the namespace, and of `act`.
-pub fn in_network_namespace<T: Send>(
-    pid: Pid,
-    act: impl FnOnce() -> io::Result<T> + Send,
-) -> io::Result<T> {
-    let namespace = File::open(format!("/proc/{pid}/ns/net"))?;
-    // A namespace is entered by a thread, and this one ends when it has done so.
-    std::thread::scope(|scope| {
-        scope
-            .spawn(|| {
-                // SAFETY: the call takes a descriptor that lives, and changes this thread only.
-                check(unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) }.into())?;
-                act()
-            })
-            .join()
-            .unwrap_or_else(|_| {
-                Err(io::Error::other("the thread in the network namespace panicked"))
-            })
-    })
 }
 
 const NLMSG_ERROR: u16 = 2;
@@ -210,6 +187,7 @@ pub fn peek(socket: RawFd, buffer: &mut [u8]) -> io::Result<(usize, bool)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::AsRawFd;
     use std::os::unix::net::UnixStream;
 
     /// A peer that is not found would cut a restored connection in two.

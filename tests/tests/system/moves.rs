@@ -21,7 +21,7 @@ const SAVE_TIME_MAX: Duration = Duration::from_secs(300);
 /// After a save the engine must see the end of the container soon: nothing is left to do in it.
 const END_TIME_MAX: Duration = Duration::from_secs(60);
 
-/// The exit status of a container that was saved and ended (DESIGN: 143, never 137).
+/// The exit status of a container that was saved and ended (143 as if by SIGTERM, never 137).
 const SAVED: i32 = 143;
 
 /// Saves a container so that it ends, and removes it from its engine.
@@ -74,7 +74,7 @@ fn wait_middle(container: &Container<'_>, condition: &str) -> Result<()> {
 fn moves(workload: Workload, fixture: &Fixture) -> Result<()> {
     let pair = fixture.pair()?;
     let url = pair.store.url(&format!("moves/{}", workload.name()));
-    let launch = workload.launch("-moved").capsule(url.clone());
+    let launch = workload.launch_savable("-moved").capsule(url.clone());
     let mut container = launch.start(&pair.nodes[0])?;
     let nonce = container.wait_ready()?;
     if let Some(condition) = workload.middle {
@@ -344,10 +344,10 @@ pub(crate) fn trials(fixture: &Arc<Fixture>) -> Vec<Trial> {
         docker_checkpoint(fixture, true)
     }));
     trials.push(trial(fixture, "capture/spawn", |fixture| {
-        captures(&SPAWN.launch("-captured"), fixture, false)
+        captures(&SPAWN.launch_savable("-captured"), fixture, false)
     }));
     trials.push(trial(fixture, "capture/eintr", |fixture| {
-        captures(&EINTR.launch("-captured"), fixture, false)
+        captures(&EINTR.launch_savable("-captured"), fixture, false)
     }));
     trials.push(trial(fixture, "capture/healthcheck", |fixture| {
         let launch = CLOCK.launch("-healthcheck").options(&[

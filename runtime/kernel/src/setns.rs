@@ -1,0 +1,43 @@
+//! `setns(2)`: acting in another process's namespace.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use crate::{Pid, check};
+
+/// A kind of namespace that a single thread can enter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Namespace {
+    /// Sockets belong to the one that they are made in.
+    Network,
+    /// System V objects are listed for the one that asks.
+    Ipc,
+}
+
+/// Runs `act` in a namespace of process `pid`.
+///
+/// # Errors
+/// Of entering the namespace, and of `act`.
+pub fn inside<T: Send>(
+    pid: Pid,
+    namespace: Namespace,
+    act: impl FnOnce() -> io::Result<T> + Send,
+) -> io::Result<T> {
+    let (name, kind) = match namespace {
+        Namespace::Network => ("net", libc::CLONE_NEWNET),
+        Namespace::Ipc => ("ipc", libc::CLONE_NEWIPC),
+    };
+    let namespace = File::open(format!("/proc/{pid}/ns/{name}"))?;
+    // A namespace is entered by a thread, and this one ends when it has done so.
+    std::thread::scope(|scope| {
+        scope
+            .spawn(|| {
+                // SAFETY: the call takes a descriptor that lives, and changes this thread only.
+                check(unsafe { libc::setns(namespace.as_raw_fd(), kind) }.into())?;
+                act()
+            })
+            .join()
+            .unwrap_or_else(|_| Err(io::Error::other("the thread in another namespace panicked")))
+    })
+}
