@@ -23,7 +23,7 @@ use samara_kernel::{Pid, kcmp, proc};
 
 use crate::capture::{CaptureError, OutsideStream, Tables, index, read};
 use crate::memory::Shared;
-use crate::restore::{RestoreError, make, open_below};
+use crate::restore::{RestoreError, make, open_below, open_checked};
 use crate::root::Root;
 use crate::tracee::Process;
 use crate::unsupported::Place;
@@ -454,17 +454,16 @@ fn make_file(
             file.into()
         }
         FileKind::Device { path, major, minor } => {
-            let file = open_below(root, path, flags)?;
-            let metadata = file.metadata().map_err(make("a device"))?;
-            if device_number(metadata.rdev()) != (*major, *minor)
-                || !metadata.file_type().is_char_device()
-            {
-                let path = String::from_utf8_lossy(path);
-                return Err(RestoreError::Incompatible(format!(
-                    "{path} is not device {major}:{minor} here"
+            let number = (*major, *minor);
+            if !PLAIN_DEVICES.contains(&number) {
+                return Err(RestoreError::Damaged(format!(
+                    "device {major}:{minor} is never saved"
                 )));
             }
-            file.into()
+            let expected = |metadata: &fs::Metadata| {
+                metadata.file_type().is_char_device() && device_number(metadata.rdev()) == number
+            };
+            open_checked(root, path, flags, &expected)?.into()
         }
         FileKind::Pipe { pipe } => {
             let record = container.pipes.get(*pipe as usize).ok_or_else(|| damaged("a pipe"))?;

@@ -424,7 +424,8 @@ impl Shared {
         File::options()
             .read(reads)
             .write(writes)
-            .custom_flags(flags & !libc::O_ACCMODE)
+            // The link in /proc is one that has to be followed.
+            .custom_flags(flags & !(libc::O_ACCMODE | libc::O_NOFOLLOW))
             .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
     }
 }

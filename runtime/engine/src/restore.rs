@@ -7,7 +7,7 @@
 //! Until the last step every process is traced with `EXITKILL`: if the engine dies, nothing half-built runs.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
@@ -22,6 +22,7 @@ use samara_kernel::{Pid, proc};
 
 use crate::capture::vdso_digest;
 use crate::descriptors::Channel;
+use crate::memory::Shared;
 use crate::plan::{self, PlanError, Step};
 use crate::process::Confinement;
 use crate::root::Root;
@@ -527,11 +528,32 @@ pub(crate) fn make(what: impl Into<String>) -> impl FnOnce(io::Error) -> Restore
     move |source| RestoreError::Make { what, source }
 }
 
-/// A file of the container as a mapping or descriptor needs it.
+/// A file of the container as a mapping or descriptor needs it: regular, or a directory.
+///
+/// What is there is looked at before it is opened: a capsule must not make the engine open a device or wait for a FIFO.
 pub(crate) fn open_below(root: &Root, path: &[u8], flags: i32) -> Result<File, RestoreError> {
-    root.open(path, flags)
-        .map(File::from)
-        .map_err(make(format!("the open file {}", String::from_utf8_lossy(path))))
+    open_checked(root, path, flags, &|metadata| metadata.is_file() || metadata.is_dir())
+}
+
+/// As [`open_below`], for what `expected` accepts.
+pub(crate) fn open_checked(
+    root: &Root,
+    path: &[u8],
+    flags: i32,
+    expected: &dyn Fn(&Metadata) -> bool,
+) -> Result<File, RestoreError> {
+    let what = || make(format!("the open file {}", String::from_utf8_lossy(path)));
+    let handle = File::from(root.open(path, libc::O_PATH).map_err(what())?);
+    if !expected(&handle.metadata().map_err(what())?) {
+        let path = String::from_utf8_lossy(path);
+        return Err(RestoreError::Incompatible(format!(
+            "{path} is not the kind of file here that it was"
+        )));
+    }
+    if flags & libc::O_PATH != 0 {
+        return Ok(handle);
+    }
+    Shared::reopen(&handle, flags).map_err(what())
 }
 
 /// Whether a mapping's content comes from the capsule.

@@ -163,7 +163,7 @@ impl Incoming {
                 monotonic: offset(offsets.monotonic_ns),
                 boottime: offset(offsets.boottime_ns),
             },
-            seccomp_filters: saved.origin.seccomp_filters,
+            seccomp_filters: u32::from(Origin::of(&bundle.spec, 0).seccomp.is_some()),
             held: held.clone(),
             manifest: latest.digest,
         };
@@ -327,22 +327,19 @@ fn wait_for_blank(init: i32) -> Result<(), RestoreError> {
 
 /// What the new container's specification allows.
 fn confinement(spec: &Spec, saved: &Origin) -> Result<EngineConfinement, RestoreError> {
-    let now = Origin::of(spec, 0);
     let process = spec.process().as_ref();
     let profile = spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref());
-    let seccomp = if now.seccomp == saved.seccomp {
-        SeccompPolicy::AsSaved
-    } else {
-        let program = match profile {
-            None => Vec::new(),
-            Some(profile) => Program::compile(profile)?
-                .instructions()
-                .iter()
-                .flat_map(|i| i.to_bytes())
-                .collect(),
-        };
-        SeccompPolicy::Replace { drop: saved.seccomp_filters as usize, program }
+    // Never the capsule's word for it: the filter that this specification demands takes the place of the old one's, and is the
+    // same to the byte where the profile is.
+    let program = match profile {
+        None => Vec::new(),
+        Some(profile) => Program::compile(profile)?
+            .instructions()
+            .iter()
+            .flat_map(|instruction| instruction.to_bytes())
+            .collect(),
     };
+    let seccomp = SeccompPolicy::Replace { drop: saved.seccomp_filters as usize, program };
     Ok(EngineConfinement {
         bounding: match process {
             Some(process) => crate::confine::bounding_mask(process)?,
