@@ -1,6 +1,7 @@
 //! `samara ps` and `samara save` on a real container, made by hand with samara-runtime. Needs root, and busybox-static.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, and tells what it measured")]
 
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -40,13 +41,18 @@ impl Sandbox {
                 "args": ["/bin/busybox", "sh", "-c", program],
             },
             "root": {"path": root, "readonly": false},
-            "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
+            "mounts": [
+                {"destination": "/proc", "type": "proc", "source": "proc"},
+                {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"]},
+            ],
             "linux": {"namespaces":
                 [{"type": "pid"}, {"type": "network"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}]},
         });
         std::fs::write(dir.path().join("config.json"), spec.to_string()).unwrap();
         // A node's configuration: nothing of this machine's counts.
-        std::fs::write(dir.path().join("node.toml"), "").unwrap();
+        let node = dir.path().join("node.toml");
+        std::fs::write(&node, "").unwrap();
+        std::fs::set_permissions(&node, std::fs::Permissions::from_mode(0o600)).unwrap();
         Sandbox { dir, ids: ids.iter().map(|id| (*id).to_owned()).collect() }
     }
 
