@@ -48,6 +48,9 @@ const VFORK_LOOK: Duration = Duration::from_millis(5);
 /// Between two looks for stops when there was none: a fraction of the time that a stop takes.
 const POLL: Duration = Duration::from_micros(50);
 
+/// How threads are traced that still run.
+const TRACED: Options = Options::SYSGOOD.and(Options::FOLLOW).and(Options::EXEC);
+
 /// A process that has ended and that its parent has not waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Zombie {
@@ -255,12 +258,8 @@ impl Freezer {
         if let Some(sleeper) = Sleeper::observe(tid) {
             self.sleepers.insert(tid, sleeper);
         }
-        let options = Options::SYSGOOD.and(Options::FOLLOW).and(Options::EXEC);
-        let seized = match ptrace::seize(tid, options.and(Options::SUSPEND_SECCOMP)) {
-            // Only a tracer without CAP_SYS_ADMIN, or with a filter of its own, is refused the suspension.
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => ptrace::seize(tid, options),
-            other => other,
-        };
+        // Without suspending seccomp: the thread still runs, under its filters, until it has stopped.
+        let seized = ptrace::seize(tid, TRACED);
         match seized {
             Ok(()) => {
                 self.running.insert(tid, (pid, Instant::now()));
@@ -332,6 +331,10 @@ impl Freezer {
                     None => (process_of(tid).map_err(discover)?, Instant::now()),
                 };
                 let group_stop = if signal == libc::SIGTRAP { 0 } else { signal };
+                // Only a tracer without CAP_SYS_ADMIN, or with a filter of its own, is refused this; its calls then meet the filters.
+                if let Err(error) = ptrace::set_options(tid, TRACED.and(Options::SUSPEND_SECCOMP)) {
+                    tracing::debug!(%error, tid, "seccomp can't be suspended");
+                }
                 let mut thread = Thread::at_stop(tid, group_stop)?;
                 restart::mend_interrupted(&mut thread.stop);
                 self.stopped.insert(tid, (pid, thread));

@@ -587,11 +587,6 @@ pub(crate) fn furnish(
     tape.call("change its working directory", libc::SYS_fchdir, [directory, 0, 0, 0, 0, 0]);
     tape.call("close a descriptor", libc::SYS_close, [directory, 0, 0, 0, 0, 0]);
     tape.call("set its umask", libc::SYS_umask, [alive.umask.into(), 0, 0, 0, 0, 0]);
-    tape.call(
-        "set its personality",
-        libc::SYS_personality,
-        [alive.personality.into(), 0, 0, 0, 0, 0],
-    );
     prctl(&mut tape, libc::PR_SET_CHILD_SUBREAPER, alive.subreaper.into());
     for (signal, action) in (1u64..).zip(&alive.actions) {
         if [libc::SIGKILL, libc::SIGSTOP]
@@ -685,6 +680,9 @@ pub(crate) fn confine(
     // The leader last: timers and the dumpable flag belong to the process, and changing ids resets the latter.
     for (index, thread) in alive.threads.iter().enumerate().rev() {
         let mut tape = process.tape()?;
+        // Threads have a personality each, and share this one.
+        let personality = u64::from(alive.personality);
+        tape.call("set its personality", libc::SYS_personality, [personality, 0, 0, 0, 0, 0]);
         attributes(&mut tape, thread);
         for info in &thread.pending {
             queue_signal(&mut tape, alive, Some(thread.tid), info);

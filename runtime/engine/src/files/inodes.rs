@@ -11,10 +11,15 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, XattrFlags};
 
 use super::{Attempt, HostError, RootChanges};
+
+/// ext4 does not give a number out again within five seconds of its file's deletion (fs/ext4/ialloc.c, recently_deleted),
+/// which is what happens when a container comes back on the file system that it was just removed from.
+const REUSE_WAIT: Duration = Duration::from_secs(6);
 
 /// Gives regular files below the root the inode numbers that they are asked to have, as far as the file system lets us choose.
 ///
@@ -24,10 +29,11 @@ pub fn keep_inodes(
     root: &RootChanges,
     wanted: &[(PathBuf, u64)],
 ) -> Result<Vec<PathBuf>, HostError> {
+    let deadline = Instant::now() + REUSE_WAIT;
     let top = File::open(&root.root).attempt("open", &root.root)?;
     let mut others = Vec::new();
     for (path, inode) in wanted {
-        match keep_inode(root, &top, path, *inode) {
+        match keep_inode(root, &top, path, *inode, deadline) {
             Ok(true) => {}
             // Not in the root: on a volume, whose files are somebody else's.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -39,7 +45,13 @@ pub fn keep_inodes(
 }
 
 /// Whether the file has the wanted number now.
-fn keep_inode(root: &RootChanges, top: &File, path: &Path, inode: u64) -> io::Result<bool> {
+fn keep_inode(
+    root: &RootChanges,
+    top: &File,
+    path: &Path,
+    inode: u64,
+    deadline: Instant,
+) -> io::Result<bool> {
     let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else { return Ok(false) };
     let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
     let folder = rustix::fs::openat2(top, folder, flags, Mode::empty(), ResolveFlags::IN_ROOT)?;
@@ -52,11 +64,19 @@ fn keep_inode(root: &RootChanges, top: &File, path: &Path, inode: u64) -> io::Re
     let Some(goal) = goal_file(root) else { return Ok(false) };
     let temporary = ".samara-inode";
     let create = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-    let made = {
-        let _goal = Goal::set(&goal, inode)?;
-        rustix::fs::openat(&folder, temporary, create, Mode::RUSR | Mode::WUSR)
+    let patient = is_sqlite(&mut source)?;
+    let mut copy = loop {
+        let made = {
+            let _goal = Goal::set(&goal, inode)?;
+            rustix::fs::openat(&folder, temporary, create, Mode::RUSR | Mode::WUSR)
+        };
+        let copy = File::from(made?);
+        if copy.metadata()?.ino() == inode || !patient || Instant::now() > deadline {
+            break copy;
+        }
+        rustix::fs::unlinkat(&folder, temporary, AtFlags::empty())?;
+        std::thread::sleep(Duration::from_millis(200));
     };
-    let mut copy = File::from(made?);
     let filled = (|| {
         if copy.metadata()?.ino() != inode {
             return Ok(false);
@@ -70,6 +90,16 @@ fn keep_inode(root: &RootChanges, top: &File, path: &Path, inode: u64) -> io::Re
         rustix::fs::unlinkat(&folder, temporary, AtFlags::empty())?;
     }
     filled
+}
+
+/// Whether it is worth waiting for the number: SQLite is known to look at it.
+fn is_sqlite(file: &mut File) -> io::Result<bool> {
+    use std::io::{Read, Seek};
+    const MAGIC: &[u8] = b"SQLite format 3\0";
+    let mut begin = Vec::new();
+    file.by_ref().take(MAGIC.len() as u64).read_to_end(&mut begin)?;
+    file.rewind()?;
+    Ok(begin == MAGIC)
 }
 
 fn copy_metadata(source: &File, metadata: &fs::Metadata, copy: &File) -> io::Result<()> {
