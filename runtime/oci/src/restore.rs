@@ -1,6 +1,6 @@
 //! Bringing a container back: `restore`, and a start at an address where a capsule is.
 //!
-//! Both go the same way: [`Incoming::open`] reads the capsule and prepares the root, `create` makes the container with a blank
+//! Both go the same way: `Incoming::open` reads the capsule and prepares the root, `create` makes the container with a blank
 //! init, and [`finish`] fills it once it has been started. Between `create` and `start` the capsule that was chosen stands in the
 //! container's folder.
 
