@@ -7,7 +7,7 @@
 //!
 //! - [`once`] makes a single system call, and holds everything it restores as immediate operands. It fits into the padding at
 //!   the end of the vdso, and makes the first mapping.
-//! - [`INTERPRETER`] lives in a mapping of its own and makes the calls of a table, the *tape*.
+//! - [`interpreter`] lives in a mapping of its own and makes the calls of a table, the *tape*.
 
 use std::arch::global_asm;
 
