@@ -5,6 +5,8 @@
 
 #[path = "support/sandbox.rs"]
 mod sandbox;
+#[path = "support/worker.rs"]
+mod worker;
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -35,10 +37,15 @@ const TESTS: &[(&str, fn())] = &[
 
 const TESTER: &str = "tester";
 
+/// The monitor runs the program of this name beside it as the worker.
+const WORKER: &str = "samara-runtime";
+
 fn main() {
     let program = std::env::current_exe().unwrap();
-    if program.file_name().unwrap() == TESTER {
-        return run_tests();
+    match program.file_name().unwrap().to_str() {
+        Some(TESTER) => return run_tests(),
+        Some(WORKER) => return worker::run(),
+        _ => {}
     }
     let folder = tempfile::Builder::new().prefix("samara-programs-").tempdir().unwrap();
     let place = |from: &Path, name: &str| {
@@ -47,8 +54,7 @@ fn main() {
     let built = Path::new(SAMARA).parent().unwrap();
     place(&program, TESTER);
     place(&built.join("samara-monitor"), "samara-monitor");
-    // The monitor runs this beside it as the worker.
-    place(&built.join("examples/capture-worker"), "samara-runtime");
+    place(&program, WORKER);
     let status =
         Command::new(folder.path().join(TESTER)).args(std::env::args().skip(1)).status().unwrap();
     drop(folder);

@@ -1,10 +1,10 @@
-//! A worker for the tests of the monitor: does as its task says.
+//! A capture worker for the tests of the monitor: does as its task says.
 
 use std::io::Read;
 
 use samara_oci::protocol::{WorkerReport, WorkerTask, receive, send};
 
-fn main() {
+pub(crate) fn run() {
     let task: WorkerTask = receive(&mut std::io::stdin()).expect("a task");
     let say = |report| send(&mut std::io::stdout(), &report).expect("a reader");
     let progress = |step: u32| {
