@@ -12,6 +12,10 @@ static int log_fd, place_fd;
 static volatile uint64_t *mapping;
 static sqlite3 *database;
 
+/* The database's device and inode, as SQLite keeps them, and the same in disguise: whoever gives SQLite the numbers of a
+ * moved file must leave these alone. */
+static volatile uint64_t numbers[2], disguised[2];
+
 static void sql(const char *text)
 {
 	char *message = NULL;
@@ -67,6 +71,7 @@ static void all_say(uint64_t n)
 	for (size_t i = 0; i < sizeof seen / sizeof *seen; i++)
 		CHECK(seen[i].value == n, "%s says %llu where %llu was counted", seen[i].where,
 		      (unsigned long long)seen[i].value, (unsigned long long)n);
+	CHECK(numbers[0] == ~disguised[0] && numbers[1] == ~disguised[1], "two numbers in memory that equal a file's were changed");
 	CHECK(access("renamed.new", F_OK) != 0, "the file that was renamed away is still there");
 }
 
@@ -93,6 +98,12 @@ int main(int argc, char **argv)
 	sql("PRAGMA synchronous = OFF");
 	sql("CREATE TABLE counter (n INTEGER NOT NULL)");
 	sql("INSERT INTO counter VALUES (0)");
+	struct stat status;
+	CHECK(stat("sqlite.db", &status) == 0, "set-up failed: stat");
+	numbers[0] = status.st_dev;
+	numbers[1] = status.st_ino;
+	disguised[0] = ~numbers[0];
+	disguised[1] = ~numbers[1];
 	ready();
 
 	uint64_t n = 0;

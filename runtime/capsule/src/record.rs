@@ -207,7 +207,8 @@ pub enum FileKind {
         path: Path,
         position: u64,
         bytes: u64,
-        /// A program may remember it: SQLite does, and stops writing if it changes.
+        /// Device and inode as the program saw them. It may remember them: SQLite does, and stops writing if they change.
+        device: u64,
         inode: u64,
     },
     /// A regular file without a name: index into [`Container::unlinked_files`].

@@ -177,6 +177,7 @@ fn classify(
             path: path(),
             position,
             bytes: found.metadata.size(),
+            device,
             inode,
         }));
     }

@@ -22,7 +22,6 @@
 mod changes;
 mod content;
 mod fingerprint;
-mod inodes;
 mod layer;
 mod metadata;
 mod revert;
@@ -31,7 +30,6 @@ mod tree;
 
 pub use changes::{apply_root, apply_tree, capture_root, capture_tree};
 pub use fingerprint::{Fingerprint, FingerprintError, base_fingerprint};
-pub use inodes::keep_inodes;
 pub use root::{LocateError, Lower, Overlay, RootChanges};
 
 use std::io;

@@ -15,6 +15,7 @@ mod restart;
 pub mod restore;
 mod root;
 mod sockets;
+mod sqlite;
 mod tracee;
 pub mod unsupported;
 

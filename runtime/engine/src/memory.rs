@@ -37,7 +37,7 @@ use crate::root::Root;
 use crate::tracee::Process;
 use crate::unsupported::Place;
 
-const PAGE: u64 = PAGE_BYTES as u64;
+pub(crate) const PAGE: u64 = PAGE_BYTES as u64;
 
 /// `VmFlags` that a restore brings back, or that follow from what it brings back.
 const KNOWN_FLAGS: &[&[u8; 2]] = &[

@@ -12,7 +12,9 @@ use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
-use samara_capsule::record::{Alive, Backing, Container, Process as Record, ProcessState};
+use samara_capsule::record::{
+    Alive, Backing, Container, OpenFile, Process as Record, ProcessState,
+};
 use samara_capsule::transfer::{Source, SpaceId};
 use samara_kernel::pidfd::PidFd;
 use samara_kernel::ptrace::{self, Options};
@@ -27,7 +29,7 @@ use crate::plan::{self, PlanError, Step};
 use crate::process::Confinement;
 use crate::root::Root;
 use crate::tracee::{ARENA_BYTES, Process, Thread, TraceeError, failed};
-use crate::{descriptors, memory, process};
+use crate::{descriptors, memory, process, sqlite};
 
 /// Why a container could not be restored. Nothing of it is left but the blank init, if that still lives, for the caller to remove.
 #[derive(Debug, thiserror::Error)]
@@ -101,6 +103,7 @@ pub fn restore(
     for record in &container.processes {
         if let ProcessState::Alive(alive) = &record.state {
             tree.furnish(record, alive, &root, &files)?;
+            tree.follow_databases(record.pid, alive, &container.files, source)?;
         }
     }
     drop(files);
@@ -365,6 +368,21 @@ impl Tree {
         memory::protect(process, alive)?;
         process::furnish(process, &mut self.channel, alive, root)?;
         descriptors::install(process, &mut self.channel, alive, files)?;
+        Ok(())
+    }
+
+    fn follow_databases(
+        &mut self,
+        pid: i32,
+        alive: &Alive,
+        files: &[OpenFile],
+        source: &dyn Source,
+    ) -> Result<(), RestoreError> {
+        let runs =
+            source.runs(SpaceId(alive.space)).map_err(|source| RestoreError::Fill { source })?;
+        let process = self.process(pid)?.pid;
+        sqlite::follow(process, alive, files, &runs)
+            .map_err(make(format!("the open databases of process {pid}")))?;
         Ok(())
     }
 

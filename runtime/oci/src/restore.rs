@@ -4,17 +4,14 @@
 //! init, and [`finish`] fills it once it has been started. Between `create` and `start` the capsule that was chosen stands in the
 //! container's folder.
 
-use std::ffi::OsStr;
 use std::fs;
 use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use oci_spec::runtime::Spec;
 use samara_capsule::cbor::{DecodeError, decode_record};
 use samara_capsule::digest::Digest;
-use samara_capsule::record::FileKind;
 use samara_capsule::transfer::{Source, StreamName};
 use samara_engine::clocks::offsets_to_continue;
 use samara_engine::files::{self, ApplyError, FingerprintError, LocateError, RootChanges};
@@ -143,14 +140,6 @@ impl Incoming {
                 .map_err(io("read the container's files"))?
                 .ok_or_else(|| RestoreError::NoStream(ROOT_STREAM.to_owned()))?;
             files::apply_root(&root, &mut stream)?;
-            let others =
-                files::keep_inodes(&root, &open_files(&saved)).map_err(ApplyError::from)?;
-            if !others.is_empty() {
-                tracing::info!(
-                    ?others,
-                    "open files have other inode numbers than where they were saved"
-                );
-            }
         }
         let offsets =
             offsets_to_continue(&saved.container.clocks).map_err(io("read the clocks"))?;
@@ -183,29 +172,6 @@ impl Waiting {
     fn path(dir: &StateDir) -> PathBuf {
         dir.path().join("capsule.json")
     }
-}
-
-/// The regular files that are open, with their inode numbers.
-fn open_files(saved: &Saved) -> Vec<(PathBuf, u64)> {
-    saved
-        .container
-        .files
-        .iter()
-        .filter_map(|file| match &file.kind {
-            FileKind::Regular { path, inode, .. } => {
-                Some((PathBuf::from(OsStr::from_bytes(path)), *inode))
-            }
-            FileKind::Unlinked { .. }
-            | FileKind::Directory { .. }
-            | FileKind::Device { .. }
-            | FileKind::Pipe { .. }
-            | FileKind::Fifo { .. }
-            | FileKind::EventFd { .. }
-            | FileKind::SocketPair { .. }
-            | FileKind::SharedMemory { .. }
-            | FileKind::Outside { .. } => None,
-        })
-        .collect()
 }
 
 /// All that the capsule requires of this host and does not find.

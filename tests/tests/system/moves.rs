@@ -17,14 +17,12 @@ use crate::{Fixture, size, trial};
 
 /// What does not hold yet, or needs an engine that takes minutes to install. They are counted as ignored, and run with
 /// `script/test system -- --include-ignored`.
-const NOT_YET: [&str; 7] = [
+const NOT_YET: [&str; 5] = [
     "run/on_newer_engine",
     "move/newer_engine_and_back",
-    "move/counter_everywhere",
     "move/sessions",
     "move/attributes",
     "capture/eintr",
-    "harm/kills",
 ];
 
 /// A save of the largest workload here, on two busy cores.
