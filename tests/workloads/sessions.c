@@ -78,6 +78,17 @@ static char state_of(pid_t pid)
 
 static bool stopped_stands(void) { return state_of(board->of[STOPPED].pid) == 'T'; }
 
+/* Whether a wait for stopped children would report this one. */
+static bool would_report(pid_t child)
+{
+	siginfo_t info = {0};
+	MUST(waitid(P_PID, (id_t)child, &info, WSTOPPED | WNOHANG | WNOWAIT));
+	return info.si_pid == child;
+}
+
+static volatile sig_atomic_t child_signals;
+static void on_child(int signal) { (void)signal; child_signals++; }
+
 static pid_t zombies[3];
 static bool zombies_stand(void)
 {
@@ -152,6 +163,14 @@ int main(int argc, char **argv)
 		looks(STOPPED);
 		_exit(STOPPED + 10);
 	}
+	/* A second one, of which we know. */
+	pid_t known = MUST(fork());
+	if (known == 0) {
+		raise(SIGSTOP);
+		_exit(60);
+	}
+	int known_status = 0;
+	CHECK(waitpid(known, &known_status, WUNTRACED) == known && WIFSTOPPED(known_status), "set-up failed: nobody stopped");
 	for (int i = 0; i < 3; i++) {
 		zombies[i] = MUST(fork());
 		if (zombies[i] == 0) {
@@ -163,6 +182,8 @@ int main(int argc, char **argv)
 	until(all_stand, "not every process stands");
 	until(stopped_stands, "nobody stopped");
 	until(zombies_stand, "no zombies");
+	struct sigaction action = {.sa_handler = on_child, .sa_flags = SA_RESTART};
+	MUST(sigaction(SIGCHLD, &action, NULL));
 	ready();
 
 	uint64_t seen[MEMBERS] = {0};
@@ -175,6 +196,10 @@ int main(int argc, char **argv)
 		if (breaking("member")) kill(board->of[MEMBER].pid, SIGKILL);
 		looks(MAIN);
 		CHECK(state_of(stopped) == 'T', "the stopped child is in state %c", state_of(stopped));
+		CHECK(state_of(known) == 'T', "the second stopped child is in state %c", state_of(known));
+		CHECK(would_report(stopped), "the stop of a child is reported no more");
+		CHECK(!would_report(known), "the stop of a child is reported a second time");
+		CHECK(child_signals == 0, "a signal came for a child to which nothing happened");
 		for (int i = 0; i < 3; i++)
 			CHECK(state_of(zombies[i]) == 'Z', "zombie %d is in state %c", i, state_of(zombies[i]));
 		bool all = true;
@@ -187,6 +212,8 @@ int main(int argc, char **argv)
 		}
 		CHECK(now_ns() - counted_ns < late_ms * MS, "one of the processes no longer counts");
 	}
+	kill(known, SIGCONT);
+	CHECK(status_of(known) == 60 << 8, "how the second stopped child ended");
 	kill(stopped, SIGCONT);
 	CHECK(status_of(stopped) == (STOPPED + 10) << 8, "how the stopped child ended");
 	CHECK(status_of(zombies[0]) == 40 << 8 && status_of(zombies[1]) == 41 << 8, "exit status of a zombie");
@@ -196,5 +223,5 @@ int main(int argc, char **argv)
 	if (getpid() == 1)
 		CHECK(status_of(board->of[ORPHAN].pid) == (ORPHAN + 10) << 8, "how the orphan ended");
 	CHECK(waitpid(-1, NULL, WNOHANG) == -1 && errno == ECHILD, "a child is there that nobody made");
-	return finished("processes=%d", MEMBERS + 3);
+	return finished("processes=%d", MEMBERS + 4);
 }

@@ -73,7 +73,7 @@ pub struct Alive {
     pub pending: Vec<Bytes>,
     /// Real, virtual and profiling, as `getitimer` returns them: interval and rest in microseconds.
     pub interval_timers: [IntervalTimer; 3],
-    pub stopped: bool,
+    pub stopped: Option<Stopped>,
     pub dumpable: bool,
     pub subreaper: bool,
     pub oom_score_adjust: i32,
@@ -315,6 +315,14 @@ pub struct UnlinkedFile {
     pub modified_ns: i64,
     /// The directory that it had a name in, to find the same file system again.
     pub directory: Path,
+}
+
+/// A process that a signal has stopped until SIGCONT comes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stopped {
+    pub signal: i32,
+    /// Its parent has waited for the stop, so that another wait does not report it.
+    pub reported: bool,
 }
 
 /// `rt_sigaction`'s kernel form.

@@ -188,10 +188,28 @@ fn collect(
         let record = process::collect(process, described, descriptors, space, &elapsed, tables)?;
         records.push((*pid, record));
     }
+    ask_for_stops(frozen, &mut records)?;
     for zombie in &frozen.zombies {
         records.push((zombie.pid, process::collect_zombie(zombie.pid)?));
     }
     Ok((records, vdso))
+}
+
+/// Completes the records of processes that a signal has stopped by whether their parents know.
+fn ask_for_stops(
+    frozen: &mut FrozenTree,
+    records: &mut [(Pid, record::Process)],
+) -> Result<(), CaptureError> {
+    for (pid, process) in records {
+        let ProcessState::Alive(alive) = &mut process.state else { continue };
+        let Some(stopped) = &mut alive.stopped else { continue };
+        let parent = proc::stat(*pid).map_err(read("the parent of a process"))?.ppid;
+        // Of a parent outside of the container nothing is restored.
+        if let Some(parent) = frozen.processes.get_mut(&parent) {
+            stopped.reported = !process::would_report_stop(parent, process.pid)?;
+        }
+    }
+    Ok(())
 }
 
 /// The digest of the vdso's code without the padding, where the engine leaves traces.

@@ -16,7 +16,7 @@ use samara_kernel::wait::{self, Status};
 use samara_kernel::{Pid, proc};
 
 use crate::restart::{self, Sleeper};
-use crate::tracee::{Process, Thread, TraceeError, failed};
+use crate::tracee::{self, Process, Thread, TraceeError, failed};
 
 /// Why a container could not be stopped. It runs on in every case.
 #[derive(Debug, thiserror::Error)]
@@ -173,11 +173,7 @@ impl FrozenTree {
             first_error = first_error.and(unmapped).and(settled);
         }
         before_last();
-        for process in &everything {
-            first_error = first_error
-                .and(process.threads.iter().map(Thread::release).fold(Ok(()), Result::and));
-        }
-        first_error
+        first_error.and(tracee::release(&everything))
     }
 }
 

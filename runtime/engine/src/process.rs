@@ -35,6 +35,8 @@ pub(crate) const ITIMERVAL_BYTES: usize = 32;
 const PR_GET_TID_ADDRESS: u64 = 40;
 const SECCOMP_STRICT: u32 = 1;
 
+const SIGINFO_BYTES: usize = 128;
+
 /// Describes a stopped process. Its memory has been described already, since this maps the engine's own.
 ///
 /// Every thread is left with the engine's corrections of interrupted calls, ready to be thawed.
@@ -106,7 +108,12 @@ pub(crate) fn collect(
         actions: answers.actions,
         pending: pending(process.threads.first().map_or(pid, |thread| thread.tid), Queue::Process)?,
         interval_timers: answers.interval_timers,
-        stopped: process.threads.iter().any(|thread| thread.group_stop != 0),
+        stopped: process
+            .threads
+            .iter()
+            .find(|thread| thread.group_stop != 0)
+            // Whether its parent knows is asked of the parent, later.
+            .map(|thread| record::Stopped { signal: thread.group_stop, reported: true }),
         dumpable: answers.dumpable,
         subreaper: answers.subreaper,
         oom_score_adjust: attribute(pid, "oom_score_adj")?.parse().unwrap_or(0),
@@ -115,6 +122,37 @@ pub(crate) fn collect(
         threads,
     };
     Ok(record::Process { state: ProcessState::Alive(Box::new(alive)), ..identity(pid, &status)? })
+}
+
+/// Whether a wait of `parent` would report that its child, which it numbers `child`, has stopped. The wait is not used up.
+pub(crate) fn would_report_stop(parent: &mut Process, child: i32) -> Result<bool, TraceeError> {
+    parent.map_arena(None)?;
+    let mut tape = parent.tape()?;
+    let information = tape.output(SIGINFO_BYTES);
+    let flags = libc::WSTOPPED | libc::WNOHANG | libc::WNOWAIT;
+    let arguments = wait_for_stop(child, information.address, flags);
+    tape.call("ask for a stopped child", libc::SYS_waitid, arguments);
+    parent.run_all(0, &tape, End::Call)?;
+    let information = parent.output(information)?;
+    parent.unmap_arena()?;
+    // `si_signo`, which stays 0 where there is nothing to report.
+    Ok(information.starts_with(&libc::SIGCHLD.to_le_bytes()))
+}
+
+/// Uses up the report that a child has stopped.
+pub(crate) fn take_stop_report(parent: &mut Process, child: i32) -> Result<(), TraceeError> {
+    let mut tape = parent.tape()?;
+    let arguments = wait_for_stop(child, 0, libc::WSTOPPED | libc::WNOHANG);
+    tape.call("take note of a stopped child", libc::SYS_waitid, arguments);
+    parent.run_all(0, &tape, End::Breakpoint)?;
+    Ok(())
+}
+
+fn wait_for_stop(child: i32, information: u64, flags: i32) -> [u64; 6] {
+    let (kind, child) = (u64::from(libc::P_PID), u64::from(child.unsigned_abs()));
+    // A child counts whatever signal its end will send.
+    let flags = flags | libc::__WALL;
+    [kind, child, information, u64::from(flags.unsigned_abs()), 0, 0]
 }
 
 pub(crate) fn collect_zombie(pid: Pid) -> Result<record::Process, CaptureError> {
@@ -449,6 +487,7 @@ fn seccomp(tid: Pid, status: &proc::Status) -> Result<Seccomp, CaptureError> {
         Some(_) => {}
     }
     let mut filters = Vec::new();
+    // The kernel counts from the oldest one (kernel/seccomp.c, get_nth_filter).
     for index in 0..FILTERS_MAX {
         let program = ptrace::seccomp_filter(tid, index)
             .map_err(failed("read the seccomp filters of", tid))?;
@@ -457,7 +496,6 @@ fn seccomp(tid: Pid, status: &proc::Status) -> Result<Seccomp, CaptureError> {
             .map_err(failed("read the seccomp filters of", tid))?;
         filters.push(SeccompFilter { program: Bytes::from(program), flags });
     }
-    filters.reverse();
     Ok(Seccomp::Filters(filters))
 }
 
@@ -926,11 +964,6 @@ pub(crate) fn set_registers(process: &mut Process, alive: &Alive) -> Result<(), 
             .map_err(failed("set the signal mask of", tid))?;
         thread.mask = record.signal_mask;
         thread.stop = registers;
-    }
-    if alive.stopped
-        && let Some(leader) = process.threads.first_mut()
-    {
-        leader.owed_signal = libc::SIGSTOP;
     }
     Ok(())
 }

@@ -13,7 +13,7 @@ use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use samara_capsule::record::{
-    Alive, Backing, Container, OpenFile, Process as Record, ProcessState,
+    Alive, Backing, Container, OpenFile, Process as Record, ProcessState, Stopped,
 };
 use samara_capsule::transfer::{Source, SpaceId};
 use samara_kernel::pidfd::PidFd;
@@ -28,7 +28,7 @@ use crate::memory::Shared;
 use crate::plan::{self, PlanError, Step};
 use crate::process::Confinement;
 use crate::root::Root;
-use crate::tracee::{ARENA_BYTES, Process, Thread, TraceeError, failed};
+use crate::tracee::{self, ARENA_BYTES, Process, Thread, TraceeError, failed};
 use crate::{descriptors, memory, process, sqlite};
 
 /// Why a container could not be restored. Nothing of it is left but the blank init, if that still lives, for the caller to remove.
@@ -203,6 +203,10 @@ impl Tree {
         }
         tape.call("forget its robust list", libc::SYS_set_robust_list, [0, 24, 0, 0, 0, 0]);
         tape.call("forget its thread id address", libc::SYS_set_tid_address, [0; 6]);
+        // Until each process has its own actions: that a child stops is no news to its parent.
+        let quiet = tape.words(&[0, u64::from(libc::SA_NOCLDSTOP.unsigned_abs()), 0, 0]);
+        let child = u64::from(libc::SIGCHLD.unsigned_abs());
+        tape.call("ignore stops of children", libc::SYS_rt_sigaction, [child, quiet, 0, 8, 0, 0]);
         let off = tape.words(&[0, libc::SS_DISABLE.unsigned_abs().into(), 0]);
         tape.call("forget its alternate stack", libc::SYS_sigaltstack, [off, 0, 0, 0, 0, 0]);
         for mapping in present {
@@ -255,6 +259,29 @@ impl Tree {
             if let ProcessState::Alive(alive) = &record.state {
                 self.make_threads(record.pid, alive)?;
             }
+        }
+        for record in records {
+            if let ProcessState::Alive(alive) = &record.state
+                && let Some(stopped) = alive.stopped
+            {
+                self.stop(record, stopped)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops a process for its parent and the rest of the world; for the engine it goes on.
+    fn stop(&mut self, record: &Record, stopped: Stopped) -> Result<(), RestoreError> {
+        const SIGNALS: [i32; 4] = [libc::SIGSTOP, libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU];
+        if !SIGNALS.contains(&stopped.signal) {
+            let (pid, signal) = (record.pid, stopped.signal);
+            return Err(RestoreError::Damaged(format!("process {pid} was stopped by {signal}")));
+        }
+        self.process(record.pid)?.stop(stopped.signal)?;
+        if stopped.reported
+            && let Some(parent) = self.processes.get_mut(&record.parent)
+        {
+            process::take_stop_report(parent, record.pid)?;
         }
         Ok(())
     }
@@ -426,9 +453,7 @@ impl Tree {
                 thread.settle()?;
             }
         }
-        for thread in processes.iter().flat_map(|process| &process.threads) {
-            thread.release()?;
-        }
+        tracee::release(&processes)?;
         self.finished = true;
         Ok(())
     }

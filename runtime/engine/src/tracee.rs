@@ -13,8 +13,10 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
 
 use samara_capsule::record::Restart;
+use samara_kernel::pidfd::PidFd;
 use samara_kernel::ptrace::{self, Registers};
 use samara_kernel::tape::{self, CALL_BYTES, Call, End, ONCE_BYTES, ONCE_PREFIX, RETURN_BLOCK};
 use samara_kernel::wait::{self, Status};
@@ -108,10 +110,86 @@ impl Thread {
         ptrace::set_registers(tid, &self.stop).map_err(failed("set the registers of", tid))
     }
 
+    /// Receives the SIGSTOP that waits for its process, as `signal`, and so begins a group stop. False: the kernel drops this
+    /// signal, as it does SIGTSTP in a group that nobody controls.
+    fn begin_group_stop(&mut self, signal: i32) -> Result<bool, TraceeError> {
+        let tid = self.tid;
+        ptrace::set_signal_mask(tid, 0).map_err(failed("unblock the signals of", tid))?;
+        let mut delivered = false;
+        let mut status = Status::Continued;
+        loop {
+            match status {
+                Status::EventStop(stop) if stop != libc::SIGTRAP => {
+                    self.group_stop = stop;
+                    break;
+                }
+                Status::EventStop(_) if delivered => break,
+                Status::SignalStop(libc::SIGSTOP) if !delivered => {
+                    delivered = true;
+                    // So that the thread stops in any case before it runs.
+                    ptrace::interrupt(tid).map_err(failed("interrupt", tid))?;
+                    ptrace::cont(tid, signal).map_err(failed("stop", tid))?;
+                }
+                Status::Exited(_) | Status::Killed(_) => {
+                    return Err(TraceeError::Ended { tid, status });
+                }
+                Status::EventStop(_)
+                | Status::SignalStop(_)
+                | Status::SyscallStop
+                | Status::Event(_)
+                | Status::Continued => ptrace::cont(tid, 0).map_err(failed("resume", tid))?,
+            }
+            status = wait::one(tid).map_err(failed("wait for", tid))?;
+        }
+        ptrace::set_signal_mask(tid, self.mask).map_err(failed("set the signal mask of", tid))?;
+        Ok(self.group_stop != 0)
+    }
+
+    /// Takes part in the group stop that another thread of its process has begun.
+    fn join_group_stop(&mut self) -> Result<(), TraceeError> {
+        let tid = self.tid;
+        ptrace::interrupt(tid).map_err(failed("interrupt", tid))?;
+        ptrace::cont(tid, 0).map_err(failed("resume", tid))?;
+        match wait::one(tid).map_err(failed("wait for", tid))? {
+            Status::EventStop(stop) if stop != libc::SIGTRAP => {
+                self.group_stop = stop;
+                Ok(())
+            }
+            status => Err(TraceeError::Astray { tid, rip: self.stop.rip, status }),
+        }
+    }
+
     /// Lets a settled thread go on.
     pub(crate) fn release(&self) -> Result<(), TraceeError> {
         ptrace::detach(self.tid, self.owed_signal).map_err(failed("let go of", self.tid))
     }
+}
+
+/// Lets settled processes go on. Those that a signal had stopped are so again before any other runs and could look.
+///
+/// # Errors
+/// The first that occurred; all that can be let go has been let go.
+pub(crate) fn release(processes: &[Process]) -> Result<(), TraceeError> {
+    /// The way from one stop to the other takes microseconds.
+    const STOP_MAX: Duration = Duration::from_secs(2);
+    let (stopped, running): (Vec<&Process>, Vec<&Process>) =
+        processes.iter().partition(|process| process.threads.iter().any(|t| t.group_stop != 0));
+    let threads = |list: &[&Process]| {
+        list.iter()
+            .flat_map(|process| &process.threads)
+            .map(Thread::release)
+            .fold(Ok(()), Result::and)
+    };
+    let first = threads(&stopped);
+    let deadline = Instant::now() + STOP_MAX;
+    let stands = |process: &Process| {
+        let wanted = process.threads.iter().all(|thread| thread.group_stop != 0);
+        !wanted || proc::stat(process.pid).map_or(true, |stat| matches!(stat.state, 'T' | 'Z'))
+    };
+    while !stopped.iter().all(|process| stands(process)) && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_micros(20));
+    }
+    first.and(threads(&running))
 }
 
 /// A process all of whose threads are in ptrace stops.
@@ -138,6 +216,21 @@ impl Process {
             .open(path)
             .map_err(|source| TraceeError::Memory { what: "open", pid, address: 0, source })?;
         Ok(Process { pid, threads, memory, vdso: None, arena: None, born: Vec::new() })
+    }
+
+    /// Stops a process as a signal does, until SIGCONT comes. Its threads stay in ptrace stops, and calls can be made.
+    pub(crate) fn stop(&mut self, signal: i32) -> Result<(), TraceeError> {
+        let pid = self.pid;
+        let handle = PidFd::open(pid).map_err(failed("open", pid))?;
+        let [leader, others @ ..] = self.threads.as_mut_slice() else { return Ok(()) };
+        let mut begun = false;
+        for signal in [signal, libc::SIGSTOP] {
+            if !begun {
+                handle.send_signal(libc::SIGSTOP).map_err(failed("stop", pid))?;
+                begun = leader.begin_group_stop(signal)?;
+            }
+        }
+        others.iter_mut().try_for_each(Thread::join_group_stop)
     }
 
     /// Says where the vdso is, which [`Process::map_arena`] needs.

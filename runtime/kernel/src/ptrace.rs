@@ -239,8 +239,8 @@ pub fn rseq(tid: Pid) -> io::Result<Option<Rseq>> {
     Ok((address != 0).then_some(Rseq { address, bytes, signature, flags }))
 }
 
-/// The `index`-th seccomp filter of a stopped thread as an array of `struct sock_filter` (8 bytes each), 0 being the newest;
-/// `None` past the oldest.
+/// The `index`-th seccomp filter of a stopped thread as an array of `struct sock_filter` (8 bytes each), 0 being the oldest;
+/// `None` past the newest.
 ///
 /// # Errors
 /// EMEDIUMTYPE: the filter was not installed in the classic form. EACCES: the tracer is filtered itself.
