@@ -251,14 +251,15 @@ impl Freezer {
 
     /// Seizes one thread. False: it is gone, a zombie, or ours already.
     fn seize(&mut self, pid: Pid, tid: Pid) -> Result<bool, FreezeError> {
-        if let Some(sleeper) = Sleeper::observe(tid) {
-            self.sleepers.insert(tid, sleeper);
-        }
         // Without suspending seccomp: the thread still runs, under its filters, until it has stopped.
         let seized = ptrace::seize(tid, TRACED);
         match seized {
             Ok(()) => {
                 self.running.insert(tid, (pid, Instant::now()));
+                // As late as can be: what the thread does from here on is not seen.
+                if let Some(sleeper) = Sleeper::observe(tid) {
+                    self.sleepers.insert(tid, sleeper);
+                }
                 ptrace::interrupt(tid)
                     .or_else(gone_is_fine)
                     .map_err(|source| FreezeError::Seize { pid, tid, source })?;

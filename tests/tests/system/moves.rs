@@ -17,7 +17,7 @@ use crate::{Fixture, size, trial};
 
 /// What does not hold yet, or needs an engine that takes minutes to install. They are counted as ignored, and run with
 /// `script/test system -- --include-ignored`.
-const NOT_YET: [&str; 3] = ["run/on_newer_engine", "move/newer_engine_and_back", "capture/eintr"];
+const NOT_YET: [&str; 2] = ["run/on_newer_engine", "move/newer_engine_and_back"];
 
 /// A save of the largest workload here, on two busy cores.
 const SAVE_TIME_MAX: Duration = Duration::from_secs(300);
