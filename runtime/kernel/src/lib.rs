@@ -10,7 +10,6 @@ pub mod keyctl;
 pub mod mount_setattr;
 pub mod pagemap;
 pub mod pidfd;
-pub mod pidfd_send_signal;
 pub mod proc;
 pub mod process_vm;
 pub mod ptrace;

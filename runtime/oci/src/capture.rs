@@ -12,6 +12,7 @@ use std::time::{Instant, SystemTime};
 
 use samara_capsule::cbor::{EncodeError, encode_record};
 use samara_capsule::config::{Provenance, Requirements};
+use samara_capsule::digest::Digest;
 use samara_capsule::transfer::{Sink, StreamName};
 use samara_engine::capture::{CaptureError, CaptureRequest, Captured, OutsideStream, capture};
 use samara_engine::files::{self, Fingerprint, FingerprintError, LocateError, RootChanges};
@@ -27,6 +28,7 @@ use crate::address::Node;
 use crate::bundle::{Bundle, BundleError};
 use crate::capsule_verbs::{CheckpointArgs, ImageArgs};
 use crate::cgroup::CgroupError;
+use crate::ending;
 use crate::monitor::{Client, MonitorError};
 use crate::protocol::{self, ProtocolError, WorkerReport, WorkerTask};
 use crate::saved::{Origin, ROOT_STREAM, Saved, SavedTree};
@@ -113,6 +115,12 @@ pub struct Held {
     /// The node configuration that the address is reached with; none for the default one.
     pub config: Option<PathBuf>,
     pub(crate) lease: Lease,
+    /// Whether the container's specification names the address: then that is told how the container ends.
+    #[serde(default)]
+    pub(crate) carried: bool,
+    /// What the container was resumed from.
+    #[serde(default)]
+    pub(crate) resumed: Option<Digest>,
 }
 
 impl Held {
@@ -126,7 +134,10 @@ impl Held {
     }
 
     pub(crate) fn save(&self, dir: &StateDir) -> io::Result<()> {
-        fs::write(Held::path(dir), serde_json::to_vec(self)?)
+        // As a whole: the monitor may be reading it.
+        let temporary = dir.path().join(format!("lease.json.{}", std::process::id()));
+        fs::write(&temporary, serde_json::to_vec(self)?)?;
+        fs::rename(&temporary, Held::path(dir))
     }
 }
 
@@ -260,7 +271,7 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
     };
     let location = Location::parse(&order.target)?;
     let store = Store::open(&location, &node.config.store, true)?;
-    let mut held = lease(&dir, &order, &store)?;
+    let mut held = lease(&dir, &spec, &order, &store)?;
     let mountinfo = fs::read("/proc/self/mountinfo").map_err(io("read the mounts"))?;
     let root = RootChanges::locate(&record.rootfs, &mountinfo)?;
     let base = files::base_fingerprint(&root, Path::new(FINGERPRINT_CACHE))?;
@@ -308,7 +319,11 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
     } else {
         progress("storing");
         let committed = writer.commit(&mut held.lease, &records, facts)?;
-        frozen.end(SAVED_STATUS).map_err(CheckpointError::Release)?;
+        ending::ask(&dir, "checkpoint");
+        frozen.end(SAVED_STATUS).map_err(|error| {
+            ending::take_back(&dir);
+            CheckpointError::Release(error)
+        })?;
         (committed, stopped.elapsed())
     };
     if Held::load(&dir).is_some_and(|known| known.address == held.address) {
@@ -346,13 +361,23 @@ fn dir_of(path: &Path) -> Result<StateDir, CheckpointError> {
 }
 
 /// The right to commit at the target: the container's own, or a new epoch.
-fn lease(dir: &StateDir, order: &Order, store: &Store) -> Result<Held, CheckpointError> {
+fn lease(
+    dir: &StateDir,
+    spec: &oci_spec::runtime::Spec,
+    order: &Order,
+    store: &Store,
+) -> Result<Held, CheckpointError> {
     if let Some(held) = Held::load(dir).filter(|held| held.address == order.target) {
         return Ok(held);
     }
-    let facts = [("container".to_owned(), dir.id().to_string())].into();
-    let lease = store.take_epoch(&facts)?.lease;
-    Ok(Held { address: order.target.clone(), config: order.config.clone(), lease })
+    let lease = store.take_epoch(&crate::restore::facts(dir.id(), spec))?.lease;
+    Ok(Held {
+        address: order.target.clone(),
+        config: order.config.clone(),
+        lease,
+        carried: false,
+        resumed: None,
+    })
 }
 
 fn outside(record: &Record) -> Vec<OutsideStream> {

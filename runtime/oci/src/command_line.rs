@@ -88,6 +88,10 @@ pub enum Verb {
     Restore(Box<RestoreArgs>),
     /// Carries one capture out; how the monitor calls this program.
     CaptureWorker,
+    /// Tells a store how a container ended; how the monitor calls this program.
+    TellEnd {
+        note: PathBuf,
+    },
     Events {
         id: ContainerId,
         stats: bool,
@@ -352,6 +356,10 @@ fn parse_verb(verb: &str, args: &[String]) -> Result<Verb, UsageError> {
         "checkpoint" => Ok(Verb::Checkpoint(Box::new(capsule_verbs::parse_checkpoint(args)?))),
         "restore" => Ok(Verb::Restore(Box::new(capsule_verbs::parse_restore(args)?))),
         crate::protocol::WORKER_VERB => Ok(Verb::CaptureWorker),
+        crate::ending::TELL_VERB => match args {
+            [note] => Ok(Verb::TellEnd { note: note.into() }),
+            _ => Err(UsageError::UnknownVerb(verb.to_owned())),
+        },
         "create" => {
             let parsed = flags::parse(CREATE, Order::Mixed, args)?;
             Ok(Verb::Create(create_args("create", &parsed)?))

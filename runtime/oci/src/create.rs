@@ -12,7 +12,7 @@ use libcontainer::syscall::syscall::SyscallType;
 use oci_spec::runtime::{LinuxNamespaceType, Process};
 use samara_store::Location;
 
-use crate::address::{self, Node, RestorePolicy};
+use crate::address::{self, Address, Node, RestorePolicy};
 use crate::bundle::{self, Bundle, BundleError};
 use crate::capture::Held;
 use crate::cause::Cause;
@@ -20,14 +20,22 @@ use crate::cgroup::{Cgroup, CgroupError, Elsewhere};
 use crate::confine::{ConfineError, Confinement};
 use crate::container_id::ContainerId;
 use crate::device_filter::{self, DeviceFilterError};
+use crate::ending;
 use crate::hooks::{HookError, HookState, Relay};
 use crate::init::{BlankInit, FirstProcess, ProgramInit};
 use crate::monitor::{self, MonitorError};
 use crate::mounts::Unfinished;
 use crate::process::ProcessIdentity;
 use crate::report::Log;
-use crate::restore::{Incoming, RestoreError};
+use crate::restore::{Incoming, RestoreError, Start};
 use crate::state_dir::{FileIdentity, Record, StateDir, StateError, record_version};
+
+impl CreateError {
+    /// Whether a capsule is there that this container will not continue from.
+    pub fn is_refused(&self) -> bool {
+        matches!(self, CreateError::Restore(error) if error.is_refused())
+    }
+}
 
 #[derive(Debug, thiserror::Error)]
 pub enum CreateError {
@@ -199,20 +207,26 @@ fn look_for_capsule(
     request: &CreateRequest<'_>,
     bundle: &Bundle,
 ) -> Result<(Option<Held>, Option<Incoming>), CreateError> {
-    let (location, policy, node) = match (request.init, request.capsule) {
+    let own = || address::of(&bundle.spec).map_err(|error| Box::new(RestoreError::from(error)));
+    let start = match (request.init, request.capsule) {
         (Init::Blank { .. }, _) => return Ok((None, None)),
-        (Init::Program, Some(location)) => {
-            let node = Node::load().map_err(|error| Box::new(RestoreError::from(error)))?;
-            (location.clone(), RestorePolicy::Require, node)
-        }
-        (Init::Program, None) => {
-            match address::of(&bundle.spec).map_err(|error| Box::new(RestoreError::from(error)))? {
-                None => return Ok((None, None)),
-                Some((address, node)) => (address.location, address.policy, node),
+        (Init::Program, Some(location)) => Start {
+            // An address that the container may not use is no reason to refuse what a command line asks for.
+            carried: own().is_ok_and(|own| own.is_some_and(|(own, _)| own.location == *location)),
+            location: location.clone(),
+            policy: RestorePolicy::Require,
+            node: Node::load().map_err(|error| Box::new(RestoreError::from(error)))?,
+        },
+        (Init::Program, None) => match own()? {
+            None => return Ok((None, None)),
+            Some((Address { location, policy }, node)) => {
+                Start { location, policy, node, carried: true }
             }
-        }
+        },
     };
-    let (held, incoming) = Incoming::open(&location, &node, policy, bundle).map_err(Box::new)?;
+    ending::tell_all(request.root, &start.location)
+        .map_err(|error| Box::new(RestoreError::from(error)))?;
+    let (held, incoming) = Incoming::open(&start, &request.id, bundle).map_err(Box::new)?;
     Ok((Some(held), incoming))
 }
 
@@ -390,6 +404,7 @@ impl Drop for Undo {
         if !self.armed {
             return;
         }
+        ending::ask(&self.dir, "a create that failed");
         if let Some(pid) = self.init.and_then(rustix::process::Pid::from_raw) {
             // It is our child, so its pid is its own until we wait for it.
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);

@@ -101,7 +101,7 @@ pub fn exec(dir: &StateDir, args: &ExecArgs, log: &Log, debug: bool) -> Result<u
     }
     match signals {
         None => Ok(0),
-        Some(signals) => Ok(foreground::attend(pid, signals, console)?),
+        Some(signals) => Ok(foreground::attend(pid, signals, console, &|_| {})?),
     }
 }
 

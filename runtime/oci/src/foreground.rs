@@ -120,9 +120,14 @@ impl Drop for RawMode {
     }
 }
 
-/// Passes signals and terminal on to child `pid` until it ends. Returns its status, 128 and the
-/// signal's number for one that was killed.
-pub fn attend(pid: i32, signals: Signals, console: Option<Console>) -> Result<u8, ForegroundError> {
+/// Passes signals and terminal on to child `pid` until it ends; `told` hears of each signal before the child does. Returns its
+/// status, 128 and the signal's number for one that was killed.
+pub fn attend(
+    pid: i32,
+    signals: Signals,
+    console: Option<Console>,
+    told: &dyn Fn(SignalNumber),
+) -> Result<u8, ForegroundError> {
     let master = console.as_ref().map(Console::receive).transpose()?;
     drop(console);
     let _raw = master.as_ref().map(|_| RawMode::enter());
@@ -147,12 +152,17 @@ pub fn attend(pid: i32, signals: Signals, console: Option<Console>) -> Result<u8
         }
         while let Ok(Some(info)) = signals.0.read_signal() {
             let number = i32::try_from(info.ssi_signo).unwrap_or(0);
-            forward(number, identity.as_ref(), terminal.as_ref());
+            forward(number, identity.as_ref(), terminal.as_ref(), told);
         }
     }
 }
 
-fn forward(number: i32, to: Option<&ProcessIdentity>, terminal: Option<&Terminal>) {
+fn forward(
+    number: i32,
+    to: Option<&ProcessIdentity>,
+    terminal: Option<&Terminal>,
+    told: &dyn Fn(SignalNumber),
+) {
     use nix::libc::{SIGCHLD, SIGPIPE, SIGURG, SIGWINCH};
     match (number, terminal) {
         // Children are reaped after every turn; the other two concern this process alone.
@@ -160,6 +170,7 @@ fn forward(number: i32, to: Option<&ProcessIdentity>, terminal: Option<&Terminal
         (SIGWINCH, Some(terminal)) => resize(&terminal.master),
         _ => {
             if let (Some(process), Some(signal)) = (to, SignalNumber::new(number)) {
+                told(signal);
                 // Gone meanwhile: the next turn reaps it.
                 let _ = process.signal(signal);
             }

@@ -16,6 +16,7 @@ pub mod confine;
 pub mod container_id;
 pub mod create;
 pub mod device_filter;
+pub mod ending;
 pub mod events;
 pub mod exec;
 pub mod features;

@@ -13,13 +13,22 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Serialize;
 
 use crate::bundle::{Bundle, BundleError};
+use crate::capture::Held;
 use crate::cgroup::CgroupError;
+use crate::ending;
 use crate::hooks::{self, HookError, HookState};
 use crate::monitor;
 use crate::process::ProcessIdentity;
 use crate::report::Log;
 use crate::signal_name::{self, SignalNumber};
 use crate::state_dir::{self, Record, StateDir, StateError, Status};
+
+impl LifecycleError {
+    /// Whether a capsule is there that the container does not continue from.
+    pub fn is_refused(&self) -> bool {
+        matches!(self, LifecycleError::Restore(error) if error.is_refused())
+    }
+}
 
 #[derive(Debug, thiserror::Error)]
 pub enum LifecycleError {
@@ -83,6 +92,7 @@ pub fn start(dir: &StateDir) -> Result<(), LifecycleError> {
     let told = HookState::of(&record, true);
     if let Err(error) = hooks::run(hooks::Kind::Poststart, spec.hooks().as_ref(), &told, None) {
         // As runc: a container whose poststart hook fails does not run on.
+        ending::ask(dir, "a failed hook");
         let _ = record.init.signal(SignalNumber::KILL);
         return Err(error.into());
     }
@@ -199,11 +209,13 @@ pub fn kill(dir: &StateDir, signal: &str, all: bool) -> Result<(), LifecycleErro
             // runc says nothing when there is nobody left to signal.
             return if all { Ok(()) } else { Err(LifecycleError::NotRunning) };
         }
+        ending::ask_by_signal(dir, number);
         return Ok(record.cgroup.signal_all(number)?);
     }
     if status == Status::Stopped {
         return Err(LifecycleError::NotRunning);
     }
+    ending::ask_by_signal(dir, number);
     if !record.init.signal(number).map_err(LifecycleError::Signal)? {
         return Err(LifecycleError::NotRunning);
     }
@@ -233,8 +245,8 @@ pub fn delete(dir: &StateDir, force: bool, log: &Log) -> Result<(), LifecycleErr
     };
     match record.status() {
         Status::Stopped => {}
-        Status::Created => kill_and_wait(&record)?,
-        Status::Running | Status::Paused if force => kill_and_wait(&record)?,
+        Status::Created => kill_and_wait(dir, &record)?,
+        Status::Running | Status::Paused if force => kill_and_wait(dir, &record)?,
         status @ (Status::Running | Status::Paused) => {
             return Err(LifecycleError::NotStopped { id: record.id, status });
         }
@@ -243,6 +255,12 @@ pub fn delete(dir: &StateDir, force: bool, log: &Log) -> Result<(), LifecycleErr
         record.cgroup.signal_all(SignalNumber::KILL)?;
     }
     monitor::stop(dir);
+    if let Some(held) = Held::load(dir).filter(|held| held.carried && !ending::was_seen(dir)) {
+        log.warning(&format!(
+            "how {} ended was not seen, since its monitor had been killed: a start at {} goes on from the last capsule, if there is one",
+            record.id, held.address
+        ));
+    }
     record.cgroup.remove()?;
     let spec = Bundle::reload(&dir.config());
     dir.remove()?;
@@ -277,7 +295,8 @@ fn delete_half_made(dir: &StateDir, force: bool) -> Result<(), LifecycleError> {
     Ok(dir.remove()?)
 }
 
-fn kill_and_wait(record: &Record) -> Result<(), LifecycleError> {
+fn kill_and_wait(dir: &StateDir, record: &Record) -> Result<(), LifecycleError> {
+    ending::ask(dir, "delete");
     record.init.signal(SignalNumber::KILL).map_err(LifecycleError::Signal)?;
     if record.cgroup.is_frozen() {
         record.cgroup.thaw()?;

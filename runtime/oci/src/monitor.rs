@@ -4,10 +4,14 @@
 //! It does not capture, holds no data of the container, and nothing that the container needs: it
 //! can be killed at any instant, and the next caller starts another one (`Client::connect`).
 //!
+//! A container with an address has a second process, which does nothing until the monitor dies and then sees to it that there is
+//! another one (`standby`): somebody has to see how the container ends, and nobody could look it up later.
+//!
 //! `server` is what runs in it; here is how it comes to be and how others talk to it.
 
 mod client;
 mod server;
+mod standby;
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -20,6 +24,7 @@ use rustix::fs::{Mode, OFlags};
 
 pub use client::Client;
 pub use server::serve;
+pub use standby::stand_by;
 
 use crate::process::ProcessIdentity;
 use crate::protocol::{Failure, ProtocolError};
@@ -76,10 +81,14 @@ pub(crate) fn spawn(dir: &StateDir) -> Result<Spawned, MonitorError> {
     Ok(Spawned { dir: dir.clone() })
 }
 
-/// Ends the monitor of `dir`, if there is one. One that does not answer is left: it ends with the
-/// container.
+/// Ends the monitor of `dir`, if there is one. It answers when the container's address has been told of the end; one that does
+/// not within a second is left: it ends with the container, or when the store has answered.
 pub fn stop(dir: &StateDir) {
-    if let Ok(mut client) = Client::connect_existing(dir) {
+    /// dockerd waits for a `delete` for two seconds.
+    const TOLD_WITHIN: std::time::Duration = std::time::Duration::from_secs(1);
+    if let Ok(mut client) = Client::connect_existing(dir)
+        && client.wait_at_most(TOLD_WITHIN).is_ok()
+    {
         let _ = client.shutdown();
     }
 }

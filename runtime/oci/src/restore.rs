@@ -4,6 +4,7 @@
 //! init, and [`finish`] fills it once it has been started. Between `create` and `start` the capsule that was chosen stands in the
 //! container's folder.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -29,7 +30,9 @@ use crate::address::{AddressError, Node, RestorePolicy};
 use crate::bundle::{Bundle, BundleError};
 use crate::capture::{CheckpointError, FINGERPRINT_CACHE, Held, cpu_features, open_inside};
 use crate::confine::ConfineError;
+use crate::container_id::ContainerId;
 use crate::create::{ClockOffset, TimeOffsets};
+use crate::ending::{self, EndingError};
 use crate::saved::{Differs, Origin, ROOT_STREAM, Saved};
 use crate::seccomp::{Program, SeccompError};
 use crate::state_dir::{StateDir, StateError};
@@ -50,6 +53,8 @@ pub enum RestoreError {
     Store(#[from] StoreError),
     #[error(transparent)]
     Log(#[from] LogError),
+    #[error(transparent)]
+    Ending(#[from] EndingError),
     #[error(transparent)]
     Read(#[from] ReadError),
     #[error("{address} has no capsule, and dev.samara.restore requires one")]
@@ -84,6 +89,50 @@ pub enum RestoreError {
     Io { attempt: &'static str, source: io::Error },
 }
 
+impl RestoreError {
+    /// Whether it is the capsule, or what it asks of this host and container, that stands against a restore; and not a store, a
+    /// configuration or this host's state.
+    pub fn is_refused(&self) -> bool {
+        match self {
+            RestoreError::Required { .. }
+            | RestoreError::FailedTwice { .. }
+            | RestoreError::Differs(_)
+            | RestoreError::Incompatible { .. } => true,
+            RestoreError::State(_)
+            | RestoreError::Address(_)
+            | RestoreError::Target(_)
+            | RestoreError::Bundle(_)
+            | RestoreError::Config(_)
+            | RestoreError::Store(_)
+            | RestoreError::Log(_)
+            | RestoreError::Ending(_)
+            | RestoreError::Locate(_)
+            | RestoreError::Fingerprint(_)
+            | RestoreError::Confine(_)
+            | RestoreError::Seccomp(_)
+            | RestoreError::NoInit
+            | RestoreError::Io { .. } => false,
+            RestoreError::Read(_)
+            | RestoreError::Records(_)
+            | RestoreError::Apply(_)
+            | RestoreError::NoStream(_)
+            | RestoreError::Engine(_) => self.is_capsules_fault(),
+        }
+    }
+
+    /// Whether another attempt with the same capsule would fail as well, wherever it were made.
+    fn is_capsules_fault(&self) -> bool {
+        match self {
+            RestoreError::Read(error) => error.is_damage(),
+            RestoreError::Records(_) | RestoreError::NoStream(_) => true,
+            RestoreError::Apply(error) => matches!(error, ApplyError::Corrupt { .. }),
+            // A host that does not fit is found before; the rest is between the capsule and our program.
+            RestoreError::Engine(error) => !matches!(error, EngineError::Incompatible(_)),
+            _ => false,
+        }
+    }
+}
+
 /// A capsule that a container will continue from. Its root has been prepared.
 #[derive(Debug)]
 pub struct Incoming {
@@ -91,6 +140,16 @@ pub struct Incoming {
     pub seccomp_filters: u32,
     held: Held,
     manifest: Digest,
+}
+
+/// Where a container starts, and how.
+#[derive(Debug)]
+pub(crate) struct Start {
+    pub(crate) location: Location,
+    pub(crate) policy: RestorePolicy,
+    pub(crate) node: Node,
+    /// Whether the container's own specification names the address.
+    pub(crate) carried: bool,
 }
 
 /// What stands in the container's folder between `create` and `start`.
@@ -102,22 +161,27 @@ struct Waiting {
 impl Incoming {
     /// Looks for a capsule to continue from, takes the next epoch of the address, and makes the container's root as it was saved.
     ///
-    /// `Ok(None)`: there is none, or it is not wanted; the container begins anew, and `dir` will hold the lease.
+    /// No incoming capsule: there is none, or it is not wanted; the container begins anew, and `dir` will hold the lease.
     ///
     /// # Errors
     /// Nothing has been made; the root may have to be discarded.
     pub(crate) fn open(
-        location: &Location,
-        node: &Node,
-        policy: RestorePolicy,
+        start: &Start,
+        id: &ContainerId,
         bundle: &Bundle,
     ) -> Result<(Held, Option<Incoming>), RestoreError> {
-        let address = location.to_string();
-        let store = Store::open(location, &node.config.store, true)?;
-        let started = store.take_epoch(&[("container".to_owned(), String::new())].into())?;
+        let address = start.location.to_string();
+        let store = Store::open(&start.location, &start.node.config.store, true)?;
+        let started = store.take_epoch(&facts(id, &bundle.spec))?;
         let config = std::env::var_os(crate::address::CONFIG_VARIABLE).map(PathBuf::from);
-        let held = Held { address: address.clone(), config, lease: started.lease };
-        let latest = match (policy, started.latest) {
+        let mut held = Held {
+            address: address.clone(),
+            config,
+            lease: started.lease,
+            carried: start.carried,
+            resumed: None,
+        };
+        let latest = match (start.policy, started.latest) {
             (RestorePolicy::Never, _) | (RestorePolicy::Auto, None) => return Ok((held, None)),
             (RestorePolicy::Require, None) => return Err(RestoreError::Required { address }),
             (RestorePolicy::Auto | RestorePolicy::Require, Some(latest)) => latest,
@@ -147,6 +211,7 @@ impl Incoming {
             seconds: ns.div_euclid(1_000_000_000),
             nanoseconds: u32::try_from(ns.rem_euclid(1_000_000_000)).expect("less than a second"),
         };
+        held.resumed = Some(latest.digest);
         let incoming = Incoming {
             offsets: TimeOffsets {
                 monotonic: offset(offsets.monotonic_ns),
@@ -172,6 +237,24 @@ impl Waiting {
     fn path(dir: &StateDir) -> PathBuf {
         dir.path().join("capsule.json")
     }
+}
+
+/// Who starts, for whoever reads the log of an address.
+pub(crate) fn facts(id: &ContainerId, spec: &Spec) -> BTreeMap<String, String> {
+    /// Where podman, CRI-O, containerd's CRI and nerdctl keep the name that their user knows; docker keeps it to itself.
+    const NAMES: [&str; 4] = [
+        "io.podman.annotations.container.name",
+        "io.kubernetes.cri-o.ContainerName",
+        "io.kubernetes.cri.container-name",
+        "nerdctl/name",
+    ];
+    let annotations = spec.annotations().as_ref();
+    let name = NAMES.iter().find_map(|key| annotations?.get(*key)).cloned();
+    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let mut facts =
+        BTreeMap::from([("container".to_owned(), id.to_string()), ("host".to_owned(), host)]);
+    facts.extend(name.map(|name| ("name".to_owned(), name)));
+    facts
 }
 
 /// All that the capsule requires of this host and does not find.
@@ -237,12 +320,20 @@ pub fn finish(dir: &StateDir) -> Result<bool, RestoreError> {
     let waiting: Waiting = serde_json::from_slice(&waiting)
         .map_err(|error| io("read the capsule's note")(error.into()))?;
     let record = dir.load()?;
-    let filled = fill(dir, &waiting);
-    if filled.is_err() {
-        // A container that is not what was saved must not run.
+    if let Err(error) = fill(dir, &waiting) {
+        // A container that is not what was saved must not run. Its end says nothing of its program.
+        ending::ask(dir, "a restore that failed");
         let _ = record.init.signal(crate::signal_name::SignalNumber::KILL);
+        if error.is_capsules_fault()
+            && let Some(held) = Held::load(dir)
+            && let Ok(Some(note)) =
+                ending::note_failed_restore(dir, &held, &crate::report::chain(&error))
+        {
+            // What is not told now, the next start at the address tells.
+            let _ = ending::tell(&note);
+        }
+        return Err(error);
     }
-    filled?;
     fs::remove_file(path).map_err(io("remove the capsule's note"))?;
     Ok(true)
 }

@@ -9,6 +9,17 @@ use std::path::Path;
 
 use samara_store::Location;
 
+impl RunError {
+    /// Whether a capsule is there that the container does not continue from.
+    pub fn is_refused(&self) -> bool {
+        match self {
+            RunError::Create(error) => error.is_refused(),
+            RunError::Lifecycle(error) => error.is_refused(),
+            RunError::Foreground(_) | RunError::Bundle(_) => false,
+        }
+    }
+}
+
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
     #[error(transparent)]
@@ -68,7 +79,8 @@ pub fn run(
         return Err(error.into());
     }
     let Some(signals) = signals else { return Ok(0) };
-    let status = foreground::attend(created.record.init.pid, signals, console)?;
+    let told = |signal| crate::ending::ask_by_signal(&created.dir, signal);
+    let status = foreground::attend(created.record.init.pid, signals, console, &told)?;
     if !args.keep {
         lifecycle::delete(&created.dir, true, log)?;
     }

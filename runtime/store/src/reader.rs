@@ -71,6 +71,34 @@ pub enum ReadError {
     Panicked,
 }
 
+impl ReadError {
+    /// Whether what is stored is not a whole capsule that this version can read: another attempt would find the same.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            ReadError::Store(error) => matches!(
+                error,
+                StoreError::NotFound { .. }
+                    | StoreError::TooLarge { .. }
+                    | StoreError::Damaged { .. }
+                    | StoreError::Length { .. }
+            ),
+            ReadError::Log(_)
+            | ReadError::None { .. }
+            | ReadError::Decompress(_)
+            | ReadError::Panicked => false,
+            ReadError::Manifest { .. }
+            | ReadError::Config { .. }
+            | ReadError::Records { .. }
+            | ReadError::Segment { .. }
+            | ReadError::SegmentOrder { .. }
+            | ReadError::UnknownPack { .. }
+            | ReadError::Frame { .. }
+            | ReadError::FrameContent { .. }
+            | ReadError::Stream { .. } => true,
+        }
+    }
+}
+
 /// One capsule, ready to be read. Manifest and config have been checked.
 #[derive(Debug)]
 pub struct CapsuleReader {

@@ -2,18 +2,19 @@
 
 use std::error::Error;
 use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use samara_oci::address::CONFIG_VARIABLE;
-use samara_oci::command_line::{self, CommandLine, Global, Verb};
+use samara_oci::command_line::{self, CommandLine, Global, RunArgs, Verb};
 use samara_oci::create::{self, CreateRequest, Init};
 use samara_oci::report::Log;
 use samara_oci::state_dir::StateDir;
 use samara_oci::{
-    capture, events, exec, features, hooks, lifecycle, output, report, run, sealed, spec_template,
-    update,
+    capture, ending, events, exec, features, hooks, lifecycle, output, report, run, sealed,
+    spec_template, update,
 };
+use samara_store::Location;
 
 fn main() -> ExitCode {
     let args: Result<Vec<String>, _> =
@@ -32,16 +33,40 @@ fn main() -> ExitCode {
     let log = Log::new(&line.global);
     match act(line, &log) {
         Ok(status) => ExitCode::from(status),
-        Err(error) => {
+        Err(Failure { error, status }) => {
             log.failure(&report::chain(&*error));
-            ExitCode::FAILURE
+            ExitCode::from(status)
         }
     }
 }
 
-fn act(line: CommandLine, log: &Log) -> Result<u8, Box<dyn Error>> {
+/// Of a call that failed.
+const FAILED_STATUS: u8 = 1;
+/// Of a call that found a capsule which the container does not continue from: who tries again elsewhere, or not at all, goes by
+/// it (docs/lifecycle.md).
+const REFUSED_STATUS: u8 = 176;
+
+struct Failure {
+    error: Box<dyn Error>,
+    status: u8,
+}
+
+impl Failure {
+    fn new(error: impl Error + 'static, refused: bool) -> Failure {
+        let status = if refused { REFUSED_STATUS } else { FAILED_STATUS };
+        Failure { error: Box::new(error), status }
+    }
+}
+
+impl<E: Error + 'static> From<E> for Failure {
+    fn from(error: E) -> Failure {
+        Failure::new(error, false)
+    }
+}
+
+fn act(line: CommandLine, log: &Log) -> Result<u8, Failure> {
     let CommandLine { global, verb } = line;
-    let root = lifecycle::root(global.root);
+    let root = lifecycle::root(global.root.clone());
     let dir = |id| StateDir::new(&root, id);
     match verb {
         Verb::Create(args) => {
@@ -61,11 +86,15 @@ fn act(line: CommandLine, log: &Log) -> Result<u8, Box<dyn Error>> {
                 detached: true,
                 log,
                 debug: global.debug,
+            })
+            .map_err(|error| {
+                let refused = error.is_refused();
+                Failure::new(error, refused)
             })?;
         }
         Verb::Run(args) => {
             sealed::ensure()?;
-            return Ok(run::run(&root, &args, global.systemd_cgroup, None, log, global.debug)?);
+            return run_container(&root, &args, &global, None, log);
         }
         Verb::Exec(args) => {
             sealed::ensure()?;
@@ -88,17 +117,14 @@ fn act(line: CommandLine, log: &Log) -> Result<u8, Box<dyn Error>> {
             sealed::ensure()?;
             let location = capture::target(&args.image)?;
             let args = args.as_run();
-            return Ok(run::run(
-                &root,
-                &args,
-                global.systemd_cgroup,
-                Some(&location),
-                log,
-                global.debug,
-            )?);
+            return run_container(&root, &args, &global, Some(&location), log);
         }
         Verb::CaptureWorker => capture::worker()?,
-        Verb::Start { id } => lifecycle::start(&dir(&id))?,
+        Verb::TellEnd { note } => ending::teller(&note)?,
+        Verb::Start { id } => lifecycle::start(&dir(&id)).map_err(|error| {
+            let refused = error.is_refused();
+            Failure::new(error, refused)
+        })?,
         Verb::State { id } => output::with_stdout(|out| lifecycle::state(&dir(&id), out))?,
         Verb::Kill { id, signal, all } => lifecycle::kill(&dir(&id), &signal, all)?,
         Verb::Delete { id, force } => lifecycle::delete(&dir(&id), force, log)?,
@@ -128,4 +154,17 @@ fn act(line: CommandLine, log: &Log) -> Result<u8, Box<dyn Error>> {
         })?,
     }
     Ok(0)
+}
+
+fn run_container(
+    root: &Path,
+    args: &RunArgs,
+    global: &Global,
+    capsule: Option<&Location>,
+    log: &Log,
+) -> Result<u8, Failure> {
+    run::run(root, args, global.systemd_cgroup, capsule, log, global.debug).map_err(|error| {
+        let refused = error.is_refused();
+        Failure::new(error, refused)
+    })
 }

@@ -50,6 +50,11 @@ impl Client {
         Ok(Self { stream })
     }
 
+    /// Has questions answered within `time`, or fail.
+    pub(super) fn wait_at_most(&mut self, time: Duration) -> io::Result<()> {
+        self.stream.set_read_timeout(Some(time))
+    }
+
     pub fn status(&mut self) -> Result<MonitorStatus, MonitorError> {
         match self.ask(Request::Status)? {
             Answer::Status(status) => Ok(status),

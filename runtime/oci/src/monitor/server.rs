@@ -1,20 +1,23 @@
 //! What runs in the monitor: one thread, one poll(2), no timer.
 //!
 //! It ends when the container's init ends (or, before there is one, when `create` ends), but not
-//! while a capture is under way: a container that moves is killed before its capsule is complete.
+//! while a capture is under way: a container that moves is killed before its capsule is complete. And
+//! not before the container's address has been told of the end, by a process of its own.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use samara_kernel::pidfd::PidFd;
 
-use super::MonitorError;
 use super::client::worker_program;
+use super::{MonitorError, standby};
+use crate::ending::{self, TELL_VERB};
 use crate::process::ProcessIdentity;
 use crate::protocol::{
     Answer, Decoder, Failure, Message, MonitorStatus, Request, Versioned, WORKER_VERB,
@@ -26,6 +29,8 @@ use crate::state_dir::StateDir;
 const CLIENTS_MAX: usize = 16;
 /// Answers that a caller does not fetch: then it is taken for dead.
 const UNSENT_BYTES_MAX: usize = 4 << 20;
+/// Whoever kills every standby this often does not want one.
+const STANDBYS_MAX: u32 = 100;
 /// The kernel's OOM killer should take a container before its monitor.
 const OOM_SCORE: &str = "-500";
 
@@ -35,8 +40,8 @@ pub fn serve(dir: &StateDir, creator: i32) -> Result<(), MonitorError> {
     let io = |attempt| move |source: io::Error| MonitorError::Io { attempt, source };
     let listener = detach().map_err(io("detach"))?;
     let init = match dir.load() {
-        Ok(record) => match record.init.pidfd() {
-            Some(fd) => Some(Init { identity: record.init, fd: Some(fd) }),
+        Ok(record) => match record.init.handle() {
+            Some(handle) => Some(Init { identity: record.init, handle: Some(handle) }),
             None => return Ok(()),
         },
         // The container is still being made.
@@ -51,13 +56,17 @@ pub fn serve(dir: &StateDir, creator: i32) -> Result<(), MonitorError> {
         return Ok(());
     }
     let mut server = Server {
-        dir: dir.path().to_owned(),
+        dir: dir.clone(),
         listener,
         creator,
         init,
         clients: Vec::new(),
         next_client: 0,
         capture: None,
+        ended: None,
+        telling: None,
+        standby: None,
+        standbys_left: STANDBYS_MAX,
         stopping: false,
     };
     let mut moved = false;
@@ -67,15 +76,26 @@ pub fn serve(dir: &StateDir, creator: i32) -> Result<(), MonitorError> {
             crate::cgroup::leave_all();
             moved = true;
         }
+        if moved {
+            server.keep_standby();
+        }
         server.turn().map_err(io("wait"))?;
     }
     Ok(())
 }
 
-/// Leaves everything of the caller's behind: descriptors, session, cgroups, working directory.
+/// The listening socket, with everything of the caller's left behind.
 fn detach() -> io::Result<UnixListener> {
     samara_kernel::close_range::close_from(3)?;
     let listener = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?;
+    leave_caller()?;
+    let listener = UnixListener::from(listener);
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+/// Leaves everything of the caller's behind but descriptors from 3 on: streams, session, working directory.
+pub(super) fn leave_caller() -> io::Result<()> {
     let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null")?;
     rustix::stdio::dup2_stdin(&null)?;
     rustix::stdio::dup2_stdout(&null)?;
@@ -85,25 +105,35 @@ fn detach() -> io::Result<UnixListener> {
     rustix::process::chdir("/")?;
     // Without CAP_SYS_RESOURCE the score cannot go down; it then stays the engine's.
     let _ = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE);
-    let listener = UnixListener::from(listener);
-    listener.set_nonblocking(true)?;
-    Ok(listener)
+    Ok(())
 }
 
 struct Init {
     identity: ProcessIdentity,
     /// None once it has ended.
-    fd: Option<OwnedFd>,
+    handle: Option<PidFd>,
+}
+
+/// A process of ours that does one thing and ends.
+struct Assistant {
+    child: Child,
+    handle: PidFd,
 }
 
 struct Server {
-    dir: PathBuf,
+    dir: StateDir,
     listener: UnixListener,
     creator: Option<OwnedFd>,
     init: Option<Init>,
     clients: Vec<Client>,
     next_client: u64,
     capture: Option<Capture>,
+    /// The init's end, until it is concluded: its status, if that is known.
+    ended: Option<Option<i32>>,
+    /// Who tells the address of the end.
+    telling: Option<Assistant>,
+    standby: Option<Assistant>,
+    standbys_left: u32,
     stopping: bool,
 }
 
@@ -112,6 +142,8 @@ struct Client {
     stream: UnixStream,
     decoder: Decoder,
     unsent: Vec<u8>,
+    /// Has asked for the monitor's end, and gets an answer when the container's end has been told.
+    waits_for_end: bool,
     /// Whether its last answer is in `unsent`.
     answered: bool,
     gone: bool,
@@ -140,17 +172,25 @@ enum Event {
     WorkerOutput,
     WorkerInput,
     WorkerEnded,
+    Told,
+    StandbyEnded,
     Client(usize),
 }
 
 impl Server {
     fn is_done(&self) -> bool {
         let unwatched = match &self.init {
-            Some(init) => init.fd.is_none(),
+            Some(init) => init.handle.is_none(),
             None => self.creator.is_none(),
         };
-        let silent = self.clients.iter().all(|client| client.unsent.is_empty());
-        self.capture.is_none() && silent && (self.stopping || unwatched)
+        let silent =
+            self.clients.iter().all(|client| client.unsent.is_empty() && !client.waits_for_end);
+        self.is_told() && silent && (self.stopping || unwatched)
+    }
+
+    /// Whether nothing is under way that outlives the container.
+    fn is_told(&self) -> bool {
+        self.capture.is_none() && self.ended.is_none() && self.telling.is_none()
     }
 
     /// Waits for events and handles them.
@@ -160,14 +200,33 @@ impl Server {
                 Event::Listener => self.accept(),
                 Event::Creator => self.creator = None,
                 Event::Init => {
-                    if let Some(init) = &mut self.init {
-                        init.fd = None;
+                    if let Some(init) = &mut self.init
+                        && let Some(handle) = init.handle.take()
+                    {
+                        self.ended = Some(init.identity.end_status(&handle));
                     }
                 }
                 Event::WorkerInput => self.tell_worker(),
                 Event::WorkerOutput => self.hear_worker(),
                 Event::WorkerEnded => self.worker_ended(),
+                Event::Told => Assistant::reap(&mut self.telling),
+                Event::StandbyEnded => Assistant::reap(&mut self.standby),
                 Event::Client(index) => self.client_event(index),
+            }
+        }
+        // A capture that is under way may be what ended the container, and changes its lease.
+        if self.capture.is_none()
+            && let Some(status) = self.ended.take()
+        {
+            self.conclude(status);
+        }
+        if self.stopping && self.is_told() {
+            for index in 0..self.clients.len() {
+                if let Some(client) = self.clients.get_mut(index).filter(|c| c.waits_for_end) {
+                    client.waits_for_end = false;
+                    let id = client.id;
+                    self.answer(id, &Answer::ShuttingDown, true);
+                }
             }
         }
         for client in &mut self.clients {
@@ -191,8 +250,15 @@ impl Server {
         if let Some(creator) = self.creator.as_ref().filter(|_| self.init.is_none()) {
             watched.push((Event::Creator, creator.as_fd(), PollFlags::IN));
         }
-        if let Some(fd) = self.init.as_ref().and_then(|init| init.fd.as_ref()) {
-            watched.push((Event::Init, fd.as_fd(), PollFlags::IN));
+        // Before clients: who asks for the monitor's end knows that the container has ended.
+        if let Some(handle) = self.init.as_ref().and_then(|init| init.handle.as_ref()) {
+            watched.push((Event::Init, handle.as_fd(), PollFlags::IN));
+        }
+        if let Some(telling) = &self.telling {
+            watched.push((Event::Told, telling.handle.as_fd(), PollFlags::IN));
+        }
+        if let Some(standby) = &self.standby {
+            watched.push((Event::StandbyEnded, standby.handle.as_fd(), PollFlags::IN));
         }
         if let Some(capture) = &self.capture {
             watched.push((Event::WorkerEnded, capture.ended.as_fd(), PollFlags::IN));
@@ -233,6 +299,7 @@ impl Server {
             stream,
             decoder: Decoder::default(),
             unsent: Vec::new(),
+            waits_for_end: false,
             answered: false,
             gone: false,
         });
@@ -282,9 +349,32 @@ impl Server {
             }
             Request::Shutdown => {
                 self.stopping = true;
-                self.answer(id, &Answer::ShuttingDown, true);
+                client.waits_for_end = true;
             }
         }
+    }
+
+    /// The container has ended: notes what its address is to be told, and has it told.
+    ///
+    /// What fails here is made good by the next start at the address, which finds the note; or, where there is no note, by nobody,
+    /// and `delete` says so.
+    fn conclude(&mut self, status: Option<i32>) {
+        let Ok(Some(note)) = ending::conclude(&self.dir, status) else { return };
+        self.telling = Assistant::spawn(Command::new(worker_program()).arg(TELL_VERB).arg(note));
+    }
+
+    /// Has somebody watch this process, if the container's end matters.
+    fn keep_standby(&mut self) {
+        let alive = self.init.as_ref().is_some_and(|init| init.handle.is_some());
+        if self.standby.is_some() || self.standbys_left == 0 || !alive || self.stopping {
+            return;
+        }
+        if !ending::is_awaited(&self.dir) {
+            self.standbys_left = 0;
+            return;
+        }
+        self.standbys_left -= 1;
+        self.standby = standby::command(&self.dir).and_then(|mut c| Assistant::spawn(&mut c));
     }
 
     fn adopt(&mut self, identity: ProcessIdentity) -> Result<(), Failure> {
@@ -292,8 +382,8 @@ impl Server {
             Some(init) if init.identity == identity => Ok(()),
             Some(init) => Err(Failure::OtherInit(init.identity.pid)),
             None => {
-                // Ended already: then so do we, after this answer.
-                self.init = Some(Init { identity, fd: identity.pidfd() });
+                // Gone already: then so are we, after this answer.
+                self.init = Some(Init { identity, handle: identity.handle() });
                 self.creator = None;
                 Ok(())
             }
@@ -308,9 +398,9 @@ impl Server {
             return Err(Failure::Busy);
         }
         let init = self.init.as_ref().ok_or(Failure::NoContainer)?.identity;
-        let task = WorkerTask { state_dir: self.dir.clone(), init, args };
+        let task = WorkerTask { state_dir: self.dir.path().to_owned(), init, args };
         let untold = encode(&task).map_err(|e| Failure::BadRequest { message: e.to_string() })?;
-        let capture = Capture::spawn(&self.dir, client, untold)
+        let capture = Capture::spawn(self.dir.path(), client, untold)
             .map_err(|e| Failure::Spawn { message: e.to_string() })?;
         self.capture = Some(capture);
         Ok(())
@@ -385,6 +475,29 @@ impl Server {
         client.answered |= last;
         if client.unsent.len() > UNSENT_BYTES_MAX {
             client.gone = true;
+        }
+    }
+}
+
+impl Assistant {
+    /// None where the process cannot be started or watched: then it is done without.
+    fn spawn(command: &mut Command) -> Option<Assistant> {
+        let streams = [Stdio::null(), Stdio::null(), Stdio::null()];
+        let [stdin, stdout, stderr] = streams;
+        let mut child = command.stdin(stdin).stdout(stdout).stderr(stderr).spawn().ok()?;
+        match i32::try_from(child.id()).ok().and_then(|pid| PidFd::open(pid).ok()) {
+            Some(handle) => Some(Assistant { child, handle }),
+            None => {
+                let _ = child.kill();
+                let _ = child.wait();
+                None
+            }
+        }
+    }
+
+    fn reap(assistant: &mut Option<Assistant>) {
+        if let Some(mut assistant) = assistant.take() {
+            let _ = assistant.child.wait();
         }
     }
 }

@@ -1,0 +1,228 @@
+//! Containers with an address: what their ends and their resumes leave there, and what the next start makes of it.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+#[path = "support/sandbox.rs"]
+mod sandbox;
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::PathBuf;
+use std::process::Output;
+
+use rustix::process::{Pid, Signal, kill_process};
+use samara_capsule::log::{Event, LogState};
+use samara_store::config::StoreConfig;
+use samara_store::{Location, Store};
+use sandbox::{SAMARA, Sandbox, poll, spec, text};
+use serde_json::{Value, json};
+
+/// A sandbox whose containers have one address.
+struct Site {
+    sandbox: Sandbox,
+}
+
+impl Site {
+    fn new() -> Site {
+        let site = Site { sandbox: Sandbox::new() };
+        let text =
+            format!("[store]\nallowed_prefixes = [\"file://{}\"]\n", site.path("").display());
+        std::fs::write(site.path("node.toml"), text).unwrap();
+        std::fs::set_permissions(site.path("node.toml"), std::fs::Permissions::from_mode(0o600))
+            .unwrap();
+        site
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        match name {
+            "" => self.sandbox.path().to_owned(),
+            name => self.sandbox.path().join(name),
+        }
+    }
+
+    fn address(&self) -> String {
+        format!("file://{}", self.path("address").display())
+    }
+
+    fn store(&self) -> Store {
+        let location = Location::parse(&self.address()).unwrap();
+        Store::open(&location, &StoreConfig::default(), false).unwrap()
+    }
+
+    fn state(&self) -> LogState {
+        self.store().head().unwrap().state
+    }
+
+    /// A specification with the address in its environment, running a script.
+    fn spec(&self, script: &str) -> Value {
+        let mut spec = spec(&self.sandbox, &["sh", "-c", script]);
+        let address = format!("SAMARA_CAPSULE={}", self.address());
+        spec["process"]["env"].as_array_mut().unwrap().push(json!(address));
+        spec
+    }
+
+    fn call(&self, args: &[&str]) -> Output {
+        let mut command = self.sandbox.command(SAMARA, args);
+        // Files, since a container that is detached keeps them.
+        let path = self.path("stderr");
+        let log = std::fs::File::create(&path).unwrap();
+        let status = command
+            .env("SAMARA_CONFIG", self.path("node.toml"))
+            .stdout(std::process::Stdio::null())
+            .stderr(log)
+            .status()
+            .unwrap();
+        Output { status, stdout: Vec::new(), stderr: std::fs::read(path).unwrap() }
+    }
+
+    #[track_caller]
+    fn ok(&self, args: &[&str]) {
+        let output = self.call(args);
+        assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
+    }
+
+    /// Calls `run`, detached.
+    fn run(&self, spec: &Value) -> (String, Output) {
+        let id = self.sandbox.new_id(SAMARA);
+        let bundle = self.sandbox.bundle(&id, spec);
+        let output = self.call(&["run", "-d", "-b", bundle.to_str().unwrap(), &id]);
+        (id, output)
+    }
+
+    #[track_caller]
+    fn start(&self, spec: &Value) -> String {
+        let (id, output) = self.run(spec);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        id
+    }
+
+    #[track_caller]
+    fn wait_until_stopped(&self, id: &str) {
+        self.sandbox.wait_for_status(SAMARA, id, "stopped");
+    }
+
+    fn init(&self, id: &str) -> Pid {
+        let state = self.sandbox.state(SAMARA, id);
+        Pid::from_raw(i32::try_from(state["pid"].as_i64().unwrap()).unwrap()).unwrap()
+    }
+
+    fn count(&self) -> u64 {
+        let text = std::fs::read_to_string(self.sandbox.rootfs().join("tmp/count"));
+        text.unwrap_or_default().trim().parse().unwrap_or(0)
+    }
+}
+
+/// Counts in a file, for ever.
+const COUNTER: &str = "n=0; while :; do n=$((n + 1)); echo $n > /tmp/new; \
+                       busybox mv /tmp/new /tmp/count; busybox usleep 20000; done";
+
+/// A finished job that is started again must not continue from a capsule of before.
+#[test]
+fn the_programs_own_success_closes_the_generation() {
+    let site = Site::new();
+    let id = site.start(&site.spec("exit 0"));
+    site.wait_until_stopped(&id);
+    site.ok(&["delete", &id]);
+    assert_eq!(site.state().generation, 1, "delete waits until the address knows");
+    // In the foreground the caller is the one who waits for the init.
+    let bundle = site.sandbox.bundle("attached", &site.spec("exit 0"));
+    let id = site.sandbox.new_id(SAMARA);
+    site.ok(&["run", "-b", bundle.to_str().unwrap(), &id]);
+    assert_eq!(site.state().generation, 2);
+}
+
+/// Neither a failure nor an end that somebody asked for is success: what was done must not be thrown away.
+#[test]
+fn other_ends_leave_the_generation_open() {
+    let site = Site::new();
+    let id = site.start(&site.spec("exit 3"));
+    site.wait_until_stopped(&id);
+    site.ok(&["delete", &id]);
+    let script = "trap 'exit 0' TERM; touch /tmp/up; while :; do busybox usleep 20000; done";
+    let id = site.start(&site.spec(script));
+    poll("the trap", || site.sandbox.rootfs().join("tmp/up").exists());
+    site.ok(&["kill", &id, "TERM"]);
+    site.wait_until_stopped(&id);
+    site.ok(&["delete", &id]);
+    assert_eq!(site.state().generation, 0);
+    assert_eq!(site.state().epoch, 2);
+}
+
+/// The log of an address names who started there.
+#[test]
+fn the_log_names_the_container() {
+    let site = Site::new();
+    let mut spec = site.spec("exit 0");
+    spec["annotations"] = json!({"io.kubernetes.cri.container-name": "the-job"});
+    let id = site.start(&spec);
+    site.wait_until_stopped(&id);
+    let Event::Start { facts } = site.store().slot(0).unwrap().event else { panic!() };
+    assert_eq!((&facts["container"], facts["name"].as_str()), (&id, "the-job"));
+}
+
+/// Monitors of the container, with their arguments.
+fn monitors(id: &str) -> Vec<(Pid, Vec<String>)> {
+    let processes = procfs::process::all_processes().unwrap().flatten();
+    let lines = processes.filter_map(|process| {
+        let line = process.cmdline().ok()?;
+        let pid = Pid::from_raw(process.pid)?;
+        let ours = line.first()?.ends_with("samara-monitor") && line.get(1)?.ends_with(id);
+        ours.then_some((pid, line))
+    });
+    lines.collect()
+}
+
+/// Somebody kills the monitor, and then its successor: the end is still seen.
+#[test]
+fn the_end_is_seen_though_monitors_die() {
+    let site = Site::new();
+    let id = site.start(&site.spec("while [ ! -e /tmp/go ]; do busybox usleep 20000; done"));
+    for _ in 0..2 {
+        poll("a monitor and its standby", || monitors(&id).len() == 2);
+        let seen = monitors(&id);
+        let (monitor, _) = seen.iter().find(|(_, line)| line.len() == 3).unwrap();
+        kill_process(*monitor, Signal::KILL).unwrap();
+        poll("a new monitor", || {
+            let now = monitors(&id);
+            now.len() == 2 && now.iter().all(|(pid, _)| seen.iter().all(|(old, _)| old != pid))
+        });
+    }
+    let (standby, _) = monitors(&id).into_iter().find(|(_, line)| line.len() == 4).unwrap();
+    kill_process(standby, Signal::KILL).unwrap();
+    poll("a new standby", || {
+        monitors(&id).iter().any(|(pid, line)| line.len() == 4 && *pid != standby)
+    });
+    std::fs::write(site.sandbox.rootfs().join("tmp/go"), "").unwrap();
+    site.wait_until_stopped(&id);
+    poll("the generation is closed", || site.state().generation == 1);
+    poll("all of them are gone", || monitors(&id).is_empty());
+}
+
+/// A capsule whose program fails again and again is not resumed for ever; one whose container was only stopped is.
+#[test]
+fn a_capsule_that_failed_twice_is_not_tried_again() {
+    let site = Site::new();
+    let spec = site.spec(COUNTER);
+    let id = site.start(&spec);
+    poll("it counts", || site.count() > 0);
+    site.ok(&["checkpoint", "--capsule", &site.address(), &id]);
+    site.ok(&["delete", &id]);
+
+    let id = site.start(&spec);
+    site.ok(&["kill", &id, "KILL"]);
+    site.wait_until_stopped(&id);
+    site.ok(&["delete", &id]);
+    assert_eq!(site.state().failed_resumes, 0, "that was its user's wish");
+
+    for failures in 1..=2 {
+        let id = site.start(&spec);
+        kill_process(site.init(&id), Signal::KILL).unwrap();
+        site.wait_until_stopped(&id);
+        site.ok(&["delete", &id]);
+        assert_eq!(site.state().failed_resumes, failures);
+    }
+    let (id, output) = site.run(&spec);
+    let words = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(176), "{words}");
+    assert!(words.contains("failed twice") && words.contains("samara capsule rm"), "{words}");
+    assert!(!site.sandbox.state_root(SAMARA).join(id).exists());
+}
