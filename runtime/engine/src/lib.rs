@@ -7,6 +7,7 @@ pub mod clocks;
 mod descriptors;
 pub mod files;
 pub mod freeze;
+pub mod host;
 mod memory;
 mod pipes;
 mod plan;

@@ -309,7 +309,7 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
         created: SystemTime::now(),
         parent: None,
         provenance: provenance(&saved, &record),
-        requirements: requirements(&base),
+        requirements: requirements(&base, &saved.container.vdso_sha256),
     };
     let (committed, pause) = if order.leave_running {
         frozen.thaw_into(&mut || refreeze()).map_err(CheckpointError::Release)?;
@@ -471,8 +471,9 @@ fn provenance(saved: &Saved, record: &Record) -> Provenance {
     Provenance { producer: format!("samara {}", env!("CARGO_PKG_VERSION")), workload }
 }
 
-fn requirements(base: &Fingerprint) -> Requirements {
+fn requirements(base: &Fingerprint, vdso_sha256: &[u8]) -> Requirements {
     Requirements {
+        vdso: <[u8; 32]>::try_from(vdso_sha256).ok().map(Digest::from_bytes),
         architecture: std::env::consts::ARCH.to_owned(),
         cpu_features: cpu_features(),
         base_image: match base {

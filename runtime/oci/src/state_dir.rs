@@ -18,6 +18,7 @@ use std::io::{Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use samara_capsule::digest::Digest;
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::Cgroup;
@@ -225,7 +226,16 @@ impl StateDir {
 
     /// Removes the folder and all in it; one that is gone already is no error.
     pub fn remove(&self) -> Result<(), StateError> {
-        match std::fs::remove_dir_all(&self.path) {
+        // Under a name that no container can have: a standby that looks here must find all of it or nothing, and cannot
+        // put anything into it.
+        // A digest, since the container's own name may be as long as names can be.
+        let id = Digest::of(self.id.as_str().as_bytes()).hex();
+        let gone = self.path.with_file_name(format!("@gone-{id}"));
+        // What an earlier one of this name left when it was killed here.
+        let _ = std::fs::remove_dir_all(&gone);
+        let removed =
+            std::fs::rename(&self.path, &gone).and_then(|()| std::fs::remove_dir_all(&gone));
+        match removed {
             Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
                 Err(StateError::Io { attempt: "remove", path: self.path.clone(), source })
             }

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::process::Output;
 
 use rustix::process::{Pid, Signal, kill_process};
+use samara_capsule::digest::Digest;
 use samara_capsule::log::{Event, LogState};
 use samara_store::config::StoreConfig;
 use samara_store::{Location, Store};
@@ -103,6 +104,70 @@ impl Site {
     fn init(&self, id: &str) -> Pid {
         let state = self.sandbox.state(SAMARA, id);
         Pid::from_raw(i32::try_from(state["pid"].as_i64().unwrap()).unwrap()).unwrap()
+    }
+
+    /// Saves a container that counts, ends it, and answers its specification.
+    fn save_counter(&self) -> Value {
+        let spec = self.spec(COUNTER);
+        let id = self.start(&spec);
+        poll("it counts", || self.count() > 0);
+        self.ok(&["checkpoint", "--capsule", &self.address(), &id]);
+        self.ok(&["delete", &id]);
+        spec
+    }
+
+    /// Stores `content` as a blob, and answers its descriptor's new fields.
+    fn blob(&self, content: &[u8]) -> (String, usize) {
+        let digest = Digest::of(content);
+        std::fs::write(self.path("address/blobs/sha256").join(digest.hex()), content).unwrap();
+        (digest.to_string(), content.len())
+    }
+
+    fn read_blob(&self, digest: &Value) -> Value {
+        let hex = digest.as_str().unwrap().strip_prefix("sha256:").unwrap();
+        let path = self.path("address/blobs/sha256").join(hex);
+        serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+    }
+
+    /// Puts a capsule with another config in the place of the newest one.
+    fn forge(&self, change: impl FnOnce(&mut Value)) {
+        let latest = self.state().latest.unwrap();
+        let slot = self.path("address/log").join(format!("{:020}.json", latest.slot));
+        let mut event: Value = serde_json::from_slice(&std::fs::read(&slot).unwrap()).unwrap();
+        let mut manifest = self.read_blob(&json!(latest.digest.to_string()));
+        let mut config = self.read_blob(&manifest["config"]["digest"]);
+        change(&mut config);
+        let (digest, bytes) = self.blob(config.to_string().as_bytes());
+        manifest["config"]["digest"] = json!(digest);
+        manifest["config"]["size"] = json!(bytes);
+        let (digest, bytes) = self.blob(manifest.to_string().as_bytes());
+        for place in ["/event/capsule/manifest", "/state/latest"] {
+            let capsule = event.pointer_mut(place).unwrap();
+            capsule["digest"] = json!(digest);
+            capsule["bytes"] = json!(bytes);
+        }
+        std::fs::write(&slot, event.to_string()).unwrap();
+        // Later slots repeat the state.
+        for later in latest.slot + 1.. {
+            let path = self.path("address/log").join(format!("{later:020}.json"));
+            if std::fs::remove_file(path).is_err() {
+                break;
+            }
+        }
+    }
+
+    /// A start is refused with status 176 and these words, and nothing was made or changed.
+    #[track_caller]
+    fn refused(&self, spec: &Value, words: &str) {
+        let mark = self.sandbox.rootfs().join("tmp/mark");
+        std::fs::write(&mark, "").unwrap();
+        let (id, output) = self.run(spec);
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(176), "{said}");
+        assert!(said.lines().count() == 1 && said.contains(words), "{words}: {said}");
+        assert!(!self.sandbox.state_root(SAMARA).join(&id).exists());
+        assert!(monitors(&id).is_empty());
+        assert!(mark.exists(), "the root was changed");
     }
 
     fn count(&self) -> u64 {
@@ -201,12 +266,7 @@ fn the_end_is_seen_though_monitors_die() {
 #[test]
 fn a_capsule_that_failed_twice_is_not_tried_again() {
     let site = Site::new();
-    let spec = site.spec(COUNTER);
-    let id = site.start(&spec);
-    poll("it counts", || site.count() > 0);
-    site.ok(&["checkpoint", "--capsule", &site.address(), &id]);
-    site.ok(&["delete", &id]);
-
+    let spec = site.save_counter();
     let id = site.start(&spec);
     site.ok(&["kill", &id, "KILL"]);
     site.wait_until_stopped(&id);
@@ -220,9 +280,41 @@ fn a_capsule_that_failed_twice_is_not_tried_again() {
         site.ok(&["delete", &id]);
         assert_eq!(site.state().failed_resumes, failures);
     }
-    let (id, output) = site.run(&spec);
-    let words = text(&output.stderr);
-    assert_eq!(output.status.code(), Some(176), "{words}");
-    assert!(words.contains("failed twice") && words.contains("samara capsule rm"), "{words}");
-    assert!(!site.sandbox.state_root(SAMARA).join(id).exists());
+    site.refused(&spec, "failed twice");
+    site.refused(&spec, &format!("samara capsule rm {}", site.address()));
+}
+
+/// What stands against a restore is said before the root is another one and a process runs.
+#[test]
+fn a_capsule_that_does_not_fit_changes_nothing() {
+    let site = Site::new();
+    let spec = site.save_counter();
+    let whole = std::cell::RefCell::new(None);
+    let check = |change: &dyn Fn(&mut Value), words: &str| {
+        site.forge(|config| {
+            *config = whole.borrow_mut().get_or_insert_with(|| config.clone()).clone();
+            change(config);
+        });
+        site.refused(&spec, words);
+    };
+    let requirement = |name: &'static str, value: Value| {
+        move |config: &mut Value| config["requirements"][name] = value.clone()
+    };
+    check(&requirement("architecture", json!("vax")), "it was saved on vax");
+    check(&requirement("cpu_features", json!(["warp9"])), "this processor lacks warp9");
+    let other = Digest::of(b"another kernel's").to_string();
+    check(&requirement("vdso", json!(other)), "restore it on a host with the same kernel");
+    check(&requirement("base_image", json!("sha256:0")), "start it with the image");
+    check(&requirement("kernel_features", json!(["mind-reading"])), "use a newer samara");
+    check(&requirement("other", json!({"tape": "9-track"})), "tape = 9-track");
+    check(&|config| config["format"] = json!(2), "use a newer one");
+
+    site.forge(|config| *config = whole.borrow().clone().unwrap());
+    let mut other = site.spec("exit 0");
+    site.refused(&other, "another command");
+    other = site.spec(COUNTER);
+    other["process"]["env"].as_array_mut().unwrap().push(json!("C=3"));
+    site.refused(&other, "another environment");
+
+    site.start(&spec);
 }
