@@ -19,6 +19,9 @@ use crate::{Full, memory_of};
 const NR_OPEN: &str = "/proc/sys/fs/nr_open";
 const NR_OPEN_FOR_RESTORE: &str = "20000";
 
+/// What runs for the peer, by name.
+const PROGRAMS: &[&str] = &["criu", "zstd", "tar", "curl"];
+
 /// A mount namespace with the peers' root, held by a process.
 #[derive(Debug)]
 pub(crate) struct Peer {
@@ -130,7 +133,7 @@ impl Peer {
         let at = images.to_string_lossy().into_owned();
         report.wait_running()?;
         report.forget_gap()?;
-        let sampler = with_memory.then(|| memory_of(&["criu", "zstd", "tar", "curl"]));
+        let sampler = with_memory.then(|| memory_of(PROGRAMS));
         let begin = Instant::now();
         self.call(&[
             "criu",
@@ -165,6 +168,7 @@ impl Peer {
         kill(pid, Signal::SIGKILL)?;
         gone(pid)?;
         fresh()?;
+        let sampler = with_memory.then(|| memory_of(PROGRAMS));
         let begin = Instant::now();
         store.get("peer/full", &fetched)?;
         self.call(&[
@@ -181,6 +185,7 @@ impl Peer {
             .with_context(|| errors(&images.join("restore.log")))?;
         report.check(false)?;
         let restore = begin.elapsed();
+        let peak = peak.max(sampler.map(crate::Sampler::stop));
         report.check(true)?;
         for file in [&packed, &fetched] {
             std::fs::remove_file(file)?;

@@ -83,10 +83,13 @@ pub(crate) fn memory_of(names: &'static [&'static str]) -> Sampler {
 }
 
 /// Anonymous and shared memory of all processes with one of these programs, or of all of ours where none is named. Mapped
-/// files are page cache.
+/// files are page cache. A process in a container is no program of ours, though it begins as one where it is brought back:
+/// what it has then is the saved program's memory.
 fn resident(names: &[&str]) -> u64 {
+    let namespace = |process: &Path| std::fs::read_link(process.join("ns/pid")).ok();
+    let outside = namespace(Path::new("/proc/self"));
     let counts = |process: &Path, status: &str| match names {
-        [] => program_name(process).is_some(),
+        [] => program_name(process).is_some() && namespace(process) == outside,
         _ => status
             .lines()
             .next()

@@ -111,6 +111,7 @@ impl Runtime {
         until("end of the container", Duration::from_secs(60), || {
             Ok((!self.call(["state", id]).run()?.status.success()).then_some(()))
         })?;
+        let sampler = with_memory.then(|| memory_of(&[]));
         let begin = Instant::now();
         let words = ["restore", "--capsule", &url, "-d", "-b"].map(OsStr::new);
         self.call(words.into_iter().chain([bundle.as_os_str(), id.as_ref()]))
@@ -118,6 +119,7 @@ impl Runtime {
             .context("restoring")?;
         report.check(false)?;
         let restore = begin.elapsed();
+        let peak = peak.max(sampler.map(crate::Sampler::stop));
         report.check(true)?;
         Ok(Full { total, bytes, restore, pause_ms, peak })
     }

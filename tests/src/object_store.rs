@@ -148,8 +148,10 @@ impl ObjectStore {
     /// # Errors
     /// When the listing cannot be had or read.
     pub fn bytes_under(&self, path: &str) -> Result<u64> {
+        // curl signs a query as it is written, and the server as S3 wants it, without a bare slash.
+        let prefix = path.replace('/', "%2F");
         let url =
-            format!("{}/{}?list-type=2&max-keys=1000&prefix={path}", self.endpoint, self.bucket);
+            format!("{}/{}?list-type=2&max-keys=1000&prefix={prefix}", self.endpoint, self.bucket);
         let listing = self.curl().args([&url]).output()?;
         if listing.contains("<IsTruncated>true") {
             bail!("more than 1000 objects under {path}");
