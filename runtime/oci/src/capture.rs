@@ -8,6 +8,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime};
 
 use samara_capsule::cbor::{EncodeError, encode_record};
@@ -236,7 +237,9 @@ pub fn worker() -> Result<(), ProtocolError> {
                 }
             }
         }
-        std::process::exit(1);
+        if !ENDING.load(Ordering::SeqCst) {
+            std::process::exit(1);
+        }
     });
     let report = match work(&task) {
         Ok(summary) => WorkerReport::Done {
@@ -246,6 +249,10 @@ pub fn worker() -> Result<(), ProtocolError> {
     };
     protocol::send(&mut io::stdout(), &report)
 }
+
+/// The capsule is whole and the container is being ended, which makes the engine call for the monitor's end: no reason to stop
+/// before the outcome is told.
+static ENDING: AtomicBool = AtomicBool::new(false);
 
 fn progress(text: &str) {
     // Progress that nobody hears is no failure; an end of the caller is seen on standard input.
@@ -311,14 +318,26 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
         provenance: provenance(&saved, &record),
         requirements: requirements(&base, &saved.container.vdso_sha256),
     };
+    let keep = |held: &Held| match Held::load(&dir) {
+        Some(known) if known.address == held.address => match held.save(&dir) {
+            // Its container has ended meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other.map_err(io("keep the lease")),
+        },
+        _ => Ok(()),
+    };
     let (committed, pause) = if order.leave_running {
         frozen.thaw_into(&mut || refreeze()).map_err(CheckpointError::Release)?;
         let pause = stopped.elapsed();
         progress("storing");
-        (writer.commit(&mut held.lease, &records, facts)?, pause)
+        let committed = writer.commit(&mut held.lease, &records, facts)?;
+        keep(&held)?;
+        (committed, pause)
     } else {
         progress("storing");
         let committed = writer.commit(&mut held.lease, &records, facts)?;
+        keep(&held)?;
+        ENDING.store(true, Ordering::SeqCst);
         ending::ask(&dir, "checkpoint");
         frozen.end(SAVED_STATUS).map_err(|error| {
             ending::take_back(&dir);
@@ -326,9 +345,6 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
         })?;
         (committed, stopped.elapsed())
     };
-    if Held::load(&dir).is_some_and(|known| known.address == held.address) {
-        held.save(&dir).map_err(io("keep the lease"))?;
-    }
     Ok(Summary {
         target: order.target,
         manifest: committed.capsule.digest.to_string(),

@@ -117,6 +117,8 @@ pub enum Failure {
     WorkerKilled { signal: i32, name: String },
     #[error("the capture's process ended with status {status} and no result")]
     WorkerEnded { status: i32 },
+    #[error("the container ended by itself and was removed before the capture was complete")]
+    ContainerRemoved,
     #[error("the monitor is shutting down")]
     ShuttingDown,
 }

@@ -190,7 +190,8 @@ fn captures(launch: &Launch, fixture: &Fixture, healthy: bool) -> Result<()> {
     let container = launch.clone().capsule(url.clone()).start(node)?;
     let nonce = container.wait_ready()?;
     for number in 1..=size("SAMARA_TEST_CAPTURES", 20)? {
-        container.save(&url, &[])?.successful().with_context(|| format!("capture {number}"))?;
+        let saved = container.save(&url, &[])?.successful();
+        saved.with_context(|| format!("capture {number}; it said: {:?}", container.logs()))?;
         ensure!(container.runs()?, "after capture {number} it had ended: {}", container.logs()?);
         ensure!(
             node.frozen().is_empty(),

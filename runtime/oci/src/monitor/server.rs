@@ -453,6 +453,7 @@ impl Server {
                 Some(signal) => {
                     Failure::WorkerKilled { signal, name: crate::signal_name::name(signal) }
                 }
+                None if self.stopping => Failure::ContainerRemoved,
                 None => Failure::WorkerEnded { status: status.code().unwrap_or(-1) },
             },
             Err(e) => Failure::Spawn { message: e.to_string() },
