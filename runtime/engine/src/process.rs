@@ -19,6 +19,7 @@ use crate::descriptors::{Channel, Descriptors};
 use crate::restart::{self, Goal, Slept};
 use crate::restore::{RestoreError, make, open_below};
 use crate::root::Root;
+use crate::sockets;
 use crate::tracee::{Output, Process, Tape, Thread, TraceeError, failed};
 use crate::unsupported::{Place, UnsupportedList};
 
@@ -290,6 +291,16 @@ pub(crate) fn mend_for_thaw(
         if let Some((address, before)) = elapsed.get(&thread.tid).and_then(|slept| slept.remainder)
         {
             process.write(address, &before)?;
+        }
+    }
+    for thread in &mut process.threads {
+        let since = elapsed.get(&thread.tid).and_then(|slept| slept.since);
+        if let (Some((fd, direction)), Some(since)) = (restart::socket_wait(&thread.stop), since) {
+            // A socket that can't be asked is one that the program closed while it waited.
+            thread.expires = sockets::timeout(process.pid, fd, direction)
+                .ok()
+                .filter(|timeout| !timeout.is_zero())
+                .and_then(|timeout| since.checked_add(timeout));
         }
     }
     let places = process.scratch_for(corrections.iter().map(|(_, restart)| *restart))?;

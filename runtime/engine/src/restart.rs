@@ -12,7 +12,7 @@
 //! A thread that woke in between without returning is taken to have begun then: timeouts may come late, never early.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use samara_capsule::record::Restart;
 use samara_kernel::ptrace::Registers;
@@ -102,8 +102,9 @@ pub(crate) struct Sleeper {
 }
 
 /// What is known of a thread that was asleep when it was stopped.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Slept {
+    pub(crate) since: Option<Instant>,
     pub(crate) elapsed_ns: u64,
     /// What the program had where the kernel has written the rest of a sleep that nobody interrupted.
     pub(crate) remainder: Option<(u64, [u8; 16])>,
@@ -120,7 +121,7 @@ impl Sleeper {
             .filter_map(|word| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok())
             .collect();
         let remainder = match timeout {
-            Timeout::Milliseconds(_) | Timeout::Timespec(_) => None,
+            Timeout::Milliseconds(_) | Timeout::Timespec(_) | Timeout::Socket(_) => None,
             Timeout::Sleep { request, rest } => remainder(tid, &arguments, request, rest),
         };
         let (since_ns, _) = proc::scheduled(tid)?;
@@ -151,8 +152,17 @@ enum Timeout {
     Milliseconds(Argument),
     /// A relative timespec in memory that the kernel only reads.
     Timespec(Argument),
+    /// What the socket in the first argument is set to: no argument of the call says it.
+    Socket(Direction),
     /// A relative sleep: the timespec, and where the kernel writes what is left.
     Sleep { request: Argument, rest: Argument },
+}
+
+/// Which of a socket's two timeouts: `SO_RCVTIMEO`, `SO_SNDTIMEO`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Direction {
+    Receive,
+    Send,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -198,6 +208,15 @@ fn timeout(number: i64) -> Option<Timeout> {
         }
         libc::SYS_rt_sigtimedwait => Timeout::Timespec(Argument::Rdx),
         libc::SYS_io_getevents | SYS_IO_PGETEVENTS => Timeout::Timespec(Argument::R8),
+        libc::SYS_read
+        | libc::SYS_readv
+        | libc::SYS_recvfrom
+        | libc::SYS_recvmsg
+        | libc::SYS_accept
+        | libc::SYS_accept4 => Timeout::Socket(Direction::Receive),
+        libc::SYS_write | libc::SYS_writev | libc::SYS_sendto | libc::SYS_sendmsg => {
+            Timeout::Socket(Direction::Send)
+        }
         libc::SYS_nanosleep => Timeout::Sleep { request: Argument::Rdi, rest: Argument::Rsi },
         libc::SYS_clock_nanosleep => Timeout::Sleep { request: Argument::Rdx, rest: Argument::R10 },
         _ => return None,
@@ -246,7 +265,7 @@ pub(crate) fn shorten(
         return Restart::AsIs;
     }
     match timeout(number) {
-        None => Restart::AsIs,
+        None | Some(Timeout::Socket(_)) => Restart::AsIs,
         Some(Timeout::Milliseconds(argument)) => {
             let register = argument.of(registers);
             // The kernel takes an int.
@@ -292,6 +311,21 @@ pub(crate) fn shorten(
     }
 }
 
+/// The descriptor and timeout of the socket on which a thread waits, if the stop has made its call fail.
+///
+/// Such a call begins anew with its whole timeout, as often as it is stopped. If that has passed meanwhile, it has to end with
+/// EAGAIN instead, or a program that is captured more often than it is patient would wait for ever.
+pub(crate) fn socket_wait(stop: &Registers) -> Option<(i32, Direction)> {
+    let number = stop.orig_rax.cast_signed();
+    if number < 0 || -stop.rax.cast_signed() != ERESTARTNOHAND {
+        return None;
+    }
+    match timeout(number)? {
+        Timeout::Socket(direction) => Some((i32::try_from(stop.rdi).ok()?, direction)),
+        Timeout::Milliseconds(_) | Timeout::Timespec(_) | Timeout::Sleep { .. } => None,
+    }
+}
+
 /// Puts the address of a timespec into the argument that [`Restart::Timespec`] names.
 pub(crate) fn point_at(registers: &mut Registers, argument: u32, address: u64) {
     let argument = match argument {
@@ -330,7 +364,8 @@ pub(crate) fn elapsed(
         for (tid, sleeper) in members {
             let asleep = now_ns.map_or(0, |now_ns| now_ns.saturating_sub(sleeper.since_ns));
             let elapsed_ns = asleep.saturating_sub(since_stop);
-            elapsed.insert(tid, Slept { elapsed_ns, remainder: sleeper.remainder });
+            let since = stopped_at.checked_sub(Duration::from_nanos(elapsed_ns));
+            elapsed.insert(tid, Slept { since, elapsed_ns, remainder: sleeper.remainder });
         }
     }
     elapsed

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use nix::sys::socket::{
     AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, getsockopt, send, setsockopt, shutdown,
@@ -15,10 +16,12 @@ use nix::sys::socket::{
 use nix::sys::time::{TimeVal, TimeValLike};
 use samara_capsule::record::{Bytes, FileKind, SocketEnd, SocketPair};
 use samara_kernel::Pid;
+use samara_kernel::pidfd::PidFd;
 use samara_kernel::sock_diag::{self, UnixSocket, int_option, set_int_option};
 
 use crate::capture::{CaptureError, Tables, index, read};
 use crate::descriptors::Found;
+use crate::restart::Direction;
 use crate::unsupported::Place;
 
 /// Pairs of which at least one end was found.
@@ -104,6 +107,16 @@ pub(crate) fn note(
         *place = end;
     }
     Ok(Ok(FileKind::SocketPair { pair, end: side }))
+}
+
+/// How long a call that waits for a socket does so at most; zero is for ever.
+pub(crate) fn timeout(pid: Pid, fd: RawFd, direction: Direction) -> io::Result<Duration> {
+    let socket = PidFd::open(pid)?.get_fd(fd)?;
+    let value = match direction {
+        Direction::Receive => getsockopt(&socket, sockopt::ReceiveTimeout),
+        Direction::Send => getsockopt(&socket, sockopt::SendTimeout),
+    }?;
+    Ok(Duration::from_micros(value.num_microseconds().unsigned_abs()))
 }
 
 fn timeout_us(timeout: nix::Result<TimeVal>, found: &Found<'_>) -> Result<u64, CaptureError> {

@@ -68,6 +68,8 @@ pub(crate) struct Thread {
     pub(crate) mask: u64,
     /// The signal of the group stop that it was found in, or 0.
     pub(crate) group_stop: i32,
+    /// When the wait from which the stop took it would have ended by itself.
+    pub(crate) expires: Option<Instant>,
     /// A stop signal came while the thread was ours; it gets it back when it goes on.
     pub(crate) owed_signal: i32,
 }
@@ -77,7 +79,7 @@ impl Thread {
     pub(crate) fn at_stop(tid: Pid, group_stop: i32) -> Result<Thread, TraceeError> {
         let stop = ptrace::registers(tid).map_err(failed("read the registers of", tid))?;
         let mask = ptrace::signal_mask(tid).map_err(failed("read the signal mask of", tid))?;
-        Ok(Thread { tid, stop, mask, group_stop, owed_signal: 0 })
+        Ok(Thread { tid, stop, mask, group_stop, expires: None, owed_signal: 0 })
     }
 
     /// Brings the thread to the stop from which it goes on with [`Thread::stop`].
@@ -86,6 +88,9 @@ impl Thread {
     /// meanwhile then has the effect on the interrupted call that it would have had.
     pub(crate) fn settle(&mut self) -> Result<(), TraceeError> {
         let tid = self.tid;
+        if self.expires.is_some_and(|end| end <= Instant::now()) {
+            self.stop.rax = i64::from(-libc::EAGAIN).cast_unsigned();
+        }
         if ptrace::registers(tid).map_err(failed("read the registers of", tid))? == self.stop {
             return Ok(());
         }

@@ -193,6 +193,8 @@ fn captures(launch: &Launch, fixture: &Fixture, healthy: bool) -> Result<()> {
         let saved = container.save(&url, &[])?.successful();
         saved.with_context(|| format!("capture {number}; it said: {:?}", container.logs()))?;
         ensure!(container.runs()?, "after capture {number} it had ended: {}", container.logs()?);
+        // The program must get to run between two captures, however slow the machine is.
+        std::thread::sleep(Duration::from_millis(50));
         ensure!(
             node.frozen().is_empty(),
             "after capture {number} there is frozen: {:?}",
