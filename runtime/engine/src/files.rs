@@ -69,6 +69,26 @@ pub enum ApplyError {
     Corrupt { path: PathBuf, why: &'static str },
     #[error("the layer holds changes to a base image, and {} has no base image", root.display())]
     NeedsBase { root: PathBuf },
+    #[error(
+        "the capsule holds the device node {} ({major}:{minor}), which the container could not have made: give it CAP_MKNOD, or the device",
+        path.display()
+    )]
+    Device { path: PathBuf, major: u32, minor: u32 },
+}
+
+/// Which device nodes an archive may bring.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DeviceNodes {
+    Any,
+    /// These, and what lies at the same place already.
+    Known(Vec<DeviceNode>),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceNode {
+    pub block: bool,
+    pub major: u32,
+    pub minor: u32,
 }
 
 /// A unix socket's name in the file system. The layer carries it, and applying makes the node again; whether somebody

@@ -23,8 +23,8 @@ use fastrand::Rng;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, UTIME_OMIT, XattrFlags};
 use rustix::mount::{MountFlags, UnmountFlags};
 use samara_engine::files::{
-    ApplyError, ApplyReport, CaptureError, Fingerprint, LayerReport, LocateError, RootChanges,
-    apply_root, apply_tree, base_fingerprint, capture_root, capture_tree,
+    ApplyError, ApplyReport, CaptureError, DeviceNode, DeviceNodes, Fingerprint, LayerReport,
+    LocateError, RootChanges, apply_root, apply_tree, base_fingerprint, capture_root, capture_tree,
 };
 use sha2::{Digest, Sha256};
 
@@ -110,7 +110,8 @@ fn capture(root: &Path) -> (Vec<u8>, LayerReport) {
 }
 
 fn apply(root: &Path, layer: &[u8]) -> ApplyReport {
-    apply_root(&locate(root), &mut Cursor::new(layer)).unwrap_or_else(|e| panic!("{}", chain(&e)))
+    apply_root(&locate(root), &DeviceNodes::Any, &mut Cursor::new(layer))
+        .unwrap_or_else(|e| panic!("{}", chain(&e)))
 }
 
 fn chain(error: &dyn std::error::Error) -> String {
@@ -744,7 +745,7 @@ fn tmpfs_round_trip() {
         let mut layer = Vec::new();
         capture_tree(open(&from), &mut layer).unwrap();
         grow(&to, 50, rng);
-        apply_tree(open(&to), &mut &layer[..]).unwrap();
+        apply_tree(open(&to), &DeviceNodes::Any, &mut &layer[..]).unwrap();
         assert_same(&wanted, &listing(&to), "on a tmpfs");
         assert_holes_kept(&from, &to, &wanted);
     }
@@ -771,7 +772,7 @@ fn what_is_mounted_below_a_tree_is_neither_told_nor_touched() {
     let covered_or_bare = report.covered == [PathBuf::from("/shm")];
     assert!(covered_or_bare, "{:?}", report.covered);
     assert!(!layer.windows(8).any(|w| w == b"not mine"));
-    let report = apply_tree(open(&to), &mut &layer[..]).unwrap();
+    let report = apply_tree(open(&to), &DeviceNodes::Any, &mut &layer[..]).unwrap();
     assert_eq!(fs::read_to_string(to.join("shm/theirs")).unwrap(), "x");
     assert_eq!(
         fs::read_dir(to.join("over")).unwrap().count(),
@@ -1039,7 +1040,7 @@ fn measure_large_files() {
     capture_root(&locate(&large), &mut File::create(&spool).unwrap()).unwrap();
     let to = scratch.overlay("large-to", &[lower], "");
     timed("apply 2 GiB in 8 files", 2048.0, "MiB", || {
-        apply_root(&locate(&to), &mut File::open(&spool).unwrap()).unwrap()
+        apply_root(&locate(&to), &DeviceNodes::Any, &mut File::open(&spool).unwrap()).unwrap()
     });
     let copy = scratch.dir("copy");
     timed("the same by cp", 2048.0, "MiB", || {
@@ -1157,7 +1158,8 @@ fn hostile_archives_stay_under_the_root() {
         let (root, outside) = (scratch.dir("root"), scratch.dir("outside"));
         fs::write(outside.join("victim"), "untouched").unwrap();
         let before = listing(&outside);
-        let result = apply_root(&locate(&root), &mut &Hostile::new().with(case)[..]);
+        let result =
+            apply_root(&locate(&root), &DeviceNodes::Any, &mut &Hostile::new().with(case)[..]);
         match (result, case) {
             // A symbolic link that a directory replaces is no way out, only odd.
             (Err(ApplyError::Corrupt { .. }), _) => {}
@@ -1166,6 +1168,37 @@ fn hostile_archives_stay_under_the_root() {
         assert_same(&before, &listing(&outside), "outside");
         assert!(!scratch.folder.path().join("escaped").exists() && !Path::new("/escaped").exists());
     }
+}
+
+/// A volume shows device nodes to others than the container, and its device rules are not theirs.
+#[test]
+fn device_nodes_that_nobody_allowed_are_refused() {
+    let scratch = Scratch::new();
+    let (from, to) = (scratch.dir("from"), scratch.dir("to"));
+    let node = |root: &Path| {
+        let (mode, device) = (Mode::RUSR, rustix::fs::makedev(1, 3));
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            root.join("node"),
+            FileType::CharacterDevice,
+            mode,
+            device,
+        )
+        .unwrap();
+    };
+    node(&from);
+    let (layer, _) = capture(&from);
+    let apply = |devices: &DeviceNodes| apply_root(&locate(&to), devices, &mut &layer[..]);
+    let none = DeviceNodes::Known(Vec::new());
+    let refused = apply(&none).unwrap_err();
+    assert!(matches!(refused, ApplyError::Device { major: 1, minor: 3, .. }), "{refused}");
+    assert!(!to.join("node").exists());
+    let block = DeviceNode { block: true, major: 1, minor: 3 };
+    assert!(apply(&DeviceNodes::Known(vec![block])).is_err());
+    apply(&DeviceNodes::Known(vec![DeviceNode { block: false, ..block }])).unwrap();
+    // It is there already, so nobody gains it.
+    apply(&none).unwrap();
+    assert_same(&listing(&from), &listing(&to), "the node");
 }
 
 #[test]
@@ -1198,7 +1231,7 @@ fn a_damaged_stream_is_refused_wherever_it_is_damaged() {
     let ends: Vec<usize> =
         (0..layer.len()).step_by(512).chain((0..50).map(|_| rng.usize(..layer.len()))).collect();
     for end in ends {
-        let result = apply_root(&located, &mut &layer[..end]);
+        let result = apply_root(&located, &DeviceNodes::Any, &mut &layer[..end]);
         assert!(matches!(result, Err(ApplyError::Corrupt { .. })), "cut at {end}: {result:?}");
     }
     // Whatever is changed, nothing panics and nothing hangs.
@@ -1208,7 +1241,7 @@ fn a_damaged_stream_is_refused_wherever_it_is_damaged() {
             let at = rng.usize(..bytes.len());
             bytes[at] = rng.u8(..);
         }
-        let _ = apply_root(&located, &mut &bytes[..]);
+        let _ = apply_root(&located, &DeviceNodes::Any, &mut &bytes[..]);
     }
     apply(&target, &layer);
     assert_same(&listing(&root), &listing(&target), "after all that");
@@ -1224,7 +1257,7 @@ fn changes_need_their_base_image() {
     let plain = scratch.dir("plain");
     fs::write(plain.join("kept"), "x").unwrap();
     let before = listing(&plain);
-    let result = apply_root(&locate(&plain), &mut &layer[..]);
+    let result = apply_root(&locate(&plain), &DeviceNodes::Any, &mut &layer[..]);
     assert!(matches!(result, Err(ApplyError::NeedsBase { .. })), "{result:?}");
     assert_eq!(before.keys().collect::<Vec<_>>(), listing(&plain).keys().collect::<Vec<_>>());
 }

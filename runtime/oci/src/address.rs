@@ -1,4 +1,4 @@
-//! Where a container's capsule is: from an annotation, or from its environment where the node's configuration allows it.
+//! Where a container's capsule is: from an annotation, or from its environment; in both cases where the node's configuration allows.
 
 use std::path::{Path, PathBuf};
 
@@ -19,8 +19,8 @@ pub const CONFIG_VARIABLE: &str = "SAMARA_CONFIG";
 pub enum AddressError {
     #[error("{source_of} is not an address of a capsule")]
     Malformed { source_of: &'static str, source: LocationError },
-    #[error("{VARIABLE} names {address}, which the node's configuration ({}) does not allow: add a prefix of it to store.allowed_prefixes", config.display())]
-    NotAllowed { address: String, config: PathBuf },
+    #[error("{source_of} names {address}, which the node's configuration ({}) does not allow: add a prefix of it to store.allowed_prefixes", config.display())]
+    NotAllowed { source_of: &'static str, address: String, config: PathBuf },
     #[error("{RESTORE_ANNOTATION} is `{0}`; auto, require and never are possible")]
     Restore(String),
     #[error(transparent)]
@@ -80,11 +80,6 @@ pub fn of(spec: &Spec) -> Result<Option<(Address, Node)>, AddressError> {
         Some("never") => RestorePolicy::Never,
         Some(other) => return Err(AddressError::Restore(other.to_owned())),
     };
-    if let Some(text) = annotation(ANNOTATION) {
-        let location = Location::parse(&text)
-            .map_err(|source| AddressError::Malformed { source_of: ANNOTATION, source })?;
-        return Ok(Some((Address { location, policy }, Node::load()?)));
-    }
     let process = spec.process().as_ref();
     let variable =
         process.and_then(|process| process.env().as_ref()).into_iter().flatten().rev().find_map(
@@ -93,12 +88,19 @@ pub fn of(spec: &Spec) -> Result<Option<(Address, Node)>, AddressError> {
                 (name == VARIABLE && !value.is_empty()).then_some(value)
             },
         );
-    let Some(text) = variable else { return Ok(None) };
-    let location = Location::parse(text)
-        .map_err(|source| AddressError::Malformed { source_of: VARIABLE, source })?;
+    let annotated = annotation(ANNOTATION).map(|text| (ANNOTATION, text));
+    let Some((source_of, text)) =
+        annotated.or_else(|| variable.map(|text| (VARIABLE, text.to_owned())))
+    else {
+        return Ok(None);
+    };
+    let location =
+        Location::parse(&text).map_err(|source| AddressError::Malformed { source_of, source })?;
     let node = Node::load()?;
+    // Who starts a container need not be who runs the node: Kubernetes lets its users set annotations.
     if !node.config.store.allows(&location) {
-        return Err(AddressError::NotAllowed { address: location.to_string(), config: node.path });
+        let address = location.to_string();
+        return Err(AddressError::NotAllowed { source_of, address, config: node.path });
     }
     Ok(Some((Address { location, policy }, node)))
 }

@@ -49,10 +49,10 @@ pub struct Confinement {
 
 /// The five sets; what a specification leaves out is empty.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct CapabilityPlan {
-    bounding: CapabilitySet,
+pub(crate) struct CapabilityPlan {
+    pub(crate) bounding: CapabilitySet,
     effective: CapabilitySet,
-    permitted: CapabilitySet,
+    pub(crate) permitted: CapabilitySet,
     inheritable: CapabilitySet,
     ambient: CapabilitySet,
 }
@@ -171,9 +171,9 @@ impl Confinement {
     }
 }
 
-/// The bounding set that a process's specification allows, as the kernel's bit mask.
-pub(crate) fn bounding_mask(process: &Process) -> Result<u64, ConfineError> {
-    Ok(CapabilityPlan::new(process.capabilities().as_ref())?.bounding.bits())
+/// The sets that a process's specification gives it.
+pub(crate) fn capability_sets(process: &Process) -> Result<CapabilityPlan, ConfineError> {
+    CapabilityPlan::new(process.capabilities().as_ref())
 }
 
 impl CapabilityPlan {

@@ -35,6 +35,7 @@ use crate::confine::ConfineError;
 use crate::container_id::ContainerId;
 use crate::create::{ClockOffset, TimeOffsets};
 use crate::ending::{self, EndingError};
+use crate::privileges;
 use crate::saved::{Differs, Origin, ROOT_STREAM, Saved};
 use crate::seccomp::{Program, SeccompError};
 use crate::state_dir::{StateDir, StateError};
@@ -114,6 +115,7 @@ impl RestoreError {
             | RestoreError::Seccomp(_)
             | RestoreError::NoInit
             | RestoreError::Io { .. } => false,
+            RestoreError::Apply(ApplyError::Device { .. }) => true,
             RestoreError::Read(_)
             | RestoreError::Records(_)
             | RestoreError::Apply(_)
@@ -206,7 +208,7 @@ impl Incoming {
                 .stream(&name)
                 .map_err(io("read the container's files"))?
                 .ok_or_else(|| RestoreError::NoStream(ROOT_STREAM.to_owned()))?;
-            files::apply_root(&root, &mut stream)?;
+            files::apply_root(&root, &privileges::device_nodes(&bundle.spec)?, &mut stream)?;
         }
         let offsets =
             offsets_to_continue(&saved.container.clocks).map_err(io("read the clocks"))?;
@@ -319,6 +321,9 @@ fn check_host(
         reader.config().statistics.pages.saturating_mul(4096),
         swap_bytes(),
     ));
+    if let Some(process) = spec.process() {
+        reasons.extend(privileges::beyond(process, &saved.container)?);
+    }
     for (name, value) in &wanted.other {
         reasons.push(format!(
             "it requires {name} = {value}, which this version does not know: use a newer samara"
@@ -439,7 +444,7 @@ fn fill(dir: &StateDir, waiting: &Waiting) -> Result<(), RestoreError> {
             .map_err(io("read the container's files"))?
             .ok_or_else(|| RestoreError::NoStream(tree.stream.clone()))?;
         let folder = open_inside(init, &tree.path).map_err(io("open a mount of the container"))?;
-        files::apply_tree(folder, &mut stream)?;
+        files::apply_tree(folder, &privileges::device_nodes(&spec)?, &mut stream)?;
     }
     let confinement = confinement(&spec, &saved.origin)?;
     let request = RestoreRequest { init, container: &saved.container, confinement };
@@ -479,7 +484,7 @@ fn confinement(spec: &Spec, saved: &Origin) -> Result<EngineConfinement, Restore
     let seccomp = SeccompPolicy::Replace { drop: saved.seccomp_filters as usize, program };
     Ok(EngineConfinement {
         bounding: match process {
-            Some(process) => crate::confine::bounding_mask(process)?,
+            Some(process) => crate::confine::capability_sets(process)?.bounding.bits(),
             None => 0,
         },
         no_new_privileges: process.and_then(|process| process.no_new_privileges()).unwrap_or(false),

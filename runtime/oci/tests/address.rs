@@ -318,3 +318,51 @@ fn a_capsule_that_does_not_fit_changes_nothing() {
 
     site.start(&spec);
 }
+
+/// Who may set annotations need not be who runs the node.
+#[test]
+fn addresses_are_bounded_wherever_they_come_from() {
+    let site = Site::new();
+    for annotated in [true, false] {
+        let mut spec = spec(&site.sandbox, &["true"]);
+        let address = "s3://somebody-elses/jobs/1";
+        match annotated {
+            true => spec["annotations"] = json!({"dev.samara.capsule": address}),
+            false => spec["process"]["env"] = json!([format!("SAMARA_CAPSULE={address}")]),
+        }
+        let (_, output) = site.run(&spec);
+        let words = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{words}");
+        let source = if annotated { "dev.samara.capsule names" } else { "SAMARA_CAPSULE names" };
+        assert!(words.contains(source) && words.contains("store.allowed_prefixes"), "{words}");
+    }
+}
+
+/// A capsule is no way to a user or a capability that the container's program has no way to.
+#[test]
+fn a_capsule_brings_no_privileges() {
+    let site = Site::new();
+    std::fs::set_permissions(
+        site.sandbox.rootfs().join("tmp"),
+        std::fs::Permissions::from_mode(0o777),
+    )
+    .unwrap();
+    let mut spec = site.spec(&format!("exec busybox su -s /bin/sh -c '{COUNTER}' u"));
+    let allow = |spec: &mut Value, caps: &[&str]| {
+        for set in ["bounding", "effective", "permitted"] {
+            spec["process"]["capabilities"][set] = json!(caps);
+        }
+    };
+    allow(&mut spec, &["CAP_SETUID", "CAP_SETGID", "CAP_KILL"]);
+    let id = site.start(&spec);
+    poll("it counts", || site.count() > 0);
+    site.ok(&["checkpoint", "--capsule", &site.address(), &id]);
+    site.ok(&["delete", &id]);
+
+    let mut bound = spec.clone();
+    allow(&mut bound, &["CAP_KILL"]);
+    site.refused(&bound, "has the user 5");
+    allow(&mut bound, &["CAP_SETUID"]);
+    site.refused(&bound, "has the group 5");
+    site.start(&spec);
+}

@@ -22,7 +22,10 @@ use super::root::{
     ENGINE_PATHS, NamesByDirectory, Overlay, RootChanges, add_with_parents, all_names,
 };
 use super::tree::{Kind, Stat, Tree, TreePath, names, open_file, open_subdir, stat_fd, stat_name};
-use super::{ApplyError, ApplyReport, Attempt, CaptureError, HostError, LayerReport, SocketNode};
+use super::{
+    ApplyError, ApplyReport, Attempt, CaptureError, DeviceNode, DeviceNodes, HostError,
+    LayerReport, SocketNode,
+};
 
 /// Writes what changed in a container's root, or all of it where there is no base image, as a layer.
 ///
@@ -50,22 +53,31 @@ pub fn capture_tree(dir: OwnedFd, out: &mut dyn Write) -> Result<LayerReport, Ca
 /// changes to the base image that `target` has ([`super::base_fingerprint`] tells; the caller compares), or a whole
 /// tree. On failure the root is in a state between, and must not be used: applying again starts over and is right.
 ///
-/// Device nodes are made as the layer has them; whether a container may open them is for its device rules to say.
-pub fn apply_root(target: &RootChanges, stream: &mut dyn Read) -> Result<ApplyReport, ApplyError> {
+/// Device nodes that `devices` does not allow are refused. Whether a container may open one is for its device rules to say; but a
+/// volume shows its nodes to others, too.
+pub fn apply_root(
+    target: &RootChanges,
+    devices: &DeviceNodes,
+    stream: &mut dyn Read,
+) -> Result<ApplyReport, ApplyError> {
     let merged = target.merged()?;
     let base = match &target.overlay {
         Some(overlay) => Some(Base::of(overlay, &merged)?),
         None => None,
     };
     let needs_base = || ApplyError::NeedsBase { root: target.root.clone() };
-    Application::new(&merged, base.as_ref()).run(stream)?.ok_or_else(needs_base)
+    Application::new(&merged, base.as_ref(), devices).run(stream)?.ok_or_else(needs_base)
 }
 
 /// Makes the tree at `dir` equal to the one that was captured. Names that something is mounted on are left alone.
 /// As [`apply_root`] otherwise.
-pub fn apply_tree(dir: OwnedFd, stream: &mut dyn Read) -> Result<ApplyReport, ApplyError> {
+pub fn apply_tree(
+    dir: OwnedFd,
+    devices: &DeviceNodes,
+    stream: &mut dyn Read,
+) -> Result<ApplyReport, ApplyError> {
     let tree = Tree::at(dir).attempt("look up", "/")?;
-    Application::new(&tree, None)
+    Application::new(&tree, None, devices)
         .run(stream)?
         .ok_or_else(|| ApplyError::NeedsBase { root: "/".into() })
 }
@@ -420,6 +432,7 @@ const OPEN_DIRECTORIES_MAX: usize = 64;
 struct Application<'a> {
     tree: &'a Tree,
     base: Option<&'a Base<'a>>,
+    devices: &'a DeviceNodes,
     open: Vec<Open>,
     report: ApplyReport,
     buffer: Vec<u8>,
@@ -428,10 +441,14 @@ struct Application<'a> {
 }
 
 impl<'a> Application<'a> {
-    fn new(tree: &'a Tree, base: Option<&'a Base<'a>>) -> Application<'a> {
+    fn new(
+        tree: &'a Tree,
+        base: Option<&'a Base<'a>>,
+        devices: &'a DeviceNodes,
+    ) -> Application<'a> {
         let report = ApplyReport::default();
         let (buffer, old) = (vec![0; BUFFER_BYTES], vec![0; BUFFER_BYTES]);
-        Application { tree, base, open: Vec::new(), report, buffer, old }
+        Application { tree, base, devices, open: Vec::new(), report, buffer, old }
     }
 
     /// None if the layer holds changes only and there is no base. Nothing was changed then.
@@ -620,9 +637,11 @@ impl<'a> Application<'a> {
             }
             Content::Fifo => self.node(Kind::Fifo, name, &path, &metadata, (0, 0))?,
             Content::CharDevice { major, minor } => {
+                self.check_device(Kind::CharDevice, name, &path, (*major, *minor))?;
                 self.node(Kind::CharDevice, name, &path, &metadata, (*major, *minor))?
             }
             Content::BlockDevice { major, minor } => {
+                self.check_device(Kind::BlockDevice, name, &path, (*major, *minor))?;
                 self.node(Kind::BlockDevice, name, &path, &metadata, (*major, *minor))?
             }
         };
@@ -712,6 +731,25 @@ impl<'a> Application<'a> {
         }
         metadata::set(Object::Named(dir, name), kind, metadata).attempt("set metadata of", path)?;
         Ok(true)
+    }
+
+    fn check_device(
+        &self,
+        kind: Kind,
+        name: &OsStr,
+        path: &TreePath,
+        (major, minor): (u32, u32),
+    ) -> Result<(), ApplyError> {
+        let DeviceNodes::Known(known) = self.devices else { return Ok(()) };
+        let node = DeviceNode { block: kind == Kind::BlockDevice, major, minor };
+        if known.contains(&node) {
+            return Ok(());
+        }
+        let there = stat_name(self.top(), name).attempt("look up", path)?;
+        match there.is_some_and(|stat| stat.kind == kind && stat.device == (major, minor)) {
+            true => Ok(()),
+            false => Err(ApplyError::Device { path: path.absolute(), major, minor }),
+        }
     }
 
     fn node(
