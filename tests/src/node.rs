@@ -46,6 +46,7 @@ pub struct NodeOptions<'a> {
 pub struct Node {
     name: String,
     folder: PathBuf,
+    kind: Engine,
     engine: Child,
 }
 
@@ -120,7 +121,12 @@ impl Node {
             .process_group(0)
             .spawn()
             .context("starting dockerd")?;
-        let mut node = Node { name: name.to_owned(), folder: folder.to_path_buf(), engine };
+        let mut node = Node {
+            name: name.to_owned(),
+            folder: folder.to_path_buf(),
+            engine,
+            kind: options.engine,
+        };
         // The peers' root may have to be made first.
         let bound = if options.engine == Engine::Newer {
             Duration::from_secs(900)
@@ -184,7 +190,14 @@ impl Node {
         if !program.exists() {
             bail!("node {} was started without the product", self.name);
         }
-        let call = Call::new(program).args(["--config".as_ref(), config.as_os_str()]);
+        let call = match self.kind {
+            Engine::Installed => Call::new(program),
+            // Where the engine is, paths are the engine's.
+            Engine::Newer => Call::new("nsenter")
+                .args(["--mount", "--target", &self.engine.id().to_string(), "--"])
+                .args([program]),
+        };
+        let call = call.args(["--config".as_ref(), config.as_os_str()]);
         // A save lasts as long as its upload: gigabytes at two cores' rate of compression.
         Ok(self.as_user(call).args(args).within(Duration::from_secs(600)))
     }
