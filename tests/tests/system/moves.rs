@@ -15,10 +15,6 @@ use samara_tests::until;
 use crate::workloads::{ALL, CLOCK, COUNTER, EINTR, PIPELINE, SPAWN, Workload};
 use crate::{Fixture, size, trial};
 
-/// What does not hold yet, or needs an engine that takes minutes to install. They are counted as ignored, and run with
-/// `script/test system -- --include-ignored`.
-const NOT_YET: [&str; 2] = ["run/on_newer_engine", "move/newer_engine_and_back"];
-
 /// A save of the largest workload here, on two busy cores.
 const SAVE_TIME_MAX: Duration = Duration::from_secs(300);
 
@@ -370,10 +366,4 @@ pub(crate) fn trials(fixture: &Arc<Fixture>) -> Vec<Trial> {
     trials.push(trial(fixture, "harm/kills", kills));
     trials.push(trial(fixture, "refusal/all", refusals));
     trials
-        .into_iter()
-        .map(|trial| {
-            let known = NOT_YET.contains(&trial.name());
-            trial.with_ignored_flag(known)
-        })
-        .collect()
 }
