@@ -1,13 +1,14 @@
 /*
  * What a process is allowed and how it is set: user and group ids, supplementary groups, the five capability sets, securebits,
- * no_new_privs, seccomp filters, resource limits, umask, working directory, niceness, scheduling, CPU affinity, dumpability,
- * OOM adjustment, timer slack, personality. All of it is set to something unusual, and must stay so, in every thread.
+ * no_new_privs, seccomp filters, resource limits, umask, working directory, niceness, scheduling, I/O priority, CPU affinity,
+ * dumpability, OOM adjustment, timer slack, personality, membarrier. All of it is set to something unusual, and must stay so, in every thread.
  */
 #include "workload.h"
 #include <grp.h>
 #include <stddef.h>
 #include <linux/capability.h>
 #include <linux/filter.h>
+#include <linux/membarrier.h>
 #include <linux/seccomp.h>
 #include <sched.h>
 #include <sys/personality.h>
@@ -18,7 +19,7 @@ struct seen {
 	char status[4096];
 	char limits[4096];
 	char cwd[256], oom[16], slack[32];
-	int niceness, scheduler, personality, keep_caps, securebits;
+	int niceness, scheduler, personality, keep_caps, securebits, io_priority;
 	cpu_set_t cpus;
 	mode_t mask;
 };
@@ -61,6 +62,7 @@ static void look(struct seen *s)
 	s->niceness = getpriority(PRIO_PROCESS, 0);
 	s->scheduler = sched_getscheduler(0);
 	s->personality = personality(0xffffffff);
+	s->io_priority = (int)syscall(SYS_ioprio_get, 1, 0);
 	s->keep_caps = prctl(PR_GET_KEEPCAPS);
 	s->securebits = prctl(PR_GET_SECUREBITS);
 	MUST(sched_getaffinity(0, sizeof s->cpus, &s->cpus));
@@ -77,6 +79,8 @@ static void compare(const char *who, const struct seen *then)
 	CHECK(!strcmp(now.slack, then->slack), "%s: timer slack %s, was %s", who, now.slack, then->slack);
 	CHECK(now.niceness == then->niceness, "%s: niceness %d, was %d", who, now.niceness, then->niceness);
 	CHECK(now.scheduler == then->scheduler, "%s: scheduling policy %d, was %d", who, now.scheduler, then->scheduler);
+	CHECK(now.io_priority == then->io_priority, "%s: I/O priority %x, was %x", who, now.io_priority, then->io_priority);
+	CHECK(syscall(SYS_membarrier, MEMBARRIER_CMD_PRIVATE_EXPEDITED, 0, 0) == 0, "%s: a registered membarrier", who);
 	CHECK(now.personality == then->personality, "%s: personality %x, was %x", who, now.personality, then->personality);
 	CHECK(now.keep_caps == then->keep_caps && now.securebits == then->securebits, "%s: securebits %x, were %x", who, now.securebits, then->securebits);
 	CHECK(CPU_EQUAL(&now.cpus, &then->cpus), "%s: CPU affinity", who);
@@ -125,7 +129,10 @@ int main(int argc, char **argv)
 	/* Upwards from wherever it starts: a container need not be allowed the other way. */
 	MUST(setpriority(PRIO_PROCESS, 0, getpriority(PRIO_PROCESS, 0) + 3));
 	struct sched_param none = {0};
-	MUST(sched_setscheduler(0, SCHED_BATCH, &none));
+	MUST(sched_setscheduler(0, SCHED_BATCH | SCHED_RESET_ON_FORK, &none));
+	/* Best effort, the last in its class. */
+	MUST(syscall(SYS_ioprio_set, 1, 0, 2 << 13 | 7));
+	MUST(syscall(SYS_membarrier, MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED, 0, 0));
 	cpu_set_t all, cpus;
 	MUST(sched_getaffinity(0, sizeof all, &all));
 	CPU_ZERO(&cpus);

@@ -76,6 +76,10 @@ pub struct Alive {
     pub stopped: Option<Stopped>,
     pub dumpable: bool,
     pub subreaper: bool,
+    /// What the process has registered for `membarrier`, as its `MEMBARRIER_CMD_GET_REGISTRATIONS` tells.
+    pub membarrier: u32,
+    /// Vector state that the process may use on demand: features of XCR0, as `ARCH_GET_XCOMP_PERM` tells.
+    pub vector_features: u64,
     pub oom_score_adjust: i32,
     pub personality: u32,
     /// The signal that its parent gets when it ends.
@@ -402,6 +406,10 @@ pub struct Scheduling {
     pub priority: u32,
     pub nice: i32,
     pub reset_on_fork: bool,
+    /// `ioprio_get`; 0 where the nice value decides.
+    pub io_priority: u32,
+    /// Mode and nodes of `get_mempolicy`; `None` for the default.
+    pub memory_policy: Option<(u32, Vec<u64>)>,
     /// Processors that it may run on, as a list; empty for all that there are.
     pub affinity: Vec<u32>,
 }

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, Metadata};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -93,12 +94,7 @@ pub fn capture(
 
     let begun = Instant::now();
     let mut tables = Tables::new(request)?;
-    refuse_system_v(&mut tables)?;
-    let (mut processes, vdso) = collect(&mut frozen, &mut tables)?;
-    let sockets = sockets::collect(&mut tables);
-    if !tables.unsupported.is_empty() {
-        return Err(CaptureError::Unsupported(UnsupportedList(tables.unsupported)));
-    }
+    let (mut processes, vdso, sockets) = collect(&mut frozen, &mut tables)?;
     let collect = begun.elapsed();
 
     let begun = Instant::now();
@@ -133,10 +129,13 @@ pub fn capture(
     Ok(Captured { container, frozen, report })
 }
 
-/// Notes System V objects, which belong to the container and to none of its processes.
+/// `MQUEUE_MAGIC` of ipc/mqueue.c
+const MQUEUE_MAGIC: i64 = 0x1980_0202;
+
+/// Notes System V objects and POSIX message queues, which belong to the container and to none of its processes.
 ///
 /// They are listed for an IPC namespace; one that the container shares with its host says nothing about the container.
-fn refuse_system_v(tables: &mut Tables<'_>) -> Result<(), CaptureError> {
+fn refuse_ipc(tables: &mut Tables<'_>) -> Result<(), CaptureError> {
     let init = tables.request.init;
     let own = i32::try_from(std::process::id()).expect("pids are ints");
     let what = || read("the container's System V objects");
@@ -158,20 +157,39 @@ fn refuse_system_v(tables: &mut Tables<'_>) -> Result<(), CaptureError> {
             );
         }
     }
+    // Without a mount for them nobody has made one by name, or its descriptor is refused.
+    let queues = tables.root.open(b"/dev/mqueue", libc::O_DIRECTORY | libc::O_RDONLY);
+    if let Ok(queues) = queues
+        && nix::sys::statfs::fstatfs(&queues).is_ok_and(|fs| fs.filesystem_type().0 == MQUEUE_MAGIC)
+        && let Some(queue) =
+            fs::read_dir(format!("/proc/self/fd/{}", queues.as_raw_fd())).map_err(what())?.next()
+    {
+        let name = queue.map_err(what())?.file_name();
+        let what = format!(
+            "its container has the message queue /{}, which is not supported",
+            name.to_string_lossy()
+        );
+        tables.refuse(init, Place::Process, what);
+    }
     Ok(())
 }
 
-/// Records of all processes by the engine's number, and the vdso's digest.
+/// Records of all processes by the engine's number, the vdso's digest, and the socket pairs.
+///
+/// First everything is looked at, so that an error names all that can't be saved; then code runs in the processes.
+#[expect(clippy::type_complexity, reason = "taken apart at once by the one caller")]
 fn collect(
     frozen: &mut FrozenTree,
     tables: &mut Tables<'_>,
-) -> Result<(Vec<(Pid, record::Process)>, Bytes), CaptureError> {
+) -> Result<(Vec<(Pid, record::Process)>, Bytes, Vec<record::SocketPair>), CaptureError> {
     let elapsed = crate::restart::elapsed(&frozen.sleepers, frozen.stopped_at);
     // Sessions are thawed like the rest, so their interrupted calls are mended too.
     for session in frozen.sessions.values_mut() {
         process::mend_for_thaw(session, &elapsed)?;
     }
-    let mut records = Vec::new();
+    refuse_ipc(tables)?;
+    process::refuse_shared(&frozen.processes.keys().copied().collect::<Vec<Pid>>(), tables);
+    let mut looked_at = Vec::new();
     let mut vdso = Bytes::new();
     for (pid, process) in &mut frozen.processes {
         // Before the engine maps anything, so that the list is the program's.
@@ -184,15 +202,29 @@ fn collect(
             vdso = vdso_digest(process, code.start, code.end)?;
         }
         let descriptors = descriptors::collect(*pid, tables)?;
+        looked_at.push((described, descriptors, process::examine(process, tables)?));
+    }
+    let sockets = sockets::collect(tables);
+    if !tables.unsupported.is_empty() {
+        for process in frozen.processes.values_mut() {
+            process::mend_for_thaw(process, &elapsed)?;
+        }
+        let unsupported = std::mem::take(&mut tables.unsupported);
+        return Err(CaptureError::Unsupported(UnsupportedList(unsupported)));
+    }
+    let mut records = Vec::new();
+    for ((pid, process), (mappings, descriptors, examined)) in
+        frozen.processes.iter_mut().zip(looked_at)
+    {
         let space = tables.new_space();
-        let record = process::collect(process, described, descriptors, space, &elapsed, tables)?;
+        let record = process::collect(process, &examined, mappings, descriptors, space, &elapsed)?;
         records.push((*pid, record));
     }
     ask_for_stops(frozen, &mut records)?;
     for zombie in &frozen.zombies {
         records.push((zombie.pid, process::collect_zombie(zombie.pid)?));
     }
-    Ok((records, vdso))
+    Ok((records, vdso, sockets))
 }
 
 /// Completes the records of processes that a signal has stopped by whether their parents know.

@@ -9,8 +9,9 @@ use samara_capsule::record::{
     Scheduling, Seccomp, SeccompFilter, SignalAction,
 };
 use samara_capsule::transfer::SpaceId;
+use samara_kernel::kcmp::{self, Resource};
 use samara_kernel::ptrace::{self, Queue, Registers};
-use samara_kernel::tape::End;
+use samara_kernel::tape::{Call, End};
 use samara_kernel::wait::{self, Status};
 use samara_kernel::{Pid, proc, sched};
 
@@ -21,7 +22,7 @@ use crate::restore::{RestoreError, make, open_below};
 use crate::root::Root;
 use crate::sockets;
 use crate::tracee::{Output, Process, Tape, Thread, TraceeError, failed};
-use crate::unsupported::{Place, UnsupportedList};
+use crate::unsupported::Place;
 
 /// Signals are numbered from 1 to this.
 pub(crate) const SIGNALS: u32 = 64;
@@ -38,17 +39,30 @@ const SECCOMP_STRICT: u32 = 1;
 
 const SIGINFO_BYTES: usize = 128;
 
-/// Describes a stopped process. Its memory has been described already, since this maps the engine's own.
-///
-/// Every thread is left with the engine's corrections of interrupted calls, ready to be thawed.
-pub(crate) fn collect(
-    process: &mut Process,
-    mappings: Vec<record::Mapping>,
-    descriptors: Descriptors,
-    space: SpaceId,
-    elapsed: &BTreeMap<Pid, Slept>,
+/// linux/membarrier.h, linux/sched.h, asm/prctl.h, linux/ioprio.h
+const MEMBARRIER_CMD_GET_REGISTRATIONS: u64 = 1 << 9;
+const SCHED_DEADLINE: u32 = 6;
+const ARCH_GET_XCOMP_PERM: u64 = 0x1022;
+const ARCH_REQ_XCOMP_PERM: u64 = 0x1023;
+/// Feature of XCR0 that a process has to ask for.
+const TILE_DATA: u64 = 18;
+const IOPRIO_WHO_PROCESS: u64 = 1;
+/// The node masks that we exchange with the kernel have a bit for each node that it has at most.
+const NODE_WORDS: usize = 16;
+const NODES_MAX: u64 = NODE_WORDS as u64 * 64;
+
+/// What `/proc` says of a stopped process.
+#[derive(Debug)]
+pub(crate) struct Examined {
+    stat: proc::Stat,
+    status: proc::Status,
+}
+
+/// Notes what of a process itself can't be saved.
+pub(crate) fn examine(
+    process: &Process,
     tables: &mut Tables<'_>,
-) -> Result<record::Process, CaptureError> {
+) -> Result<Examined, CaptureError> {
     let pid = process.pid;
     let what = || read(format!("process {pid} in /proc"));
     let stat = proc::stat(pid).map_err(what())?;
@@ -57,15 +71,67 @@ pub(crate) fn collect(
     for thread in &process.threads {
         // Code segments of 64-bit programs (USER_CS of arch/x86/include/asm/segment.h).
         const USER_CS: u64 = 0x33;
+        let tid = thread.tid;
         if thread.stop.cs != USER_CS {
-            tables.refuse(pid, Place::Thread(thread.tid), "32-bit code is not supported");
+            tables.refuse(pid, Place::Thread(tid), "32-bit code is not supported");
+        }
+        let stat = proc::stat(tid).map_err(what())?;
+        let state = ptrace::xstate(tid).map_err(failed("read the vector registers of", tid))?;
+        if uses_tiles(&state) {
+            // The kernel takes them only from a thread that has used the unit before.
+            tables.refuse(pid, Place::Thread(tid), "tile registers (AMX) are not supported");
+        }
+        if stat.policy == Some(SCHED_DEADLINE) {
+            tables.refuse(pid, Place::Thread(tid), "SCHED_DEADLINE is not supported");
         }
     }
-    if !tables.unsupported.is_empty() {
-        return Err(CaptureError::Unsupported(UnsupportedList(std::mem::take(
-            &mut tables.unsupported,
-        ))));
+    Ok(Examined { stat, status })
+}
+
+/// Whether an XSAVE area says that the tile data is in use (Intel SDM volume 1, 13.4.2: XSTATE_BV).
+fn uses_tiles(state: &[u8]) -> bool {
+    const XSTATE_BV: std::ops::Range<usize> = 512..520;
+    let [present] = state.get(XSTATE_BV).map_or([0], words);
+    present >> TILE_DATA & 1 == 1
+}
+
+/// Notes processes that share what only the threads of one process may.
+pub(crate) fn refuse_shared(pids: &[Pid], tables: &mut Tables<'_>) {
+    let kinds = [
+        (Resource::Vm, "its memory"),
+        (Resource::Files, "its table of descriptors"),
+        (Resource::Fs, "its working directory and umask"),
+    ];
+    for (kind, what) in kinds {
+        let order = |a: &Pid, b: &Pid| kcmp::resource(*a, *b, kind).unwrap_or_else(|_| a.cmp(b));
+        let mut pids = pids.to_vec();
+        pids.sort_by(order);
+        for pair in pids.windows(2) {
+            if let [a, b] = *pair
+                && order(&a, &b).is_eq()
+            {
+                let other = inner_pid(a).unwrap_or(a);
+                let what = format!("it shares {what} with process {other}, which is not supported");
+                tables.refuse(b, Place::Process, what);
+            }
+        }
     }
+}
+
+/// Describes a stopped process. Its memory has been described already, since this maps the engine's own.
+///
+/// Every thread is left with the engine's corrections of interrupted calls, ready to be thawed.
+pub(crate) fn collect(
+    process: &mut Process,
+    examined: &Examined,
+    mappings: Vec<record::Mapping>,
+    descriptors: Descriptors,
+    space: SpaceId,
+    elapsed: &BTreeMap<Pid, Slept>,
+) -> Result<record::Process, CaptureError> {
+    let pid = process.pid;
+    let what = || read(format!("process {pid} in /proc"));
+    let Examined { stat, status } = examined;
     leave_critical_sections(process)?;
     // What the capsule gets is decided before the corrections for the thaw change the registers.
     let restored: Vec<(Registers, Restart)> = process
@@ -75,14 +141,14 @@ pub(crate) fn collect(
         .collect();
     mend_for_thaw(process, elapsed)?;
     process.map_arena(None)?;
-    let answers = Answers::ask(process, &status)?;
+    let answers = Answers::ask(process, status)?;
     let mut threads = Vec::new();
     for (index, (registers, restart)) in restored.into_iter().enumerate() {
         threads.push(collect_thread(process, index, registers, restart)?);
     }
     process.unmap_arena()?;
 
-    let layout = proc::layout(&stat);
+    let layout = proc::layout(stat);
     let alive = Alive {
         space: space.0,
         mappings,
@@ -117,12 +183,14 @@ pub(crate) fn collect(
             .map(|thread| record::Stopped { signal: thread.group_stop, reported: true }),
         dumpable: answers.dumpable,
         subreaper: answers.subreaper,
+        membarrier: answers.membarrier,
+        vector_features: answers.vector_features,
         oom_score_adjust: attribute(pid, "oom_score_adj")?.parse().unwrap_or(0),
         personality: u32::from_str_radix(&attribute(pid, "personality")?, 16).unwrap_or(0),
         exit_signal: stat.exit_signal.unwrap_or(libc::SIGCHLD),
         threads,
     };
-    Ok(record::Process { state: ProcessState::Alive(Box::new(alive)), ..identity(pid, &status)? })
+    Ok(record::Process { state: ProcessState::Alive(Box::new(alive)), ..identity(pid, status)? })
 }
 
 /// Whether a wait of `parent` would report that its child, which it numbers `child`, has stopped. The wait is not used up.
@@ -339,6 +407,8 @@ struct Answers {
     brk: u64,
     dumpable: bool,
     subreaper: bool,
+    membarrier: u32,
+    vector_features: u64,
 }
 
 impl Answers {
@@ -372,6 +442,13 @@ impl Answers {
         prctl(&mut tape, libc::PR_GET_CHILD_SUBREAPER, subreaper.address);
         let dumpable = tape.len();
         prctl(&mut tape, libc::PR_GET_DUMPABLE, 0);
+        let membarrier = tape.len();
+        // An error before Linux 6.3, where nothing tells.
+        let query = [MEMBARRIER_CMD_GET_REGISTRATIONS, 0, 0, 0, 0, 0];
+        tape.try_call("ask for its membarrier registrations", libc::SYS_membarrier, query);
+        let features = tape.output(8);
+        let query = [ARCH_GET_XCOMP_PERM, features.address, 0, 0, 0, 0];
+        tape.try_call("ask for its vector features", libc::SYS_arch_prctl, query);
         let brk = tape.len();
         tape.call("ask for its break", libc::SYS_brk, [0; 6]);
         let results = process.run_all(0, &tape, End::Call)?;
@@ -394,6 +471,7 @@ impl Answers {
             };
         }
         let [subreaper] = words(&process.output(subreaper)?);
+        let [vector_features] = words(&process.output(features)?);
         Ok(Answers {
             actions: table,
             interval_timers,
@@ -401,6 +479,11 @@ impl Answers {
             // 2 (root only) can't be set by anybody but the kernel; it counts as not dumpable.
             dumpable: result(dumpable) == 1,
             subreaper: subreaper & 0xffff_ffff != 0,
+            membarrier: Call::outcome(result(membarrier))
+                .ok()
+                .and_then(|commands| u32::try_from(commands).ok())
+                .unwrap_or(0),
+            vector_features,
         })
     }
 }
@@ -426,11 +509,25 @@ fn collect_thread(
     prctl(&mut tape, libc::PR_GET_TIMERSLACK, 0);
     let bits = tape.len();
     prctl(&mut tape, libc::PR_GET_SECUREBITS, 0);
+    let io_priority = tape.len();
+    tape.call(
+        "ask for its I/O priority",
+        libc::SYS_ioprio_get,
+        [IOPRIO_WHO_PROCESS, 0, 0, 0, 0, 0],
+    );
+    let mode = tape.output(8);
+    let nodes = tape.output(NODE_WORDS * 8);
+    let query = [mode.address, nodes.address, NODES_MAX, 0, 0, 0];
+    // A kernel without NUMA has no such call.
+    tape.try_call("ask for its memory policy", libc::SYS_get_mempolicy, query);
     let results = process.run_all(index, &tape, End::Call)?;
     let result = |index: usize| results.get(index).copied().unwrap_or(0);
     let [address, flags, bytes] = words(&process.output(stack)?);
     let [clear_child_tid] = words(&process.output(clear)?);
     let [death] = words(&process.output(death)?);
+    let [mode] = words(&process.output(mode)?);
+    let mode = low_int(mode).cast_unsigned();
+    let nodes: [u64; NODE_WORDS] = words(&process.output(nodes)?);
 
     let pid = process.pid;
     let Some(thread) = process.threads.get(index) else {
@@ -477,7 +574,9 @@ fn collect_thread(
             policy,
             priority: stat.rt_priority.unwrap_or(0),
             nice: i32::try_from(stat.nice).unwrap_or(0),
-            reset_on_fork: false,
+            reset_on_fork: sched::resets_on_fork(tid).map_err(what())?,
+            io_priority: u32::try_from(result(io_priority)).unwrap_or(0),
+            memory_policy: (mode != 0).then(|| (mode, nodes.to_vec())),
             affinity: if affinity == online { Vec::new() } else { affinity },
         },
         parent_death_signal: low_int(death),
@@ -637,6 +736,15 @@ pub(crate) fn furnish(
     tape.call("close a descriptor", libc::SYS_close, [directory, 0, 0, 0, 0, 0]);
     tape.call("set its umask", libc::SYS_umask, [alive.umask.into(), 0, 0, 0, 0, 0]);
     prctl(&mut tape, libc::PR_SET_CHILD_SUBREAPER, alive.subreaper.into());
+    for command in (0..u32::BITS).map(|bit| 1 << bit).filter(|bit| alive.membarrier & bit != 0) {
+        let arguments = [u64::from(command), 0, 0, 0, 0, 0];
+        tape.call("register for membarrier", libc::SYS_membarrier, arguments);
+    }
+    if alive.vector_features >> TILE_DATA & 1 == 1 {
+        let arguments = [ARCH_REQ_XCOMP_PERM, TILE_DATA, 0, 0, 0, 0];
+        tape.call("ask for tile registers", libc::SYS_arch_prctl, arguments);
+    }
+    let ignore = tape.words(&[libc::SIG_IGN as u64, 0, 0, 0]);
     for (signal, action) in (1u64..).zip(&alive.actions) {
         if [libc::SIGKILL, libc::SIGSTOP]
             .iter()
@@ -644,8 +752,10 @@ pub(crate) fn furnish(
         {
             continue;
         }
-        let address = tape.words(&[action.handler, action.flags, action.restorer, action.mask]);
+        // Ignoring it first discards what came of the making: the ends of children are no news to the program.
         let what = format!("set its action for signal {signal}");
+        tape.call(what.as_str(), libc::SYS_rt_sigaction, [signal, ignore, 0, 8, 0, 0]);
+        let address = tape.words(&[action.handler, action.flags, action.restorer, action.mask]);
         tape.call(what, libc::SYS_rt_sigaction, [signal, address, 0, 8, 0, 0]);
     }
     process.run_all(0, &tape, End::Breakpoint)?;
@@ -685,8 +795,16 @@ fn layout_words(alive: &Alive, executable: u32, tape: &mut Tape) -> u64 {
 }
 
 /// Ends a process so that its parent finds this status.
-pub(crate) fn bury(mut process: Process, exit_status: i32) -> Result<(), RestoreError> {
+pub(crate) fn bury(
+    mut process: Process,
+    name: &[u8],
+    exit_status: i32,
+) -> Result<(), RestoreError> {
     let (code, signal) = (exit_status >> 8 & 0xff, exit_status & 0x7f);
+    let mut tape = process.tape()?;
+    let name = tape.data(&[name, &[0]].concat());
+    prctl(&mut tape, libc::PR_SET_NAME, name);
+    process.run_all(0, &tape, End::Breakpoint)?;
     let mut tape = process.tape()?;
     if signal == 0 {
         tape.call("end", libc::SYS_exit_group, [u64::from(code.unsigned_abs()), 0, 0, 0, 0, 0]);
@@ -816,9 +934,21 @@ fn attributes(tape: &mut Tape, thread: &record::Thread) {
         prctl(tape, libc::PR_SET_TIMERSLACK, thread.timer_slack_ns);
     }
     let scheduling = &thread.scheduling;
-    if scheduling.policy != 0 {
+    if scheduling.io_priority != 0 {
+        let arguments = [IOPRIO_WHO_PROCESS, 0, scheduling.io_priority.into(), 0, 0, 0];
+        tape.call("set its I/O priority", libc::SYS_ioprio_set, arguments);
+    }
+    if let Some((mode, nodes)) = &scheduling.memory_policy {
+        let nodes = tape.words(nodes);
+        // Another machine has other nodes; what the policy is good for is speed.
+        let arguments = [u64::from(*mode), nodes, NODES_MAX, 0, 0, 0];
+        tape.try_call("set its memory policy", libc::SYS_set_mempolicy, arguments);
+    }
+    if scheduling.policy != 0 || scheduling.reset_on_fork {
         let priority = tape.words(&[scheduling.priority.into()]);
-        let arguments = [0, scheduling.policy.into(), priority, 0, 0, 0];
+        let reset = if scheduling.reset_on_fork { libc::SCHED_RESET_ON_FORK } else { 0 };
+        let policy = u64::from(scheduling.policy) | u64::from(reset.unsigned_abs());
+        let arguments = [0, policy, priority, 0, 0, 0];
         tape.call("set its scheduling policy", libc::SYS_sched_setscheduler, arguments);
     }
     if scheduling.nice != 0 {

@@ -82,6 +82,11 @@ pub fn restore(
     let begun = Instant::now();
     let mut tree = Tree::begin(request)?;
     tree.spawn(&container.processes)?;
+    for record in &container.processes {
+        if let ProcessState::Zombie { exit_status } = record.state {
+            tree.bury(record.pid, &record.name, exit_status)?;
+        }
+    }
     let spawn = begun.elapsed();
 
     let begun = Instant::now();
@@ -107,11 +112,6 @@ pub fn restore(
         }
     }
     drop(files);
-    for record in &container.processes {
-        if let ProcessState::Zombie { exit_status } = record.state {
-            tree.bury(record.pid, exit_status)?;
-        }
-    }
     for record in &container.processes {
         if let ProcessState::Alive(alive) = &record.state {
             tree.confine(record.pid, alive, &request.confinement)?;
@@ -249,7 +249,7 @@ impl Tree {
                     self.call(pid, "join a process group", libc::SYS_setpgid, arguments)?;
                 }
                 Step::End { pid, reaper } => {
-                    self.bury(pid, 0)?;
+                    self.bury(pid, b"", 0)?;
                     let arguments = [u64::from(pid.unsigned_abs()), 0, 0, 0, 0, 0];
                     self.call(reaper, "wait for a helper", libc::SYS_wait4, arguments)?;
                 }
@@ -414,12 +414,12 @@ impl Tree {
     }
 
     /// Ends a process so that its parent can wait for this status.
-    fn bury(&mut self, pid: i32, exit_status: i32) -> Result<(), RestoreError> {
+    fn bury(&mut self, pid: i32, name: &[u8], exit_status: i32) -> Result<(), RestoreError> {
         let process = self
             .processes
             .remove(&pid)
             .ok_or_else(|| RestoreError::Damaged(format!("process {pid} is missing")))?;
-        process::bury(process, exit_status)
+        process::bury(process, name, exit_status)
     }
 
     fn confine(

@@ -20,6 +20,13 @@ pub fn affinity(tid: Pid) -> io::Result<Vec<u32>> {
     Ok(processors)
 }
 
+/// Whether children of a thread begin with the default scheduling policy (`SCHED_RESET_ON_FORK`).
+pub fn resets_on_fork(tid: Pid) -> io::Result<bool> {
+    // SAFETY: the call takes a number only.
+    let policy = check(unsafe { libc::syscall(libc::SYS_sched_getscheduler, tid) })?;
+    Ok(policy & libc::c_long::from(libc::SCHED_RESET_ON_FORK) != 0)
+}
+
 /// Restricts a thread to `processors`.
 ///
 /// # Errors

@@ -12,7 +12,7 @@ use samara_tests::node::{Engine, Node, NodeOptions};
 use samara_tests::random::Random;
 use samara_tests::until;
 
-use crate::workloads::{ALL, CLOCK, COUNTER, EINTR, PIPELINE, SPAWN, Workload};
+use crate::workloads::{ALL, CLOCK, COUNTER, EINTR, PIPELINE, REFUSED, SPAWN, Workload};
 use crate::{Fixture, size, trial};
 
 /// A save of the largest workload here, on two busy cores.
@@ -26,7 +26,8 @@ const SAVED: i32 = 143;
 
 /// Saves a container so that it ends, and removes it from its engine.
 fn save_and_remove(container: &Container<'_>, url: &str) -> Result<()> {
-    container.save(url, &["--stop"])?.successful()?;
+    let saved = container.save(url, &["--stop"])?.successful();
+    saved.with_context(|| format!("{} says: {:?}", container.name, container.logs()))?;
     let status = container.wait_exit(END_TIME_MAX)?;
     ensure!(status == SAVED, "{} ended with status {status} after its save", container.name);
     container.remove()
@@ -328,6 +329,23 @@ fn refusals(fixture: &Fixture) -> Result<()> {
     Ok(())
 }
 
+/// Everything that stands in the way is named at once, in all processes, and nothing has happened to them.
+fn refuses_state(fixture: &Fixture) -> Result<()> {
+    let pair = fixture.pair()?;
+    let launch = REFUSED.launch("-state").capsule(pair.store.url("refusals/state"));
+    let container = launch.start(&pair.nodes[0])?;
+    let nonce = container.wait_ready()?;
+    for _ in 0..size("SAMARA_TEST_CAPTURES", 20)? {
+        let ended = container.save(&pair.store.url("refusals/state"), &["--stop"])?;
+        for named in ["process 1 ", "[eventpoll]", "[timerfd]", "shares its memory"] {
+            refused(&ended, named)?;
+        }
+    }
+    container.finish()?;
+    container.wait_ok(&nonce, END_TIME_MAX)?;
+    Ok(())
+}
+
 pub(crate) fn trials(fixture: &Arc<Fixture>) -> Vec<Trial> {
     let mut trials = Vec::new();
     for &workload in ALL {
@@ -365,5 +383,6 @@ pub(crate) fn trials(fixture: &Arc<Fixture>) -> Vec<Trial> {
     }));
     trials.push(trial(fixture, "harm/kills", kills));
     trials.push(trial(fixture, "refusal/all", refusals));
+    trials.push(trial(fixture, "refusal/state", refuses_state));
     trials
 }

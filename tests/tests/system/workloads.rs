@@ -115,6 +115,9 @@ pub(crate) const SORT: Workload = Workload {
     ..workload(&["sort.sh"], &["order", "lost"])
 };
 
+/// Not among those that are moved.
+pub(crate) const REFUSED: Workload = workload(&["refused"], &["sharer"]);
+
 pub(crate) const ALL: &[Workload] = &[
     COUNTER, THREADS, EINTR, SPAWN, PIPES, SIGNALS, SESSIONS, CLOCK, OPENMP, ATTRIBUTES, PIPELINE,
     COMPILE, SORT,
@@ -262,7 +265,7 @@ fn a_panic_leaves_nothing() -> Result<()> {
 
 pub(crate) fn trials(fixture: &Arc<Fixture>) -> Vec<Trial> {
     let mut trials = Vec::new();
-    for &workload in ALL {
+    for &workload in ALL.iter().chain([&REFUSED]) {
         trials.push(trial(
             fixture,
             &format!("workload/{}/passes", workload.name()),
