@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime};
 
+use oci_spec::runtime::LinuxNamespaceType;
 use samara_capsule::cbor::{EncodeError, encode_record};
 use samara_capsule::config::{Provenance, Requirements};
 use samara_capsule::digest::Digest;
@@ -51,6 +52,10 @@ pub enum CheckpointError {
     Flag(&'static str),
     #[error("a container with a terminal can't be saved yet; start it without -t")]
     Terminal,
+    #[error(
+        "a container in a user namespace can't be saved yet; start it without (docker: --userns host)"
+    )]
+    UserNamespace,
     #[error(transparent)]
     Monitor(#[from] MonitorError),
     #[error("cannot tell the capture what to do")]
@@ -270,6 +275,11 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
         return Err(CheckpointError::Terminal);
     }
     let spec = Bundle::reload(&dir.config())?;
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    if namespaces.into_iter().flatten().any(|namespace| namespace.typ() == LinuxNamespaceType::User)
+    {
+        return Err(CheckpointError::UserNamespace);
+    }
 
     progress("preparing");
     let node = match &order.config {

@@ -2,9 +2,11 @@
 
 use crate::command_line::RunArgs;
 use crate::create::{self, CreateError, CreateRequest, Init};
+use crate::ending;
 use crate::foreground::{self, Console, ForegroundError};
 use crate::lifecycle::{self, LifecycleError};
 use crate::report::Log;
+use crate::signal_name::SignalNumber;
 use std::path::Path;
 
 use samara_store::Location;
@@ -74,12 +76,17 @@ pub fn run(
     let started = lifecycle::start(&created.dir);
     created.elsewhere = None;
     if let Err(error) = started {
+        ending::ask(&created.dir, "a start that failed");
+        let _ = created.record.init.signal(SignalNumber::KILL);
+        foreground::reap_killed(created.record.init.pid);
+        // This process may still be in the container's.
+        crate::cgroup::leave_all();
         // The first failure is the one to report.
         let _ = lifecycle::delete(&created.dir, true, log);
         return Err(error.into());
     }
     let Some(signals) = signals else { return Ok(0) };
-    let told = |signal| crate::ending::ask_by_signal(&created.dir, signal);
+    let told = |signal| ending::ask_by_signal(&created.dir, signal);
     let status = foreground::attend(created.record.init.pid, signals, console, &told)?;
     if !args.keep {
         lifecycle::delete(&created.dir, true, log)?;
