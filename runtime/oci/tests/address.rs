@@ -407,3 +407,34 @@ fn a_capsule_brings_no_privileges() {
     site.refused(&bound, "has the group 5");
     site.start(&spec);
 }
+
+/// What a user reads after a save and a restore: how it went, and what is not protected.
+#[test]
+fn saves_and_restores_say_how_they_went() {
+    let site = Site::new();
+    let mut spec = site.spec(COUNTER);
+    std::fs::create_dir(site.path("volume")).unwrap();
+    spec["mounts"].as_array_mut().unwrap().push(json!({"destination": "/data", "type": "bind",
+        "source": site.path("volume"), "options": ["rbind", "rw"]}));
+    let id = site.start(&spec);
+    poll("it counts", || site.count() > 0);
+    let log = site.path("log.json");
+    let log_flags = ["--log", log.to_str().unwrap(), "--log-format", "json"];
+    let save = ["checkpoint", "--capsule", &site.address(), &id];
+    site.ok(&[&log_flags[..], &save].concat());
+    let logged = std::fs::read_to_string(&log).unwrap();
+    assert!(logged.contains("\"warning\"") && logged.contains("the content of /data"), "{logged}");
+    site.ok(&["delete", &id]);
+
+    let again = site.sandbox.new_id(SAMARA);
+    let bundle = site.sandbox.bundle(&again, &spec);
+    let bundle = bundle.to_str().unwrap();
+    let output = site.call(&["restore", "--capsule", &site.address(), "-b", bundle, "-d", &again]);
+    let line = text(&output.stderr);
+    assert!(output.status.success(), "{line}");
+    let begins = format!("restored from {}: ", site.address());
+    assert!(
+        line.starts_with(&begins) && line.contains("MiB/s") && line.lines().count() == 1,
+        "{line}"
+    );
+}
