@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime};
 
+use oci_spec::runtime::LinuxNamespaceType;
 use samara_capsule::cbor::{EncodeError, encode_record};
 use samara_capsule::config::{Provenance, Requirements};
 use samara_capsule::digest::Digest;
@@ -51,6 +52,10 @@ pub enum CheckpointError {
     Flag(&'static str),
     #[error("a container with a terminal can't be saved yet; start it without -t")]
     Terminal,
+    #[error(
+        "a container in a user namespace can't be saved yet; start it without (docker: --userns host)"
+    )]
+    UserNamespace,
     #[error(transparent)]
     Monitor(#[from] MonitorError),
     #[error("cannot tell the capture what to do")]
@@ -107,6 +112,10 @@ pub struct Summary {
     pub uploaded_bytes: u64,
     /// Processes that had joined from outside (`exec`) and are not in the capsule.
     pub left_out: Vec<String>,
+    /// Mount points of volumes that the container may write to and that are not in the capsule: after a resume their content may
+    /// be another one than the program remembers.
+    #[serde(default)]
+    pub unprotected: Vec<String>,
 }
 
 /// The address that a container was started with, and the right to commit there.
@@ -214,7 +223,16 @@ impl Summary {
                 self.left_out.join(", ")
             ));
         }
+        if !self.unprotected.is_empty() {
+            line.push_str(&format!("; {}", self.unprotected()));
+        }
         line
+    }
+
+    /// Names the volumes that the capsule does not protect.
+    pub fn unprotected(&self) -> String {
+        let volumes = self.unprotected.join(", ");
+        format!("not in the capsule: the content of {volumes} (see {VOLUMES_ANNOTATION})")
     }
 }
 
@@ -270,6 +288,11 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
         return Err(CheckpointError::Terminal);
     }
     let spec = Bundle::reload(&dir.config())?;
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    if namespaces.into_iter().flatten().any(|namespace| namespace.typ() == LinuxNamespaceType::User)
+    {
+        return Err(CheckpointError::UserNamespace);
+    }
 
     progress("preparing");
     let node = match &order.config {
@@ -309,6 +332,7 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
     progress("copying files");
     files::capture_root(&root, &mut StreamWriter::new(&mut writer, ROOT_STREAM))?;
     let trees = capture_trees(record.init.pid, &spec, &mut writer)?;
+    let travelling: Vec<String> = trees.iter().map(|tree| tree.path.clone()).collect();
     let saved =
         Saved { container, origin: Origin::of(&spec, record.seccomp_filters), trees, root: true };
     let records = encode_record(&saved)?;
@@ -356,6 +380,7 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
         stored_bytes: committed.stored_bytes,
         uploaded_bytes: committed.uploaded_bytes,
         left_out: report.sessions,
+        unprotected: unprotected(&spec, &travelling),
     })
 }
 
@@ -469,6 +494,30 @@ fn travelling_mounts(
     Ok(paths)
 }
 
+/// Volumes that the container may write to and that do not travel.
+fn unprotected(spec: &oci_spec::runtime::Spec, travelling: &[String]) -> Vec<String> {
+    /// Files that engines mount for each container and write themselves.
+    const ENGINES: [&str; 6] = [
+        "/etc/hostname",
+        "/etc/hosts",
+        "/etc/resolv.conf",
+        "/run/.containerenv",
+        "/run/secrets",
+        "/dev/",
+    ];
+    let volumes = spec.mounts().iter().flatten().filter_map(|mount| {
+        let path = mount.destination().to_str()?;
+        let options = || mount.options().iter().flatten().map(String::as_str);
+        let bind = mount.typ().as_deref() == Some("bind")
+            || options().any(|option| matches!(option, "bind" | "rbind"));
+        let fixed = options().any(|option| option == "ro")
+            || ENGINES.iter().any(|engines| path.starts_with(engines))
+            || travelling.iter().any(|travels| travels == path);
+        (bind && !fixed).then(|| path.to_owned())
+    });
+    volumes.collect()
+}
+
 /// Opens a folder as the container sees it; no link leads out of its root.
 pub(crate) fn open_inside(init: i32, path: &str) -> io::Result<OwnedFd> {
     use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
@@ -534,4 +583,25 @@ impl Write for StreamWriter<'_> {
 
 fn io(attempt: &'static str) -> impl FnOnce(io::Error) -> CheckpointError {
     move |source| CheckpointError::Io { attempt, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A user must learn that a volume's content is not what it was at the capsule's instant.
+    #[test]
+    fn volumes_that_do_not_travel_are_named() {
+        let spec = serde_json::from_str(
+            r#"{"ociVersion": "1.0.2", "mounts": [
+                {"destination": "/data", "type": "bind", "source": "/d", "options": ["rbind", "rw"]},
+                {"destination": "/kept", "source": "/k", "options": ["rbind"]},
+                {"destination": "/input", "type": "bind", "source": "/i", "options": ["rbind", "ro"]},
+                {"destination": "/etc/hosts", "type": "bind", "source": "/h", "options": ["rbind"]},
+                {"destination": "/dev/shm", "type": "bind", "source": "/s", "options": ["rbind"]},
+                {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"}]}"#,
+        )
+        .unwrap();
+        assert_eq!(unprotected(&spec, &["/kept".to_owned()]), ["/data"]);
+    }
 }

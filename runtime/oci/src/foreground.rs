@@ -206,6 +206,20 @@ fn reap(pid: i32) -> Result<Option<u8>, ForegroundError> {
     }
 }
 
+/// Waits for the child `pid`, which has been killed, ten seconds at most.
+///
+/// All that can be waited for is, on the way: the init of a pid namespace ends after every process in there, and those that the
+/// engine traced until a restore failed are ours to wait for.
+pub fn reap_killed(pid: i32) {
+    const TURNS_MAX: u32 = 10_000;
+    for _ in 0..TURNS_MAX {
+        match reap(pid) {
+            Ok(None) => std::thread::sleep(std::time::Duration::from_millis(1)),
+            Ok(Some(_)) | Err(_) => return,
+        }
+    }
+}
+
 #[derive(Default)]
 struct Ready {
     input: bool,

@@ -20,6 +20,7 @@ use crate::hooks::{self, HookError, HookState};
 use crate::monitor;
 use crate::process::ProcessIdentity;
 use crate::report::Log;
+use crate::restore::Restored;
 use crate::signal_name::{self, SignalNumber};
 use crate::state_dir::{self, Record, StateDir, StateError, Status};
 
@@ -73,8 +74,8 @@ pub enum LifecycleError {
     PsFailed(String),
 }
 
-/// Lets the container's init become its program.
-pub fn start(dir: &StateDir) -> Result<(), LifecycleError> {
+/// Lets the container's init become its program, or the saved one.
+pub fn start(dir: &StateDir) -> Result<Option<Restored>, LifecycleError> {
     let mut record = dir.load()?;
     match record.status() {
         Status::Created => {}
@@ -84,7 +85,7 @@ pub fn start(dir: &StateDir) -> Result<(), LifecycleError> {
     NotifySocket::new(dir.libcontainer().join(NOTIFY_FILE))
         .notify_container_start()
         .map_err(LifecycleError::Notify)?;
-    crate::restore::finish(dir).map_err(Box::new)?;
+    let restored = crate::restore::finish(dir).map_err(Box::new)?;
     record.started = true;
     dir.save(&record)?;
     mark_running(dir)?;
@@ -96,7 +97,7 @@ pub fn start(dir: &StateDir) -> Result<(), LifecycleError> {
         let _ = record.init.signal(SignalNumber::KILL);
         return Err(error.into());
     }
-    Ok(())
+    Ok(restored)
 }
 
 /// libcontainer refuses `exec` into a container that it does not take for running.

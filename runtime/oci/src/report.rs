@@ -37,6 +37,11 @@ impl Log {
         }
     }
 
+    /// What the call's standard output says as well.
+    pub fn note(&self, message: &str) {
+        self.line("warning", message);
+    }
+
     /// Written only with `--debug`.
     pub fn debug(&self, message: &str) {
         if !self.debug {

@@ -391,39 +391,66 @@ fn swap_bytes() -> u64 {
 /// How long the blank init may take from `start` until it waits: it has some mounts to finish.
 const BLANK_MAX: Duration = Duration::from_secs(20);
 
-/// Fills a container whose blank init has been started, if it waits for a capsule. `Ok(false)`: it does not.
+/// What came back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Restored {
+    pub processes: usize,
+    pub threads: usize,
+    /// Bytes before compression, and as they are stored.
+    pub raw_bytes: u64,
+    pub stored_bytes: u64,
+}
+
+impl Restored {
+    /// One line for a person.
+    pub fn line(&self, address: &str, took: Duration) -> String {
+        let mib = |bytes: u64| bytes as f64 / f64::from(1u32 << 20);
+        let seconds = took.as_secs_f64();
+        let (raw, stored) = (mib(self.raw_bytes), mib(self.stored_bytes));
+        format!(
+            "restored from {address}: {} processes, {} threads, {raw:.1} MiB from {stored:.1} MiB ({:.1}x), {seconds:.1} s, {:.0} MiB/s",
+            self.processes,
+            self.threads,
+            raw / stored.max(f64::EPSILON),
+            raw / seconds.max(0.001),
+        )
+    }
+}
+
+/// Fills a container whose blank init has been started, if it waits for a capsule. `None`: it does not.
 ///
 /// # Errors
 /// The container has been killed; its folder is still there.
-pub fn finish(dir: &StateDir) -> Result<bool, RestoreError> {
+pub fn finish(dir: &StateDir) -> Result<Option<Restored>, RestoreError> {
     let path = Waiting::path(dir);
     let waiting = match fs::read(&path) {
         Ok(text) => text,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(RestoreError::Io { attempt: "read the capsule's note", source }),
     };
     let waiting: Waiting = serde_json::from_slice(&waiting)
         .map_err(|error| io("read the capsule's note")(error.into()))?;
     let record = dir.load()?;
-    if let Err(error) = fill(dir, &waiting) {
+    let filled = fill(dir, &waiting);
+    if let Err(error) = &filled {
         // A container that is not what was saved must not run. Its end says nothing of its program.
         ending::ask(dir, "a restore that failed");
         let _ = record.init.signal(crate::signal_name::SignalNumber::KILL);
         if error.is_capsules_fault()
             && let Some(held) = Held::load(dir)
             && let Ok(Some(note)) =
-                ending::note_failed_restore(dir, &held, &crate::report::chain(&error))
+                ending::note_failed_restore(dir, &held, &crate::report::chain(error))
         {
             // What is not told now, the next start at the address tells.
             let _ = ending::tell(&note);
         }
-        return Err(error);
     }
+    let restored = filled?;
     fs::remove_file(path).map_err(io("remove the capsule's note"))?;
-    Ok(true)
+    Ok(Some(restored))
 }
 
-fn fill(dir: &StateDir, waiting: &Waiting) -> Result<(), RestoreError> {
+fn fill(dir: &StateDir, waiting: &Waiting) -> Result<Restored, RestoreError> {
     let record = dir.load()?;
     let spec = Bundle::reload(&dir.config())?;
     let held = Held::load(dir).ok_or(RestoreError::State(StateError::Missing))?;
@@ -448,8 +475,14 @@ fn fill(dir: &StateDir, waiting: &Waiting) -> Result<(), RestoreError> {
     }
     let confinement = confinement(&spec, &saved.origin)?;
     let request = RestoreRequest { init, container: &saved.container, confinement };
-    restore(&request, &reader)?;
-    Ok(())
+    let report = restore(&request, &reader)?;
+    let statistics = &reader.config().statistics;
+    Ok(Restored {
+        processes: report.processes,
+        threads: report.threads,
+        raw_bytes: statistics.raw_bytes,
+        stored_bytes: statistics.stored_bytes,
+    })
 }
 
 /// Waits until the blank init does nothing but wait.

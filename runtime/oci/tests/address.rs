@@ -284,6 +284,47 @@ fn a_capsule_that_failed_twice_is_not_tried_again() {
     site.refused(&spec, &format!("samara capsule rm {}", site.address()));
 }
 
+/// What is found only while the container is filled leaves nothing behind, and is not tried for ever.
+#[test]
+fn a_start_that_fails_by_the_capsule_leaves_nothing_and_counts() {
+    let site = Site::new();
+    let spec = site.save_counter();
+    let manifest = site.read_blob(&json!(site.state().latest.unwrap().digest.to_string()));
+    let layers = manifest["layers"].as_array().unwrap();
+    let is_pack =
+        |layer: &&Value| layer["mediaType"].as_str().unwrap().ends_with("capsule.pack.v1");
+    let pack = layers.iter().find(is_pack).unwrap()["digest"].as_str().unwrap();
+    std::fs::remove_file(site.path("address/blobs").join(pack.replace(':', "/"))).unwrap();
+    for failures in 1..=2 {
+        let (id, output) = site.run(&spec);
+        let words = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(176), "{words}");
+        assert!(words.contains("is not there"), "{words}");
+        assert!(!site.sandbox.state_root(SAMARA).join(&id).exists(), "{words}");
+        assert_eq!(site.state().failed_resumes, failures);
+    }
+    site.refused(&spec, "failed twice");
+}
+
+/// A capsule that nobody could bring back must not be made.
+#[test]
+fn a_container_in_a_user_namespace_is_not_saved() {
+    let site = Site::new();
+    let mapping = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+    let mut spec = site.spec("while :; do busybox usleep 20000; done");
+    spec["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "user"}));
+    spec["linux"]["uidMappings"] = mapping.clone();
+    spec["linux"]["gidMappings"] = mapping;
+    spec["mounts"].as_array_mut().unwrap().retain(|mount| mount["type"] != "cgroup");
+    std::fs::set_permissions(site.path(""), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let id = site.start(&spec);
+    let output = site.call(&["checkpoint", "--capsule", &site.address(), &id]);
+    let words = text(&output.stderr);
+    assert!(!output.status.success() && words.contains("user namespace"), "{words}");
+    assert_eq!(site.state().latest, None);
+    assert_eq!(site.sandbox.state(SAMARA, &id)["status"], "running");
+}
+
 /// What stands against a restore is said before the root is another one and a process runs.
 #[test]
 fn a_capsule_that_does_not_fit_changes_nothing() {
@@ -365,4 +406,35 @@ fn a_capsule_brings_no_privileges() {
     allow(&mut bound, &["CAP_SETUID"]);
     site.refused(&bound, "has the group 5");
     site.start(&spec);
+}
+
+/// What a user reads after a save and a restore: how it went, and what is not protected.
+#[test]
+fn saves_and_restores_say_how_they_went() {
+    let site = Site::new();
+    let mut spec = site.spec(COUNTER);
+    std::fs::create_dir(site.path("volume")).unwrap();
+    spec["mounts"].as_array_mut().unwrap().push(json!({"destination": "/data", "type": "bind",
+        "source": site.path("volume"), "options": ["rbind", "rw"]}));
+    let id = site.start(&spec);
+    poll("it counts", || site.count() > 0);
+    let log = site.path("log.json");
+    let log_flags = ["--log", log.to_str().unwrap(), "--log-format", "json"];
+    let save = ["checkpoint", "--capsule", &site.address(), &id];
+    site.ok(&[&log_flags[..], &save].concat());
+    let logged = std::fs::read_to_string(&log).unwrap();
+    assert!(logged.contains("\"warning\"") && logged.contains("the content of /data"), "{logged}");
+    site.ok(&["delete", &id]);
+
+    let again = site.sandbox.new_id(SAMARA);
+    let bundle = site.sandbox.bundle(&again, &spec);
+    let bundle = bundle.to_str().unwrap();
+    let output = site.call(&["restore", "--capsule", &site.address(), "-b", bundle, "-d", &again]);
+    let line = text(&output.stderr);
+    assert!(output.status.success(), "{line}");
+    let begins = format!("restored from {}: ", site.address());
+    assert!(
+        line.starts_with(&begins) && line.contains("MiB/s") && line.lines().count() == 1,
+        "{line}"
+    );
 }

@@ -6,6 +6,7 @@
 #[path = "support/sandbox.rs"]
 mod sandbox;
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
@@ -26,6 +27,11 @@ impl Docker {
         let path = |name: &str| sandbox.path().join(name);
         let config = serde_json::json!({"runtimes": {"samara": {"path": SAMARA}}});
         std::fs::write(path("daemon.json"), config.to_string()).unwrap();
+        let address = Docker::address_in(&sandbox);
+        let node = format!("[store]\nallowed_prefixes = [\"{address}\"]\n");
+        std::fs::write(path("node.toml"), node).unwrap();
+        std::fs::set_permissions(path("node.toml"), std::fs::Permissions::from_mode(0o600))
+            .unwrap();
         ip(&["link", "add", BRIDGE, "type", "bridge"]);
         ip(&["address", "add", "172.31.99.1/24", "dev", BRIDGE]);
         ip(&["link", "set", BRIDGE, "up"]);
@@ -43,6 +49,7 @@ impl Docker {
             .arg("--host")
             .arg(format!("unix://{}", socket.display()))
             .args(["--bridge", BRIDGE, "--iptables=false", "--ip-masq=false"])
+            .env("SAMARA_CONFIG", path("node.toml"))
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log)
@@ -62,6 +69,10 @@ impl Docker {
         assert!(made.success());
         docker.ok(&["import", tar.to_str().unwrap(), "box"]);
         docker
+    }
+
+    fn address_in(sandbox: &Sandbox) -> String {
+        format!("file://{}", sandbox.path().join("address").display())
     }
 
     fn command(&self, args: &[&str]) -> Command {
@@ -174,6 +185,7 @@ fn docker_does_with_us_what_it_does_with_runc() {
     standard_input(&docker);
     a_life(&docker);
     restarts_and_health(&docker);
+    an_address(&docker);
 }
 
 fn standard_input(docker: &Docker) {
@@ -281,4 +293,32 @@ fn restarts_and_health(docker: &Docker) {
         docker.ok(&["inspect", "-f", "{{.State.Health.Status}}", "well"]) == "healthy\n"
     });
     docker.ok(&["rm", "-f", "well"]);
+}
+
+/// When `docker run` returns, the address knows how the job ended: a retry right after it must not go on from an old capsule.
+fn an_address(docker: &Docker) {
+    let address = Docker::address_in(&docker.sandbox);
+    let variable = format!("SAMARA_CAPSULE={address}");
+    let generation = || {
+        let location = samara_store::Location::parse(&address).unwrap();
+        let config = samara_store::config::StoreConfig::default();
+        let store = samara_store::Store::open(&location, &config, false).unwrap();
+        store.head().unwrap().state.generation
+    };
+    let run = |command: &str| {
+        let args = ["run", "--rm", "--runtime", "samara", "-e", &variable, "box", "sh", "-c"];
+        docker.call(&[&args[..], &[command]].concat()).status.code().unwrap()
+    };
+    assert_eq!((run("exit 3"), generation()), (3, 0));
+    for runs in 1..=3 {
+        assert_eq!((run("true"), generation()), (0, runs));
+    }
+    let script = "trap 'exit 0' TERM; echo up; while :; do sleep 0.1; done";
+    let args =
+        ["run", "-d", "--name", "asked", "--runtime", "samara", "-e", &variable, "box", "sh"];
+    docker.ok(&[&args[..], &["-c", script]].concat());
+    poll("the container speaks", || docker.ok(&["logs", "asked"]) == "up\n");
+    docker.ok(&["stop", "asked"]);
+    docker.ok(&["rm", "asked"]);
+    assert_eq!(generation(), 3, "it was stopped, and has not finished");
 }

@@ -9,12 +9,12 @@ use samara_oci::address::CONFIG_VARIABLE;
 use samara_oci::command_line::{self, CommandLine, Global, RunArgs, Verb};
 use samara_oci::create::{self, CreateRequest, Init};
 use samara_oci::report::Log;
+use samara_oci::run::Resume;
 use samara_oci::state_dir::StateDir;
 use samara_oci::{
     capture, ending, events, exec, features, hooks, lifecycle, output, report, run, sealed,
     spec_template, update,
 };
-use samara_store::Location;
 
 fn main() -> ExitCode {
     let args: Result<Vec<String>, _> =
@@ -107,24 +107,34 @@ fn act(line: CommandLine, log: &Log) -> Result<u8, Failure> {
                 if terminal {
                     output::transient(phase);
                 }
-            })?;
+            });
+            // Before a message of failure, too.
             if terminal {
                 output::transient("");
+            }
+            let summary = summary?;
+            if !summary.unprotected.is_empty() {
+                // An engine keeps the log, and nobody reads its call's standard output.
+                log.note(&summary.unprotected());
             }
             output::with_stdout(|out| writeln!(out, "{}", summary.line()))?;
         }
         Verb::Restore(args) => {
             sealed::ensure()?;
             let location = capture::target(&args.image)?;
-            let args = args.as_run();
-            return run_container(&root, &args, &global, Some(&location), log);
+            // Whoever calls with runc's flags, an engine, expects runc's silence.
+            let said = args.image.capsule.is_some();
+            let resume = Resume { location: &location, said };
+            return run_container(&root, &args.as_run(), &global, Some(resume), log);
         }
         Verb::CaptureWorker => capture::worker()?,
         Verb::TellEnd { note } => ending::teller(&note)?,
-        Verb::Start { id } => lifecycle::start(&dir(&id)).map_err(|error| {
-            let refused = error.is_refused();
-            Failure::new(error, refused)
-        })?,
+        Verb::Start { id } => {
+            lifecycle::start(&dir(&id)).map_err(|error| {
+                let refused = error.is_refused();
+                Failure::new(error, refused)
+            })?;
+        }
         Verb::State { id } => output::with_stdout(|out| lifecycle::state(&dir(&id), out))?,
         Verb::Kill { id, signal, all } => lifecycle::kill(&dir(&id), &signal, all)?,
         Verb::Delete { id, force } => lifecycle::delete(&dir(&id), force, log)?,
@@ -160,7 +170,7 @@ fn run_container(
     root: &Path,
     args: &RunArgs,
     global: &Global,
-    capsule: Option<&Location>,
+    capsule: Option<Resume<'_>>,
     log: &Log,
 ) -> Result<u8, Failure> {
     run::run(root, args, global.systemd_cgroup, capsule, log, global.debug).map_err(|error| {
