@@ -29,6 +29,10 @@ pub enum FreezeError {
         "process {pid} ({name}) is in a pid namespace inside the container's: nested pid namespaces are not supported"
     )]
     NestedPidNamespace { pid: Pid, name: String },
+    #[error(
+        "the container has no pid namespace of its own, so its processes can't be told from others (process {pid}): start it without sharing one (docker's --pid)"
+    )]
+    SharedPidNamespace { pid: Pid },
     #[error("could not seize thread {tid} of process {pid}")]
     Seize { pid: Pid, tid: Pid, source: io::Error },
     #[error(
@@ -83,6 +87,11 @@ impl FrozenTree {
         init: Pid,
         thaw: &mut dyn FnMut() -> io::Result<()>,
     ) -> Result<FrozenTree, FreezeError> {
+        let status = proc::status(init).map_err(discover)?;
+        let leads = status.nspid.is_some_and(|numbers| numbers.last() == Some(&1));
+        if !leads || init == 1 {
+            return Err(FreezeError::SharedPidNamespace { pid: init });
+        }
         let mut freezer = Freezer {
             init,
             namespace: proc::namespace(init, "pid").map_err(discover)?,

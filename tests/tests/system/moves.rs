@@ -343,6 +343,15 @@ fn refuses_state(fixture: &Fixture) -> Result<()> {
     }
     container.finish()?;
     container.wait_ok(&nonce, END_TIME_MAX)?;
+
+    // All processes of the machine are in its pid namespace. None of them may be stopped.
+    let launch = CLOCK.launch("-shared").options(&["--pid", "host"]);
+    let container = launch.capsule(pair.store.url("refusals/shared")).start(&pair.nodes[0])?;
+    let nonce = container.wait_ready()?;
+    let ended = container.save(&pair.store.url("refusals/shared"), &[])?;
+    refused(&ended, "no pid namespace of its own")?;
+    container.finish()?;
+    container.wait_ok(&nonce, END_TIME_MAX)?;
     Ok(())
 }
 
