@@ -200,7 +200,22 @@ pub fn checkpoint(
             progress(text);
         }
     })?;
+    if let (None, Some(folder)) = (&args.image.capsule, &args.image.image_path) {
+        mark_for_engines(folder);
+    }
     serde_json::from_value(answer).map_err(CheckpointError::Arguments)
+}
+
+/// Makes docker's copy of a local image differ from containerd's.
+///
+/// docker keeps what containerd saved as a folder, and uploads it again when the container is to be started from it. containerd
+/// refuses content that it has, and still has this until it collects garbage (moby/moby#42900). A file whose name says that
+/// another one was deleted goes into the first archive and is not unpacked from it, so the second one is another.
+fn mark_for_engines(folder: &Path) {
+    const DELETED: &str = ".wh.saved-by-samara";
+    if let Err(error) = File::create(folder.join(DELETED)) {
+        tracing::warn!(%error, "docker may refuse to start from this checkpoint at once");
+    }
 }
 
 impl Summary {
