@@ -40,9 +40,13 @@ use crate::state_dir::{Record, StateDir, StateError, Status};
 pub enum CheckpointError {
     #[error(transparent)]
     State(#[from] StateError),
+    #[error(
+        "container does not exist: there is no {id} in {}; `samara ps` shows what runs, and --root names another folder", root.display()
+    )]
+    Missing { id: String, root: PathBuf },
     #[error("cannot checkpoint a container in the {0} state; it has to run")]
     NotRunning(&'static str),
-    #[error("where to? give --capsule URL or --image-path DIR")]
+    #[error("there is no address: give --capsule URL or --image-path DIR")]
     NoTarget,
     #[error("--capsule")]
     Address(#[from] LocationError),
@@ -184,7 +188,13 @@ pub fn checkpoint(
     if args.image.lazy_pages {
         return Err(CheckpointError::Flag("lazy-pages"));
     }
-    let record = dir.load()?;
+    let record = dir.load().map_err(|error| match error {
+        StateError::Missing => CheckpointError::Missing {
+            id: dir.id().to_string(),
+            root: dir.path().parent().unwrap_or(dir.path()).to_owned(),
+        },
+        error => error.into(),
+    })?;
     match record.status() {
         Status::Running | Status::Paused => {}
         other => return Err(CheckpointError::NotRunning(other.as_str())),

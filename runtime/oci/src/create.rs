@@ -212,6 +212,7 @@ fn look_for_capsule(
         (Init::Blank { .. }, _) => return Ok((None, None)),
         (Init::Program, Some(location)) => Start {
             // An address that the container may not use is no reason to refuse what a command line asks for.
+            by_hand: true,
             carried: own().is_ok_and(|own| own.is_some_and(|(own, _)| own.location == *location)),
             location: location.clone(),
             policy: RestorePolicy::Require,
@@ -220,7 +221,7 @@ fn look_for_capsule(
         (Init::Program, None) => match own()? {
             None => return Ok((None, None)),
             Some((Address { location, policy }, node)) => {
-                Start { location, policy, node, carried: true }
+                Start { location, policy, node, carried: true, by_hand: false }
             }
         },
     };
