@@ -253,7 +253,7 @@ impl Incoming {
                 monotonic: offset(offsets.monotonic_ns),
                 boottime: offset(offsets.boottime_ns),
             },
-            seccomp_filters: u32::from(Origin::of(&bundle.spec, 0).seccomp.is_some()),
+            seccomp_filters: u32::from(bundle.linux()?.seccomp().is_some()),
             held: held.clone(),
             manifest: latest.digest,
         };
@@ -546,7 +546,7 @@ fn confinement(spec: &Spec, saved: &Origin) -> Result<EngineConfinement, Restore
             .flat_map(|instruction| instruction.to_bytes())
             .collect(),
     };
-    let seccomp = SeccompPolicy::Replace { drop: saved.seccomp_filters as usize, program };
+    let seccomp = SeccompPolicy { drop: saved.seccomp_filters as usize, program };
     Ok(EngineConfinement {
         bounding: match process {
             Some(process) => crate::confine::capability_sets(process)?.bounding.bits(),
