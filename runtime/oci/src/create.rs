@@ -262,6 +262,8 @@ fn build(
             (builder.with_executor(init), Some(ours))
         }
     };
+    crate::plain_dev::make_room(bundle)
+        .map_err(|source| io("make room in the root's own /dev", source))?;
     let elsewhere = (!request.systemd_cgroup).then(|| Elsewhere::join(cgroup_path));
     let container = builder
         .as_init(dir.inner_bundle())
