@@ -514,3 +514,23 @@ fn a_damaged_capsule_is_refused() {
     std::fs::remove_file(&blob).unwrap();
     site.refused(&spec, "is not there");
 }
+
+/// Two copies of a job would do its work twice; the older one ends when it learns of the newer.
+#[test]
+fn a_copy_that_learns_of_a_newer_one_ends() {
+    let site = Site::new();
+    let spec = site.spec(COUNTER);
+    let older = site.start(&spec);
+    let newer = site.start(&spec);
+    let save = ["checkpoint", "--leave-running", "--capsule", &site.address()];
+    let output = site.call(&[&save[..], &[&older]].concat());
+    let words = text(&output.stderr);
+    assert!(!output.status.success() && words.contains("another copy"), "{words}");
+    site.wait_until_stopped(&older);
+    assert_eq!(site.state().latest, None);
+    site.ok(&[&save[..], &[&newer]].concat());
+    site.ok(&["delete", &older]);
+    let state = site.state();
+    assert_eq!((state.failed_resumes, state.generation, state.latest.is_some()), (0, 0, true));
+    assert_eq!(site.sandbox.state(SAMARA, &newer)["status"], "running");
+}
