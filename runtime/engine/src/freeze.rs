@@ -133,6 +133,11 @@ impl FrozenTree {
     /// If a process could not be ended; the rest of the container is ended by the kernel when init is.
     pub fn end(mut self, code: u8) -> Result<(), TraceeError> {
         let init = self.init;
+        // A tree that is stopped only to be ended has not been looked at.
+        if let Some(process) = self.processes.get_mut(&init).filter(|found| !found.knows_vdso()) {
+            let what = |source| TraceeError::Ptrace { what: "find the vdso of", tid: init, source };
+            process.set_vdso(&proc::mappings(init).map_err(what)?);
+        }
         for pid in self.processes.keys().chain(self.sessions.keys()).filter(|pid| **pid != init) {
             let sent = samara_kernel::pidfd::PidFd::open(*pid)
                 .and_then(|process| process.send_signal(libc::SIGKILL));

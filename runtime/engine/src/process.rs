@@ -688,13 +688,12 @@ pub struct Confinement {
     pub seccomp: SeccompPolicy,
 }
 
-/// How the filter that the configuration demands relates to those in the capsule.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SeccompPolicy {
-    /// The capsule's own filters are right: the configuration's is among them, or it demands none.
-    AsSaved,
-    /// The first `drop` filters of the capsule were the old configuration's; `program` takes their place.
-    Replace { drop: usize, program: Vec<u8> },
+/// How the filter that the configuration demands relates to those in the capsule: the first `drop` of those were the old
+/// configuration's, and `program`, which is empty if none is demanded, takes their place.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SeccompPolicy {
+    pub drop: usize,
+    pub program: Vec<u8>,
 }
 
 /// Gives a process the name, the boundaries and the program that the kernel shows for it.
@@ -1024,14 +1023,10 @@ fn filters(thread: &record::Thread, confinement: &Confinement) -> Vec<SeccompFil
         Seccomp::Off | Seccomp::Strict => Vec::new(),
         Seccomp::Filters(filters) => filters.clone(),
     };
-    match &confinement.seccomp {
-        SeccompPolicy::AsSaved => saved,
-        SeccompPolicy::Replace { drop, program } => {
-            let new = (!program.is_empty())
-                .then(|| SeccompFilter { program: Bytes::from(program.clone()), flags: 0 });
-            new.into_iter().chain(saved.into_iter().skip(*drop)).collect()
-        }
-    }
+    let SeccompPolicy { drop, program } = &confinement.seccomp;
+    let new = (!program.is_empty())
+        .then(|| SeccompFilter { program: Bytes::from(program.clone()), flags: 0 });
+    new.into_iter().chain(saved.into_iter().skip(*drop)).collect()
 }
 
 /// Installs one filter. It does not apply to the engine's own calls: the tracer suspends it.

@@ -246,6 +246,10 @@ impl Process {
             .map(|mapping| (mapping.start, mapping.end));
     }
 
+    pub(crate) fn knows_vdso(&self) -> bool {
+        self.vdso.is_some()
+    }
+
     /// Takes over where the vdso is from the process that made this one.
     pub(crate) fn inherit_vdso(&mut self, creator: &Process) {
         self.vdso = creator.vdso;

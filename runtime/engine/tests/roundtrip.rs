@@ -179,7 +179,7 @@ fn bring_back(
     let confinement = Confinement {
         bounding: u64::MAX,
         no_new_privileges: false,
-        seccomp: SeccompPolicy::AsSaved,
+        seccomp: SeccompPolicy::default(),
     };
     let request = RestoreRequest { init: blank.init, container: captured, confinement };
     let report = restore(&request, memory).unwrap_or_else(|error| panic!("{}", chain(&error)));

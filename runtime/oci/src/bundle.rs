@@ -25,6 +25,10 @@ const CONFIG_BYTES_MAX: u64 = 16 << 20;
 
 #[derive(Debug, thiserror::Error)]
 pub enum BundleError {
+    #[error(
+        "there is no bundle in {path}: it has to be a folder with a config.json; name it with --bundle"
+    )]
+    None { path: PathBuf },
     #[error("cannot read {path}")]
     Read { path: PathBuf, source: std::io::Error },
     #[error("{path} is longer than {CONFIG_BYTES_MAX} bytes")]
@@ -54,9 +58,14 @@ pub struct Bundle {
 impl Bundle {
     /// Reads and checks the bundle in `folder`.
     pub fn load(folder: &Path) -> Result<Self, BundleError> {
-        let path = std::fs::canonicalize(folder)
-            .map_err(|source| BundleError::Read { path: folder.to_owned(), source })?;
+        let path = std::fs::canonicalize(folder).map_err(|source| match source.kind() {
+            std::io::ErrorKind::NotFound => BundleError::None { path: folder.to_owned() },
+            _ => BundleError::Read { path: folder.to_owned(), source },
+        })?;
         let config_path = path.join("config.json");
+        if !config_path.exists() {
+            return Err(BundleError::None { path });
+        }
         let config = read_bounded(&config_path)?;
         let mut spec = parse(&config_path, &config)?;
         let root = spec.root().as_ref().ok_or(BundleError::Missing { field: "root" })?;

@@ -18,6 +18,7 @@ use samara_capsule::digest::Digest;
 use samara_capsule::transfer::{Sink, StreamName};
 use samara_engine::capture::{CaptureError, CaptureRequest, Captured, OutsideStream, capture};
 use samara_engine::files::{self, Fingerprint, FingerprintError, LocateError, RootChanges};
+use samara_engine::freeze::FrozenTree;
 use samara_store::config::ConfigError;
 use samara_store::location::{Location, LocationError};
 use samara_store::log::LogError;
@@ -40,9 +41,17 @@ use crate::state_dir::{Record, StateDir, StateError, Status};
 pub enum CheckpointError {
     #[error(transparent)]
     State(#[from] StateError),
+    #[error(
+        "container does not exist: there is no {id} in {}; `samara ps` shows what runs, and --root names another folder", root.display()
+    )]
+    Missing { id: String, root: PathBuf },
+    #[error(
+        "another copy of this container was started at {address} since (epoch {newest}; this one has {epoch}), so this one was ended: only the newer one may save"
+    )]
+    Older { address: String, epoch: u64, newest: u64 },
     #[error("cannot checkpoint a container in the {0} state; it has to run")]
     NotRunning(&'static str),
-    #[error("where to? give --capsule URL or --image-path DIR")]
+    #[error("there is no address: give --capsule URL or --image-path DIR")]
     NoTarget,
     #[error("--capsule")]
     Address(#[from] LocationError),
@@ -184,7 +193,13 @@ pub fn checkpoint(
     if args.image.lazy_pages {
         return Err(CheckpointError::Flag("lazy-pages"));
     }
-    let record = dir.load()?;
+    let record = dir.load().map_err(|error| match error {
+        StateError::Missing => CheckpointError::Missing {
+            id: dir.id().to_string(),
+            root: dir.path().parent().unwrap_or(dir.path()).to_owned(),
+        },
+        error => error.into(),
+    })?;
     match record.status() {
         Status::Running | Status::Paused => {}
         other => return Err(CheckpointError::NotRunning(other.as_str())),
@@ -317,6 +332,10 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
     let location = Location::parse(&order.target)?;
     let store = Store::open(&location, &node.config.store, true)?;
     let mut held = lease(&dir, &spec, &order, &store)?;
+    let newest = store.head()?.state.epoch;
+    if held.carried && newest > held.lease.epoch {
+        return Err(end_older_copy(&dir, &record, &held, newest));
+    }
     let mountinfo = fs::read("/proc/self/mountinfo").map_err(io("read the mounts"))?;
     let root = RootChanges::locate(&record.rootfs, &mountinfo)?;
     let base = files::base_fingerprint(&root, Path::new(FINGERPRINT_CACHE))?;
@@ -434,6 +453,28 @@ fn lease(
         carried: false,
         resumed: None,
     })
+}
+
+/// Ends a container of which another copy was started: two would do the same work, and only the newer one's counts.
+fn end_older_copy(dir: &StateDir, record: &Record, held: &Held, newest: u64) -> CheckpointError {
+    let address = held.address.clone();
+    let mut thaw = || match record.cgroup.is_frozen() {
+        true => record.cgroup.thaw().map_err(io::Error::other),
+        false => Ok(()),
+    };
+    ENDING.store(true, Ordering::SeqCst);
+    ending::ask(dir, "a newer copy");
+    let ended = match FrozenTree::stop(record.init.pid, &mut thaw) {
+        Ok(frozen) => frozen.end(SAVED_STATUS).map_err(CheckpointError::Release),
+        Err(error) => Err(CaptureError::from(error).into()),
+    };
+    match ended {
+        Ok(()) => CheckpointError::Older { address, epoch: held.lease.epoch, newest },
+        Err(error) => {
+            ending::take_back(dir);
+            error
+        }
+    }
 }
 
 fn outside(record: &Record) -> Vec<OutsideStream> {

@@ -212,6 +212,7 @@ fn look_for_capsule(
         (Init::Blank { .. }, _) => return Ok((None, None)),
         (Init::Program, Some(location)) => Start {
             // An address that the container may not use is no reason to refuse what a command line asks for.
+            by_hand: true,
             carried: own().is_ok_and(|own| own.is_some_and(|(own, _)| own.location == *location)),
             location: location.clone(),
             policy: RestorePolicy::Require,
@@ -220,7 +221,7 @@ fn look_for_capsule(
         (Init::Program, None) => match own()? {
             None => return Ok((None, None)),
             Some((Address { location, policy }, node)) => {
-                Start { location, policy, node, carried: true }
+                Start { location, policy, node, carried: true, by_hand: false }
             }
         },
     };
@@ -261,6 +262,8 @@ fn build(
             (builder.with_executor(init), Some(ours))
         }
     };
+    crate::plain_dev::make_room(bundle)
+        .map_err(|source| io("make room in the root's own /dev", source))?;
     let elsewhere = (!request.systemd_cgroup).then(|| Elsewhere::join(cgroup_path));
     let container = builder
         .as_init(dir.inner_bundle())

@@ -208,7 +208,13 @@ pub fn tell(path: &Path) -> Result<(), EndingError> {
         Some(path) => NodeConfig::load_from(path)?,
         None => NodeConfig::load()?,
     };
-    let store = Store::open(&Location::parse(&held.address)?, &config.store, false)?;
+    let store = match Store::open(&Location::parse(&held.address)?, &config.store, false) {
+        // The folder was removed, with all that was there.
+        Err(StoreError::NotFound { .. }) => {
+            return fs::remove_file(path).map_err(io("remove", path));
+        }
+        other => other?,
+    };
     let told = match &news {
         News::Finished => store.close(&mut held.lease),
         News::FailedResume { manifest, reason } => {
@@ -308,12 +314,28 @@ mod tests {
 
         let away = root.path().join("away");
         fs::rename(&place, &away).unwrap();
+        fs::write(&place, "").unwrap();
         assert!(tell(&path).is_err());
+        fs::remove_file(&place).unwrap();
         fs::rename(&away, &place).unwrap();
         tell_all(root.path(), &location).unwrap();
         assert_eq!(store.head().unwrap().state.generation, 1);
         assert!(!path.exists());
         tell(&path).unwrap();
+    }
+
+    /// Whoever removes an address wants to begin anew, not to be stopped by what was to be told there.
+    #[test]
+    fn a_removed_address_is_told_nothing() {
+        let root = tempfile::tempdir().unwrap();
+        let place = root.path().join("place");
+        let dir = StateDir::claim(root.path(), &ContainerId::parse("a").unwrap()).unwrap();
+        let (held, _) = held(&place, None);
+        held.save(&dir).unwrap();
+        let note = conclude(&dir, Some(0)).unwrap().unwrap();
+        fs::remove_dir_all(&place).unwrap();
+        tell_all(root.path(), &Location::parse(&held.address).unwrap()).unwrap();
+        assert!(!note.exists() && !place.exists());
     }
 
     /// Another copy of the job has taken over: what became of this one concerns nobody.

@@ -28,6 +28,7 @@ pub mod lifecycle;
 pub mod monitor;
 pub mod mounts;
 pub mod output;
+mod plain_dev;
 mod privileges;
 pub mod process;
 pub mod protocol;

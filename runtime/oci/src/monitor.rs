@@ -18,7 +18,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use rustix::fs::{Mode, OFlags};
 
@@ -52,12 +52,19 @@ const SOCKET: &str = "monitor.sock";
 #[derive(Debug)]
 pub struct Spawned {
     dir: StateDir,
+    child: Child,
 }
 
 impl Spawned {
     /// Tells the monitor whom it watches. Also proves that it runs.
     pub fn adopt(&self, init: ProcessIdentity) -> Result<(), MonitorError> {
         Client::connect_existing(&self.dir)?.adopt(init)
+    }
+
+    /// Waits for its end in a thread, for a caller that may live longer: there it would stay a zombie. Not for one that forks,
+    /// and none is needed where the caller ends soon: whoever inherits the monitor reaps it.
+    fn reap_later(mut self) {
+        std::thread::spawn(move || self.child.wait());
     }
 }
 
@@ -68,7 +75,7 @@ pub(crate) fn spawn(dir: &StateDir) -> Result<Spawned, MonitorError> {
     let listener = listen(dir)?;
     let program = beside_us("samara-monitor");
     // The socket is its standard input, so that nothing else need be inherited.
-    Command::new(&program)
+    let child = Command::new(&program)
         .arg(dir.path())
         .arg(std::process::id().to_string())
         .env_clear()
@@ -78,7 +85,7 @@ pub(crate) fn spawn(dir: &StateDir) -> Result<Spawned, MonitorError> {
         .stderr(Stdio::null())
         .spawn()
         .map_err(|source| MonitorError::Spawn { program, source })?;
-    Ok(Spawned { dir: dir.clone() })
+    Ok(Spawned { dir: dir.clone(), child })
 }
 
 /// Ends the monitor of `dir`, if there is one. It answers when the container's address has been told of the end; one that does

@@ -60,12 +60,16 @@ pub enum RestoreError {
     Ending(#[from] EndingError),
     #[error(transparent)]
     Read(#[from] ReadError),
-    #[error("{address} has no capsule, and dev.samara.restore requires one")]
-    Required { address: String },
+    #[error("{}", no_capsule(address, *by_hand, *finished))]
+    None { address: String, by_hand: bool, finished: bool },
     #[error(
-        "the capsule at {address} failed twice after it was resumed, and is not tried a third time; remove it with `samara capsule rm {address}` to begin anew"
+        "the capsule at {address} failed twice after it was resumed, and is not tried a third time; remove it with `samara capsule rm {address}` to begin anew, or try it by hand with `samara-runtime restore --capsule {address}`"
     )]
     FailedTwice { address: String },
+    #[error(
+        "the capsule at {address} can't be read whole: see what is missing with `samara capsule verify {address}`, and begin anew with `samara capsule rm {address}`"
+    )]
+    Damaged { address: String, source: ReadError },
     #[error("cannot read the capsule's records")]
     Records(#[from] DecodeError),
     #[error(transparent)]
@@ -97,7 +101,8 @@ impl RestoreError {
     /// configuration or this host's state.
     pub fn is_refused(&self) -> bool {
         match self {
-            RestoreError::Required { .. }
+            RestoreError::None { .. }
+            | RestoreError::Damaged { .. }
             | RestoreError::FailedTwice { .. }
             | RestoreError::Differs(_)
             | RestoreError::Incompatible { .. } => true,
@@ -128,8 +133,15 @@ impl RestoreError {
     fn is_capsules_fault(&self) -> bool {
         match self {
             RestoreError::Read(error) => error.is_damage(),
-            RestoreError::Records(_) | RestoreError::NoStream(_) => true,
+            RestoreError::Damaged { .. } | RestoreError::Records(_) | RestoreError::NoStream(_) => {
+                true
+            }
             RestoreError::Apply(error) => matches!(error, ApplyError::Corrupt { .. }),
+            // A store that was away while memory was filled is no fault of the capsule's.
+            RestoreError::Engine(EngineError::Fill { source }) => source
+                .get_ref()
+                .and_then(|inner| inner.downcast_ref::<ReadError>())
+                .is_some_and(ReadError::is_damage),
             // A host that does not fit is found before; the rest is between the capsule and our program.
             RestoreError::Engine(error) => !matches!(error, EngineError::Incompatible(_)),
             _ => false,
@@ -154,6 +166,8 @@ pub(crate) struct Start {
     pub(crate) node: Node,
     /// Whether the container's own specification names the address.
     pub(crate) carried: bool,
+    /// Whether somebody wants just this capsule, however often it has failed.
+    pub(crate) by_hand: bool,
 }
 
 /// What stands in the container's folder between `create` and `start`.
@@ -175,7 +189,23 @@ impl Incoming {
         bundle: &Bundle,
     ) -> Result<(Held, Option<Incoming>), RestoreError> {
         let address = start.location.to_string();
-        let store = Store::open(&start.location, &start.node.config.store, true)?;
+        // Nothing is left at a place where a capsule was only looked for.
+        let required = start.policy == RestorePolicy::Require;
+        let none = |finished| RestoreError::None {
+            address: address.clone(),
+            by_hand: start.by_hand,
+            finished,
+        };
+        let store = match Store::open(&start.location, &start.node.config.store, !required) {
+            Err(StoreError::NotFound { .. }) if required => return Err(none(false)),
+            other => other?,
+        };
+        if required {
+            let head = store.head()?;
+            if head.state.latest.is_none() {
+                return Err(none(head.state.generation > 0));
+            }
+        }
         let started = store.take_epoch(&facts(id, &bundle.spec))?;
         let config = std::env::var_os(crate::address::CONFIG_VARIABLE).map(PathBuf::from);
         let mut held = Held {
@@ -187,16 +217,17 @@ impl Incoming {
         };
         let latest = match (start.policy, started.latest) {
             (RestorePolicy::Never, _) | (RestorePolicy::Auto, None) => return Ok((held, None)),
-            (RestorePolicy::Require, None) => return Err(RestoreError::Required { address }),
+            // Somebody was faster.
+            (RestorePolicy::Require, None) => return Err(none(true)),
             (RestorePolicy::Auto | RestorePolicy::Require, Some(latest)) => latest,
         };
         /// A capsule that failed this often is not tried again.
         const FAILED_RESUMES_MAX: u32 = 2;
-        if started.failed_resumes >= FAILED_RESUMES_MAX {
+        if started.failed_resumes >= FAILED_RESUMES_MAX && !start.by_hand {
             return Err(RestoreError::FailedTwice { address });
         }
-        let reader = CapsuleReader::open(&store, &latest)?;
-        let saved: Saved = decode_record(&reader.records()?)?;
+        let reader = CapsuleReader::open(&store, &latest).map_err(unreadable(&address))?;
+        let saved: Saved = decode_record(&reader.records().map_err(unreadable(&address))?)?;
         saved.origin.continues_as(&Origin::of(&bundle.spec, 0))?;
         let mountinfo = fs::read("/proc/self/mountinfo").map_err(io("read the mounts"))?;
         let root = RootChanges::locate(&bundle.rootfs, &mountinfo)?;
@@ -222,7 +253,7 @@ impl Incoming {
                 monotonic: offset(offsets.monotonic_ns),
                 boottime: offset(offsets.boottime_ns),
             },
-            seccomp_filters: u32::from(Origin::of(&bundle.spec, 0).seccomp.is_some()),
+            seccomp_filters: u32::from(bundle.linux()?.seccomp().is_some()),
             held: held.clone(),
             manifest: latest.digest,
         };
@@ -461,8 +492,9 @@ fn fill(dir: &StateDir, waiting: &Waiting) -> Result<Restored, RestoreError> {
     let location =
         Location::parse(&held.address).map_err(|error| Box::new(CheckpointError::from(error)))?;
     let store = Store::open(&location, &node.config.store, false)?;
-    let reader = CapsuleReader::open_digest(&store, waiting.manifest)?;
-    let saved: Saved = decode_record(&reader.records()?)?;
+    let reader =
+        CapsuleReader::open_digest(&store, waiting.manifest).map_err(unreadable(&held.address))?;
+    let saved: Saved = decode_record(&reader.records().map_err(unreadable(&held.address))?)?;
     let init = record.init.pid;
     wait_for_blank(init)?;
     for tree in &saved.trees {
@@ -514,7 +546,7 @@ fn confinement(spec: &Spec, saved: &Origin) -> Result<EngineConfinement, Restore
             .flat_map(|instruction| instruction.to_bytes())
             .collect(),
     };
-    let seccomp = SeccompPolicy::Replace { drop: saved.seccomp_filters as usize, program };
+    let seccomp = SeccompPolicy { drop: saved.seccomp_filters as usize, program };
     Ok(EngineConfinement {
         bounding: match process {
             Some(process) => crate::confine::capability_sets(process)?.bounding.bits(),
@@ -523,6 +555,39 @@ fn confinement(spec: &Spec, saved: &Origin) -> Result<EngineConfinement, Restore
         no_new_privileges: process.and_then(|process| process.no_new_privileges()).unwrap_or(false),
         seccomp,
     })
+}
+
+fn no_capsule(address: &str, by_hand: bool, finished: bool) -> String {
+    let why = match finished {
+        true => ", since its job has ended with success",
+        false => "",
+    };
+    match by_hand {
+        true => {
+            format!(
+                "there is no capsule at {address}{why}: check the address, `samara capsule ls` lists what is there"
+            )
+        }
+        false => {
+            format!(
+                "there is no capsule at {address}{why}, and dev.samara.restore requires one: `auto` begins anew"
+            )
+        }
+    }
+}
+
+/// Says what to do about a capsule that is not whole; a newer format speaks for itself.
+fn unreadable(address: &str) -> impl FnOnce(ReadError) -> RestoreError {
+    move |error| {
+        let newer = matches!(
+            error,
+            ReadError::Config { source: samara_capsule::config::ConfigError::Version { .. }, .. }
+        );
+        match error.is_damage() && !newer {
+            true => RestoreError::Damaged { address: address.to_owned(), source: error },
+            false => error.into(),
+        }
+    }
 }
 
 fn io(attempt: &'static str) -> impl FnOnce(io::Error) -> RestoreError {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use oci_spec::runtime::{LinuxSeccomp, Spec};
+use oci_spec::runtime::Spec;
 use samara_capsule::record::Container;
 use serde::{Deserialize, Serialize};
 
@@ -36,8 +36,7 @@ pub struct Origin {
     pub user: (u32, u32),
     /// Where something is mounted; what is mounted there differs from engine to engine.
     pub mounts: BTreeSet<String>,
-    /// The seccomp profile as JSON, and how many filters of a thread are its.
-    pub seccomp: Option<String>,
+    /// How many filters of a thread are the specification's. They come first, and the next specification's take their place.
     pub seccomp_filters: u32,
 }
 
@@ -64,7 +63,6 @@ impl Origin {
             let name = variable.split('=').next().unwrap_or_default();
             !PER_CONTAINER.contains(&name)
         };
-        let seccomp = spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref());
         Origin {
             args: process.and_then(|process| process.args().clone()).unwrap_or_default(),
             env: env.into_iter().filter(kept).collect(),
@@ -75,7 +73,6 @@ impl Origin {
                 .flatten()
                 .map(|mount| mount.destination().to_string_lossy().into_owned())
                 .collect(),
-            seccomp: seccomp.and_then(profile_text),
             seccomp_filters,
         }
     }
@@ -109,10 +106,6 @@ impl Origin {
     }
 }
 
-fn profile_text(profile: &LinuxSeccomp) -> Option<String> {
-    serde_json::to_string(profile).ok()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -125,7 +118,6 @@ mod tests {
             env: strings(env).into_iter().collect(),
             user: (0, 0),
             mounts: BTreeSet::new(),
-            seccomp: None,
             seccomp_filters: 0,
         }
     }

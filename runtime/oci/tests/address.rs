@@ -282,6 +282,12 @@ fn a_capsule_that_failed_twice_is_not_tried_again() {
     }
     site.refused(&spec, "failed twice");
     site.refused(&spec, &format!("samara capsule rm {}", site.address()));
+
+    // Whoever asks for just this capsule gets it.
+    let id = site.sandbox.new_id(SAMARA);
+    let bundle = site.sandbox.bundle(&id, &spec);
+    let bundle = bundle.to_str().unwrap();
+    site.ok(&["restore", "--capsule", &site.address(), "-b", bundle, "-d", &id]);
 }
 
 /// What is found only while the container is filled leaves nothing behind, and is not tried for ever.
@@ -437,4 +443,94 @@ fn saves_and_restores_say_how_they_went() {
         line.starts_with(&begins) && line.contains("MiB/s") && line.lines().count() == 1,
         "{line}"
     );
+}
+
+/// Mistakes get one line that says what to do, and leave nothing.
+#[test]
+fn mistakes_get_one_clear_line() {
+    let site = Site::new();
+    let id = site.start(&site.spec(COUNTER));
+    let nobody = site.sandbox.new_id(SAMARA);
+    let bundle = site.path(&id).display().to_string();
+    let nowhere = format!("file://{}", site.path("nowhere").display());
+    let check = |args: &[&str], status: i32, words: &[&str]| {
+        let output = site.call(args);
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(status), "{args:?}: {said}");
+        assert_eq!(said.lines().count(), 1, "{args:?}: {said}");
+        assert!(words.iter().all(|word| said.contains(word)), "{args:?}: {said}");
+    };
+    let to = ["checkpoint", "--capsule"];
+    check(&[&to[..], &[&nowhere, "nobody"]].concat(), 1, &["does not exist", "`samara ps`"]);
+    check(&[&to[..], &["jobs/42", &id]].concat(), 1, &["is no capsule address; use file:///dir"]);
+    check(&[&to[..], &["s3://b/../c", &id]].concat(), 1, &["'..' part"]);
+    check(&["checkpoint", &id], 1, &["--capsule URL"]);
+    let restore = |url: &str, bundle: &str, status, words: &[&str]| {
+        check(&["restore", "--capsule", url, "-b", bundle, "-d", &nobody], status, words);
+    };
+    restore(&nowhere, "/nowhere", 1, &["no bundle in /nowhere", "--bundle"]);
+    restore(&nowhere, &site.path("").display().to_string(), 1, &["no bundle in", "config.json"]);
+    restore(&nowhere, &bundle, 176, &["there is no capsule at", "samara capsule ls"]);
+    assert!(!site.path("nowhere").exists());
+
+    // The node's configuration, wrong in every way that a store can be reached wrongly.
+    let config = |text: &str, mode| {
+        std::fs::write(site.path("node.toml"), text).unwrap();
+        let permissions = std::fs::Permissions::from_mode(mode);
+        std::fs::set_permissions(site.path("node.toml"), permissions).unwrap();
+    };
+    config("", 0o644);
+    check(&[&to[..], &[&nowhere, &id]].concat(), 1, &["run: chmod 600"]);
+    restore(&nowhere, &bundle, 1, &["run: chmod 600"]);
+    config("[store]\nallowed_prefix = []", 0o600);
+    restore(&nowhere, &bundle, 1, &["line 2", "allowed_prefix"]);
+    // Nobody listens on port 1.
+    let store = "[store]\ntimeout_seconds = 1\n[store.s3]\nendpoint = \"http://127.0.0.1:1\"\n\
+                 allow_http = true\nregion = \"r\"\naccess_key_id = \"a\"\nsecret_access_key = \"b\"";
+    config(store, 0o600);
+    for args in [&to[..], &["restore", "-b", &bundle, "-d", "--capsule"]] {
+        let id = if args.len() == 2 { &id } else { &nobody };
+        check(&[args, &["s3://b/x", id]].concat(), 1, &["check its address", "network"]);
+    }
+    assert!(!site.sandbox.state_root(SAMARA).join(&nobody).exists());
+    assert_eq!(site.sandbox.state(SAMARA, &id)["status"], "running");
+}
+
+/// A blob that is damaged or gone is found before anything is made, where the records or the layer are concerned.
+#[test]
+fn a_damaged_capsule_is_refused() {
+    let site = Site::new();
+    let spec = site.save_counter();
+    let manifest = site.read_blob(&json!(site.state().latest.unwrap().digest.to_string()));
+    let layers = manifest["layers"].as_array().unwrap();
+    let is_records =
+        |layer: &&Value| layer["mediaType"].as_str().unwrap().contains("capsule.records");
+    let records = layers.iter().find(is_records).unwrap()["digest"].as_str().unwrap();
+    let blob = site.path("address/blobs").join(records.replace(':', "/"));
+    let mut bytes = std::fs::read(&blob).unwrap();
+    bytes[100] ^= 1;
+    std::fs::write(&blob, bytes).unwrap();
+    site.refused(&spec, "samara capsule verify");
+    std::fs::remove_file(&blob).unwrap();
+    site.refused(&spec, "is not there");
+}
+
+/// Two copies of a job would do its work twice; the older one ends when it learns of the newer.
+#[test]
+fn a_copy_that_learns_of_a_newer_one_ends() {
+    let site = Site::new();
+    let spec = site.spec(COUNTER);
+    let older = site.start(&spec);
+    let newer = site.start(&spec);
+    let save = ["checkpoint", "--leave-running", "--capsule", &site.address()];
+    let output = site.call(&[&save[..], &[&older]].concat());
+    let words = text(&output.stderr);
+    assert!(!output.status.success() && words.contains("another copy"), "{words}");
+    site.wait_until_stopped(&older);
+    assert_eq!(site.state().latest, None);
+    site.ok(&[&save[..], &[&newer]].concat());
+    site.ok(&["delete", &older]);
+    let state = site.state();
+    assert_eq!((state.failed_resumes, state.generation, state.latest.is_some()), (0, 0, true));
+    assert_eq!(site.sandbox.state(SAMARA, &newer)["status"], "running");
 }

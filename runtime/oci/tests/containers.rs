@@ -543,3 +543,32 @@ fn monitor_of(folder: &std::path::Path) -> Option<i32> {
         (is_monitor && args.next()? == folder.as_os_str().as_encoded_bytes()).then_some(pid)
     })
 }
+
+/// Roots by hand often have no mount on /dev, and are used again, also by a container that comes back.
+#[test]
+fn a_root_with_a_dev_of_its_own_is_used_again() {
+    let sandbox = Sandbox::new();
+    let mut spec = spec(&sandbox, &["sh", "-c", "ls /dev; stat -c %a:%t:%T /dev/null /dev/fuse"]);
+    spec["mounts"]
+        .as_array_mut()
+        .unwrap()
+        .retain(|mount| !mount["destination"].as_str().unwrap().starts_with("/dev"));
+    spec["linux"]["devices"] = json!([{"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229,
+        "fileMode": 0o640}]);
+    let run = || {
+        let output = sandbox.run(SAMARA, &spec);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    let first = run();
+    assert!(first.contains("stdout") && first.ends_with("666:1:3\n640:a:e5\n"), "{first}");
+    assert_eq!(first, run());
+    assert_eq!(first, text(&sandbox.run(RUNC, &spec).stdout));
+
+    let dev = sandbox.rootfs().join("dev");
+    std::fs::remove_dir_all(&dev).unwrap();
+    std::os::unix::fs::symlink(sandbox.path(), &dev).unwrap();
+    let output = sandbox.run(SAMARA, &spec);
+    assert!(!output.status.success() && text(&output.stderr).contains("/dev"), "out of the root");
+    assert!(!sandbox.path().join("fd").is_symlink());
+}

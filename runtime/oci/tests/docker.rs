@@ -318,7 +318,32 @@ fn an_address(docker: &Docker) {
         ["run", "-d", "--name", "asked", "--runtime", "samara", "-e", &variable, "box", "sh"];
     docker.ok(&[&args[..], &["-c", script]].concat());
     poll("the container speaks", || docker.ok(&["logs", "asked"]) == "up\n");
+    no_zombies(docker.ok(&["inspect", "-f", "{{.Id}}", "asked"]).trim());
     docker.ok(&["stop", "asked"]);
     docker.ok(&["rm", "asked"]);
     assert_eq!(generation(), 3, "it was stopped, and has not finished");
+}
+
+/// A monitor is the child of a call that ends, so docker's shim inherits it; dead ones must not stay with that.
+fn no_zombies(container: &str) {
+    let monitors = || -> Vec<i32> {
+        let processes = procfs::process::all_processes().unwrap().flatten();
+        let ours = processes.filter(|process| {
+            process.cmdline().is_ok_and(|line| {
+                line.first().is_some_and(|program| program.ends_with("samara-monitor"))
+                    && line.get(1).is_some_and(|folder| folder.ends_with(container))
+            })
+        });
+        ours.map(|process| process.pid).collect()
+    };
+    poll("monitor and standby", || monitors().len() == 2);
+    let before = monitors();
+    for pid in &before {
+        let pid = rustix::process::Pid::from_raw(*pid).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    }
+    // A zombie has no command line, but a folder in /proc.
+    poll("nothing is left of them", || {
+        before.iter().all(|pid| !Path::new(&format!("/proc/{pid}")).exists())
+    });
 }

@@ -386,6 +386,10 @@ fn a_killed_monitor_is_replaced() {
     assert_ne!(status.pid, first);
     assert_eq!(status.init, Some(made.created.record.init));
     assert!(capture(dir, "succeed").is_ok());
+    // An agent that stays must not collect zombies.
+    let pid = rustix::process::Pid::from_raw(i32::try_from(status.pid).unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    poll("it is waited for", || !Path::new(&format!("/proc/{}", status.pid)).exists());
 }
 
 /// A container that moves is killed before its capsule is complete.

@@ -176,7 +176,7 @@ pub enum ConfigError {
     #[error("can't read the configuration {}", path.display())]
     Read { path: PathBuf, source: io::Error },
     #[error(
-        "{} holds credentials but others than its owner have access (mode {mode:04o}); run: chmod 600 {}",
+        "{} is where credentials belong, and others than its owner have access to it (mode {mode:04o}); run: chmod 600 {}",
         path.display(),
         path.display()
     )]

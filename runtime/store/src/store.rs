@@ -81,6 +81,10 @@ pub enum StoreError {
         "can't {action} {object}: the store did not answer within {seconds} s; check its address and the network, or raise timeout_seconds in the node's configuration"
     )]
     Stalled { action: &'static str, object: String, seconds: u64 },
+    #[error(
+        "can't {action} {object}: the store can't be reached; check its address (endpoint in the node's configuration) and the network"
+    )]
+    Unreachable { action: &'static str, object: String, source: Cause },
     #[error("{object} is not there")]
     NotFound { object: String },
     #[error("can't {action} {object}: there is no such bucket; create it, or check the address")]
@@ -503,6 +507,7 @@ fn sort(
         _ if says(&["TimedOut", "kind: Timeout"]) => {
             StoreError::Stalled { action, object, seconds: timeout.as_secs() }
         }
+        _ if says(&["kind: Connect"]) => StoreError::Unreachable { action, object, source: cause },
         _ => StoreError::Failed { action, object, source: cause },
     }
 }

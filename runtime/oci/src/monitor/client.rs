@@ -34,7 +34,9 @@ impl Client {
             .map_err(|errno| io(errno.into()))?;
         match Self::connect_existing(dir) {
             Err(MonitorError::Io { source, .. }) if is_absent(&source) => {
-                spawn(dir)?.adopt(record.init)?;
+                let spawned = spawn(dir)?;
+                spawned.adopt(record.init)?;
+                spawned.reap_later();
                 Self::connect_existing(dir)
             }
             other => other,
