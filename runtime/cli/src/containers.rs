@@ -170,7 +170,8 @@ pub(crate) fn ps(args: &Ps, output: &mut Output) -> Result<(), ContainersError> 
                 status: status.as_str(),
                 pid: if ended { 0 } else { record.init.pid },
                 processes: if ended { 0 } else { record.cgroup.processes().len() },
-                capsule: Held::load(&container.dir).map(|held| held.address),
+                capsule: Held::load(&container.dir)
+                    .and_then(|held| held.usual_target().map(str::to_owned)),
                 since: record.created.format("%Y-%m-%dT%H:%M:%SZ").to_string(),
                 state_dir: container.dir.path(),
             }
@@ -216,9 +217,9 @@ pub(crate) fn save(
     let Found { dir, record, .. } = choose(&found, &args.container)?;
     let name = &args.container;
     let held = Held::load(dir);
-    let url = match (to, &held) {
+    let url = match (to, held.as_ref().and_then(Held::usual_target)) {
         (Some(location), _) => location.to_string(),
-        (None, Some(held)) => held.address.clone(),
+        (None, Some(target)) => target.to_owned(),
         (None, None) => return Err(ContainersError::NoAddress { name: name.clone() }),
     };
     let order = CheckpointArgs {

@@ -147,6 +147,13 @@ impl Held {
         dir.path().join("lease.json")
     }
 
+    /// Where the container is saved when nobody says where. A folder that it was once restored from is not such a place: docker
+    /// and containerd remove theirs at once.
+    pub fn usual_target(&self) -> Option<&str> {
+        let usual = self.carried || !self.address.starts_with("file:");
+        usual.then_some(self.address.as_str())
+    }
+
     /// What was kept for a container; none for one without an address.
     pub fn load(dir: &StateDir) -> Option<Held> {
         serde_json::from_slice(&fs::read(Held::path(dir)).ok()?).ok()
