@@ -250,7 +250,9 @@ impl Incoming {
             // Somebody wrote in between; nobody can any more.
             chosen = Chosen::of(start, &store, state, bundle)?;
         }
-        let config = std::env::var_os(crate::address::CONFIG_VARIABLE).map(PathBuf::from);
+        // Who reads it later has another working directory.
+        let config = std::env::var_os(crate::address::CONFIG_VARIABLE).map(std::path::absolute);
+        let config = config.transpose().map_err(io("find the node's configuration"))?;
         let mut held = Held {
             address: start.location.to_string(),
             config,

@@ -67,7 +67,8 @@ impl Site {
         let path = self.path("stderr");
         let log = std::fs::File::create(&path).unwrap();
         let status = command
-            .env("SAMARA_CONFIG", self.path("node.toml"))
+            .current_dir(self.path(""))
+            .env("SAMARA_CONFIG", "node.toml")
             .stdout(std::process::Stdio::null())
             .stderr(log)
             .status()
