@@ -211,9 +211,11 @@ pub fn checkpoint(
         Status::Running | Status::Paused => {}
         other => return Err(CheckpointError::NotRunning(other.as_str())),
     }
+    // The worker has another working directory.
+    let config = config.map(std::path::absolute).transpose();
     let order = Order {
         target: target(&args.image)?.to_string(),
-        config,
+        config: config.map_err(io("find the node's configuration"))?,
         leave_running: args.leave_running,
     };
     let order = serde_json::to_value(order).map_err(CheckpointError::Arguments)?;

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use oci_spec::runtime::Spec;
 use samara_capsule::cbor::{DecodeError, decode_record};
 use samara_capsule::digest::Digest;
+use samara_capsule::log::LogState;
 use samara_capsule::record::ProcessState;
 use samara_capsule::transfer::{Source, StreamName};
 use samara_engine::clocks::offsets_to_continue;
@@ -176,8 +177,54 @@ struct Waiting {
     manifest: Digest,
 }
 
+impl Start {
+    fn none(&self, finished: bool) -> RestoreError {
+        let address = self.location.to_string();
+        RestoreError::None { address, by_hand: self.by_hand, finished }
+    }
+}
+
+/// A capsule that nothing stands against. Nothing has been made yet.
+struct Chosen {
+    manifest: Digest,
+    reader: CapsuleReader,
+    saved: Saved,
+    root: RootChanges,
+}
+
+impl Chosen {
+    /// The capsule that a start continues from; none if it begins anew.
+    fn of(
+        start: &Start,
+        store: &Store,
+        state: &LogState,
+        bundle: &Bundle,
+    ) -> Result<Option<Chosen>, RestoreError> {
+        /// A capsule that failed this often is not tried again.
+        const FAILED_RESUMES_MAX: u32 = 2;
+        let latest = match (start.policy, state.latest) {
+            (RestorePolicy::Never, _) | (RestorePolicy::Auto, None) => return Ok(None),
+            (RestorePolicy::Require, None) => return Err(start.none(state.generation > 0)),
+            (RestorePolicy::Auto | RestorePolicy::Require, Some(latest)) => latest,
+        };
+        let address = start.location.to_string();
+        if state.failed_resumes >= FAILED_RESUMES_MAX && !start.by_hand {
+            return Err(RestoreError::FailedTwice { address });
+        }
+        let reader = CapsuleReader::open(store, &latest).map_err(unreadable(&address))?;
+        let saved: Saved = decode_record(&reader.records().map_err(unreadable(&address))?)?;
+        saved.origin.continues_as(&Origin::of(&bundle.spec, 0))?;
+        let mountinfo = fs::read("/proc/self/mountinfo").map_err(io("read the mounts"))?;
+        let root = RootChanges::locate(&bundle.rootfs, &mountinfo)?;
+        check_host(&reader, &address, &root, &bundle.spec, &saved)?;
+        check_records(&saved.container)?;
+        Ok(Some(Chosen { manifest: latest.digest, reader, saved, root }))
+    }
+}
+
 impl Incoming {
-    /// Looks for a capsule to continue from, takes the next epoch of the address, and makes the container's root as it was saved.
+    /// Looks for a capsule to continue from and for what stands against it, takes the next epoch of the address, and makes the
+    /// container's root as it was saved.
     ///
     /// No incoming capsule: there is none, or it is not wanted; the container begins anew, and `dir` will hold the lease.
     ///
@@ -188,51 +235,34 @@ impl Incoming {
         id: &ContainerId,
         bundle: &Bundle,
     ) -> Result<(Held, Option<Incoming>), RestoreError> {
-        let address = start.location.to_string();
         // Nothing is left at a place where a capsule was only looked for.
         let required = start.policy == RestorePolicy::Require;
-        let none = |finished| RestoreError::None {
-            address: address.clone(),
-            by_hand: start.by_hand,
-            finished,
-        };
         let store = match Store::open(&start.location, &start.node.config.store, !required) {
-            Err(StoreError::NotFound { .. }) if required => return Err(none(false)),
+            Err(StoreError::NotFound { .. }) if required => return Err(start.none(false)),
             other => other?,
         };
-        if required {
-            let head = store.head()?;
-            if head.state.latest.is_none() {
-                return Err(none(head.state.generation > 0));
-            }
-        }
+        // Who is refused takes no epoch: that would end the copy that runs.
+        let head = store.head()?.state;
+        let mut chosen = Chosen::of(start, &store, &head, bundle)?;
         let started = store.take_epoch(&facts(id, &bundle.spec))?;
-        let config = std::env::var_os(crate::address::CONFIG_VARIABLE).map(PathBuf::from);
+        let state = started.lease.state();
+        if (state.latest, state.failed_resumes) != (head.latest, head.failed_resumes) {
+            // Somebody wrote in between; nobody can any more.
+            chosen = Chosen::of(start, &store, state, bundle)?;
+        }
+        // Who reads it later has another working directory.
+        let config = std::env::var_os(crate::address::CONFIG_VARIABLE).map(std::path::absolute);
+        let config = config.transpose().map_err(io("find the node's configuration"))?;
         let mut held = Held {
-            address: address.clone(),
+            address: start.location.to_string(),
             config,
             lease: started.lease,
             carried: start.carried,
             resumed: None,
         };
-        let latest = match (start.policy, started.latest) {
-            (RestorePolicy::Never, _) | (RestorePolicy::Auto, None) => return Ok((held, None)),
-            // Somebody was faster.
-            (RestorePolicy::Require, None) => return Err(none(true)),
-            (RestorePolicy::Auto | RestorePolicy::Require, Some(latest)) => latest,
+        let Some(Chosen { manifest, reader, saved, root }) = chosen else {
+            return Ok((held, None));
         };
-        /// A capsule that failed this often is not tried again.
-        const FAILED_RESUMES_MAX: u32 = 2;
-        if started.failed_resumes >= FAILED_RESUMES_MAX && !start.by_hand {
-            return Err(RestoreError::FailedTwice { address });
-        }
-        let reader = CapsuleReader::open(&store, &latest).map_err(unreadable(&address))?;
-        let saved: Saved = decode_record(&reader.records().map_err(unreadable(&address))?)?;
-        saved.origin.continues_as(&Origin::of(&bundle.spec, 0))?;
-        let mountinfo = fs::read("/proc/self/mountinfo").map_err(io("read the mounts"))?;
-        let root = RootChanges::locate(&bundle.rootfs, &mountinfo)?;
-        check_host(&reader, &address, &root, &bundle.spec, &saved)?;
-        check_records(&saved.container)?;
         if saved.root {
             let name = StreamName(ROOT_STREAM.to_owned());
             let mut stream = reader
@@ -247,7 +277,7 @@ impl Incoming {
             seconds: ns.div_euclid(1_000_000_000),
             nanoseconds: u32::try_from(ns.rem_euclid(1_000_000_000)).expect("less than a second"),
         };
-        held.resumed = Some(latest.digest);
+        held.resumed = Some(manifest);
         let incoming = Incoming {
             offsets: TimeOffsets {
                 monotonic: offset(offsets.monotonic_ns),
@@ -255,7 +285,7 @@ impl Incoming {
             },
             seccomp_filters: u32::from(bundle.linux()?.seccomp().is_some()),
             held: held.clone(),
-            manifest: latest.digest,
+            manifest,
         };
         Ok((held, Some(incoming)))
     }

@@ -67,7 +67,8 @@ impl Site {
         let path = self.path("stderr");
         let log = std::fs::File::create(&path).unwrap();
         let status = command
-            .env("SAMARA_CONFIG", self.path("node.toml"))
+            .current_dir(self.path(""))
+            .env("SAMARA_CONFIG", "node.toml")
             .stdout(std::process::Stdio::null())
             .stderr(log)
             .status()
@@ -161,6 +162,7 @@ impl Site {
     fn refused(&self, spec: &Value, words: &str) {
         let mark = self.sandbox.rootfs().join("tmp/mark");
         std::fs::write(&mark, "").unwrap();
+        let before = self.state();
         let (id, output) = self.run(spec);
         let said = text(&output.stderr);
         assert_eq!(output.status.code(), Some(176), "{said}");
@@ -168,6 +170,7 @@ impl Site {
         assert!(!self.sandbox.state_root(SAMARA).join(&id).exists());
         assert!(monitors(&id).is_empty());
         assert!(mark.exists(), "the root was changed");
+        assert_eq!(self.state(), before, "whoever runs there would be ended");
     }
 
     fn count(&self) -> u64 {

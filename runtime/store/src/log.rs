@@ -57,6 +57,13 @@ pub struct Lease {
     newest: LogState,
 }
 
+impl Lease {
+    /// The newest state of the log that the holder knows: right after a start, that of the start.
+    pub fn state(&self) -> &LogState {
+        &self.newest
+    }
+}
+
 /// The newest state of a log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LogHead {
