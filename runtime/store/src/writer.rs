@@ -1,7 +1,7 @@
 //! Writing a capsule: pages and streams in, blobs and one committed slot out.
 //!
 //! ```text
-//! caller: small batches are joined -> jobs, at most a few -> workers: drop zero pages, compress, hash
+//! caller: small batches are joined -> jobs, tens of MiB -> workers: drop zero pages, compress, hash
 //!   -> in the order of submission: packs, parts of streams, page maps -> uploads, at most eight -> store
 //! ```
 //!
@@ -51,11 +51,21 @@ const FRAME_BYTES: usize = 256 << 10;
 /// Blobs that are hashed or uploaded at a time. One request to S3 carries 85-90 MB/s, so eight fill 5 Gbit/s.
 const UPLOADS_MAX: usize = 8;
 
+/// Batches that wait uncompressed, and the packs that wait behind slow uploads, take at most about this much together. The
+/// caller may be holding a container still while it passes batches: what fits need not be compressed before it goes on.
+const BUFFERS_BYTES_MAX: usize = 128 << 20;
+
 /// A batch of at least this size becomes a frame of its own, without being copied.
 const LONE_BATCH_BYTES: usize = BATCH_BYTES_MAX / 2;
 
 /// Bytes of streams that wait, all streams together, before the longest becomes a job or a blob early.
 const STREAMS_PENDING_BYTES_MAX: usize = PACK_BYTES;
+
+/// Buffers of results that are kept, as many as there are workers at most.
+const STORED_BUFFERS_MAX: usize = 16;
+
+/// A stream with at least this much waiting gets a batch's buffer; so no more than 32 streams have one at a time.
+const STREAM_BUFFER_BYTES_MIN: usize = STREAMS_PENDING_BYTES_MAX / 32;
 
 /// Blobs of the address that are remembered, so that they aren't uploaded again: at 40 bytes, a few megabytes.
 const KNOWN_BLOBS_MAX: usize = 200_000;
@@ -296,8 +306,7 @@ impl CapsuleWriter {
         let known = known.take(KNOWN_BLOBS_MAX).collect();
 
         let threads = store.threads();
-        // Enough for every worker to have a job and the next one; with many workers the next ones are shared.
-        let in_flight_max = threads + threads.min(6) + 2;
+        let in_flight_max = jobs_in_flight_max(threads);
         let shared = Arc::new(Shared {
             store: store.clone(),
             state: Mutex::new(State { known, ..State::default() }),
@@ -496,6 +505,13 @@ impl CapsuleWriter {
             let stream = self.streams.get_mut(name).expect("the stream was just made");
             let room = BATCH_BYTES_MAX - stream.bytes.len();
             let (now, later) = bytes.split_at(room.min(bytes.len()));
+            if stream.bytes.capacity() < BATCH_BYTES_MAX
+                && stream.bytes.len() + now.len() >= STREAM_BUFFER_BYTES_MIN
+            {
+                let mut buffer = take_buffer(&self.shared);
+                buffer.append(&mut stream.bytes);
+                stream.bytes = buffer;
+            }
             stream.bytes.extend_from_slice(now);
             bytes = later;
             if stream.bytes.len() == BATCH_BYTES_MAX {
@@ -537,10 +553,24 @@ impl CapsuleWriter {
     }
 }
 
+/// An empty buffer for a batch. Whatever is to become a job lies in one of these, so that there are as many as jobs.
+fn take_buffer(shared: &Shared) -> Vec<u8> {
+    let recycled = shared.lock().batch_buffers.pop();
+    recycled.unwrap_or_else(|| Vec::with_capacity(BATCH_BYTES_MAX))
+}
+
+/// How many jobs may wait or be worked on, of at most [`BATCH_BYTES_MAX`] each.
+fn jobs_in_flight_max(threads: usize) -> usize {
+    // Each worker may hold a full pack until there is room to upload it.
+    let packs_bytes = (UPLOADS_MAX + threads) * PACK_BYTES;
+    let backlog = BUFFERS_BYTES_MAX.saturating_sub(packs_bytes) / BATCH_BYTES_MAX;
+    // At least enough for every worker to have a job and the next one; with many workers the next ones are shared.
+    (threads + threads.min(6) + 2).max(backlog)
+}
+
 impl Sink for CapsuleWriter {
     fn buffer(&mut self) -> Vec<u8> {
-        let recycled = self.shared.lock().batch_buffers.pop();
-        recycled.unwrap_or_else(|| Vec::with_capacity(BATCH_BYTES_MAX))
+        take_buffer(&self.shared)
     }
 
     fn pages(&mut self, batch: PageBatch) -> io::Result<()> {
@@ -688,7 +718,7 @@ impl Shared {
                 let Some(done) = state.early.remove(&next) else { break };
                 state.next_sequence += 1;
                 placed += 1;
-                state.place(done, self.in_flight_max, &mut sealed)?;
+                state.place(done, &mut sealed)?;
             }
         }
         // Outside of the lock: the others go on compressing while this thread waits for room to upload. What they can
@@ -800,12 +830,7 @@ impl Shared {
 }
 
 impl State {
-    fn place(
-        &mut self,
-        done: Done,
-        buffers_max: usize,
-        sealed: &mut Vec<Sealed>,
-    ) -> Result<(), WriteError> {
+    fn place(&mut self, done: Done, sealed: &mut Vec<Sealed>) -> Result<(), WriteError> {
         match done {
             Done::Frames { frames, stored } => {
                 let mut rest = stored.as_slice();
@@ -814,7 +839,7 @@ impl State {
                     rest = later;
                     self.place_frame(frame, now, sealed)?;
                 }
-                self.keep_stored(stored, buffers_max);
+                self.keep_stored(stored);
             }
             Done::Stream { number, stored } => {
                 let stream = self.parts.get_mut(number).expect("the stream was numbered");
@@ -830,7 +855,7 @@ impl State {
                     let (longest, _) = longest.expect("a stream was just appended to");
                     self.seal_part(longest, sealed);
                 }
-                self.keep_stored(stored, buffers_max);
+                self.keep_stored(stored);
             }
         }
         Ok(())
@@ -894,8 +919,8 @@ impl State {
         }
     }
 
-    fn keep_stored(&mut self, buffer: Vec<u8>, buffers_max: usize) {
-        if self.stored_buffers.len() < buffers_max {
+    fn keep_stored(&mut self, buffer: Vec<u8>) {
+        if self.stored_buffers.len() < STORED_BUFFERS_MAX {
             self.stored_buffers.push(buffer);
         }
     }
@@ -950,4 +975,23 @@ fn drop_zero_pages(parts: Vec<Part>, bytes: &mut Vec<u8>) -> Vec<(SpaceId, PageR
     }
     bytes.truncate(end);
     kept
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is promised for the whole process is 256 MiB; 32 of it are for compression, page maps, connections.
+    #[test]
+    fn buffers_leave_room_for_the_rest() {
+        for threads in 1..=16 {
+            let jobs = jobs_in_flight_max(threads);
+            assert!(
+                jobs > threads,
+                "{threads} threads: a worker without a job waits for its caller"
+            );
+            let bytes = jobs * BATCH_BYTES_MAX + (UPLOADS_MAX + threads) * PACK_BYTES;
+            assert!(bytes <= 224 << 20, "{threads} threads: {} MiB", bytes >> 20);
+        }
+    }
 }
