@@ -133,6 +133,7 @@ impl Peer {
         let at = images.to_string_lossy().into_owned();
         report.wait_running()?;
         report.forget_gap()?;
+        // Of the way there alone: on the way back CRIU becomes the program, and the program's memory its own.
         let sampler = with_memory.then(|| memory_of(PROGRAMS));
         let begin = Instant::now();
         self.call(&[
@@ -168,7 +169,6 @@ impl Peer {
         kill(pid, Signal::SIGKILL)?;
         gone(pid)?;
         fresh()?;
-        let sampler = with_memory.then(|| memory_of(PROGRAMS));
         let begin = Instant::now();
         store.get("peer/full", &fetched)?;
         self.call(&[
@@ -185,7 +185,6 @@ impl Peer {
             .with_context(|| errors(&images.join("restore.log")))?;
         report.check(false)?;
         let restore = begin.elapsed();
-        let peak = peak.max(sampler.map(crate::Sampler::stop));
         report.check(true)?;
         for file in [&packed, &fetched] {
             std::fs::remove_file(file)?;
