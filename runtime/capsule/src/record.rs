@@ -243,6 +243,18 @@ pub enum FileKind {
         count: u64,
         semaphore: bool,
     },
+    Epoll {
+        watches: Vec<Watch>,
+    },
+    TimerFd(TimerFd),
+    /// Signals that it takes: bit 0 is signal 1.
+    SignalFd {
+        mask: u64,
+    },
+    /// A process of the container, by its number there.
+    PidFd {
+        pid: i32,
+    },
     /// One end of a pair: index into [`Container::socket_pairs`], and 0 or 1.
     SocketPair {
         pair: u32,
@@ -257,6 +269,30 @@ pub enum FileKind {
     Outside {
         stream: u32,
     },
+}
+
+/// What an epoll instance watches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Watch {
+    /// The number under which it was registered; the descriptor may have been closed since.
+    pub fd: i32,
+    /// Index into [`Container::files`].
+    pub file: u32,
+    pub events: u32,
+    pub data: u64,
+}
+
+/// A timer that is read. Times are in nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TimerFd {
+    pub clock: i32,
+    /// Expirations that nobody has read.
+    pub ticks: u64,
+    /// As `timerfd_settime` was given them.
+    pub flags: i32,
+    /// Until the next expiration, on whatever clock; 0 if it is not armed, or has expired and waits to be read.
+    pub rest_ns: u64,
+    pub interval_ns: u64,
 }
 
 /// A pipe or FIFO and what it holds.

@@ -22,7 +22,7 @@ use crate::freeze::{FreezeError, FrozenTree};
 use crate::root::Root;
 use crate::tracee::TraceeError;
 use crate::unsupported::{Place, Unsupported, UnsupportedList};
-use crate::{clocks, descriptors, memory, process, sockets};
+use crate::{clocks, descriptors, epoll, memory, process, sockets};
 
 /// Why no capsule came of a capture. The container runs on in every case.
 #[derive(Debug, thiserror::Error)]
@@ -204,6 +204,7 @@ fn collect(
         let descriptors = descriptors::collect(*pid, tables)?;
         looked_at.push((described, descriptors, process::examine(process, tables)?));
     }
+    epoll::resolve(tables)?;
     let sockets = sockets::collect(tables);
     if !tables.unsupported.is_empty() {
         for process in frozen.processes.values_mut() {
@@ -275,6 +276,7 @@ pub(crate) struct Tables<'a> {
     pub(crate) known_files: BTreeMap<(u64, u64), Vec<Holder>>,
     pub(crate) known_pipes: BTreeMap<(u64, u64), u32>,
     pub(crate) sockets: sockets::Pairs,
+    pub(crate) epolls: Vec<epoll::Instance>,
     known_memory: BTreeMap<(u64, u64), u32>,
     known_unlinked: BTreeMap<(u64, u64), u32>,
     spaces: u32,
@@ -294,6 +296,7 @@ impl<'a> Tables<'a> {
             known_files: BTreeMap::new(),
             known_pipes: BTreeMap::new(),
             sockets: sockets::Pairs::default(),
+            epolls: Vec::new(),
             known_memory: BTreeMap::new(),
             known_unlinked: BTreeMap::new(),
             spaces: 0,

@@ -3,13 +3,14 @@
 //! Restore makes every description once, in the engine, below the container's root, and hands it to each process that has a
 //! descriptor for it. Descriptors that were shared by `fork`, `dup` or a message thus share their position and flags again.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
+use nix::sys::epoll::{Epoll, EpollCreateFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use samara_capsule::record::{
@@ -19,7 +20,7 @@ use samara_kernel::pidfd::PidFd;
 use samara_kernel::proc::DescriptorInfo;
 use samara_kernel::setns::{Namespace, inside};
 use samara_kernel::tape::End;
-use samara_kernel::{Pid, kcmp, proc};
+use samara_kernel::{Pid, kcmp, proc, signalfd};
 
 use crate::capture::{CaptureError, OutsideStream, Tables, index, read};
 use crate::memory::Shared;
@@ -27,7 +28,7 @@ use crate::restore::{RestoreError, make, open_below, open_checked};
 use crate::root::Root;
 use crate::tracee::Process;
 use crate::unsupported::Place;
-use crate::{pipes, process, sockets};
+use crate::{epoll, pipes, process, sockets, timers};
 
 /// The descriptors and locks of one process.
 #[derive(Debug, Default)]
@@ -157,6 +158,9 @@ fn classify(
         return Ok(Ok(FileKind::Unlinked { file, position }));
     }
     if found.target.starts_with(b"anon_inode:") {
+        if found.target == b"anon_inode:[eventpoll]" {
+            return Ok(Ok(epoll::note(found.pid, found.fd, found.info, tables)));
+        }
         return Ok(anonymous(found));
     }
     if kind.is_fifo() && found.target.starts_with(b"pipe:") {
@@ -214,6 +218,31 @@ fn anonymous(found: &Found<'_>) -> Result<FileKind, String> {
         return match count {
             Some(count) => Ok(FileKind::EventFd { count, semaphore }),
             None => Err("this kernel does not tell the count of an eventfd".to_owned()),
+        };
+    }
+    if found.target == b"anon_inode:[timerfd]" {
+        return timers::describe(found.info)
+            .map(FileKind::TimerFd)
+            .ok_or_else(|| "this kernel does not tell the state of a timer".to_owned());
+    }
+    if found.target == b"anon_inode:[signalfd]" {
+        return found
+            .line("sigmask")
+            .and_then(|mask| u64::from_str_radix(mask, 16).ok())
+            .map(|mask| FileKind::SignalFd { mask })
+            .ok_or_else(|| "this kernel does not tell the signals of a signalfd".to_owned());
+    }
+    if found.target == b"anon_inode:[pidfd]" {
+        // The last number is the one in the container; -1 for a process that is gone.
+        let numbers = found.line("NSpid").map(|numbers| numbers.split_ascii_whitespace());
+        let pid = numbers.and_then(Iterator::last).and_then(|pid| pid.parse().ok());
+        let whole = found.info.flags & libc::O_EXCL == 0;
+        return match pid {
+            Some(pid) if pid > 0 && whole => Ok(FileKind::PidFd { pid }),
+            Some(_) if !whole => {
+                Err("a descriptor of a thread (PIDFD_THREAD) is not supported".to_owned())
+            }
+            _ => Err("a descriptor of a process that is gone is not supported".to_owned()),
         };
     }
     let kind = found.target.strip_prefix(b"anon_inode:").unwrap_or(found.target);
@@ -400,7 +429,14 @@ pub(crate) fn make_files(
     root: &Root,
     outside: &[Option<OwnedFd>],
     shared: &Shared,
+    processes: &BTreeMap<i32, Pid>,
 ) -> Result<Files, RestoreError> {
+    // All of the container's files are open here for a moment.
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let highest = rustix::process::Rlimit { current: limit.maximum, ..limit };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, highest)
+        .map_err(io::Error::from)
+        .map_err(make("room for the container's descriptors"))?;
     let mut pipes = pipes::Made::default();
     let mut pairs: Vec<[Option<OwnedFd>; 2]> = Vec::new();
     for pair in &container.socket_pairs {
@@ -409,17 +445,25 @@ pub(crate) fn make_files(
     }
     let mut files = Vec::with_capacity(container.files.len());
     for file in &container.files {
-        files.push(make_file(file, container, root, outside, shared, &mut pipes, &mut pairs)?);
+        let made =
+            make_file(file, container, root, outside, shared, processes, &mut pipes, &mut pairs);
+        files.push(made?);
     }
+    epoll::restore(container, &files)?;
     Ok(Files(files))
 }
 
+#[expect(
+    clippy::too_many_arguments,
+    reason = "each kind of file needs another part of the restore"
+)]
 fn make_file(
     file: &OpenFile,
     container: &Container,
     root: &Root,
     outside: &[Option<OwnedFd>],
     shared: &Shared,
+    processes: &BTreeMap<i32, Pid>,
     pipes: &mut pipes::Made,
     pairs: &mut [[Option<OwnedFd>; 2]],
 ) -> Result<OwnedFd, RestoreError> {
@@ -485,6 +529,30 @@ fn make_file(
             let event: OwnedFd = event.into();
             set_flags(&event, flags)?;
             event
+        }
+        FileKind::Epoll { .. } => {
+            let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)
+                .map_err(io::Error::from)
+                .map_err(make("an epoll"))?;
+            set_flags(&epoll.0, flags)?;
+            epoll.0
+        }
+        FileKind::TimerFd(timer) => {
+            let timer = timers::restore(timer, &container.clocks).map_err(make("a timer"))?;
+            set_flags(&timer, flags)?;
+            timer
+        }
+        FileKind::SignalFd { mask } => {
+            let signals = signalfd::create(*mask).map_err(make("a signalfd"))?;
+            set_flags(&signals, flags)?;
+            signals
+        }
+        FileKind::PidFd { pid } => {
+            let process = processes.get(pid).ok_or_else(|| damaged("a process"))?;
+            let process = PidFd::open(*process).map_err(make("a descriptor of a process"))?;
+            let process = OwnedFd::from(process);
+            set_flags(&process, flags)?;
+            process
         }
         FileKind::SocketPair { pair, end } => {
             let socket = pairs

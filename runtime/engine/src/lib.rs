@@ -5,6 +5,7 @@
 pub mod capture;
 pub mod clocks;
 mod descriptors;
+mod epoll;
 pub mod files;
 pub mod freeze;
 pub mod host;
@@ -17,6 +18,7 @@ pub mod restore;
 mod root;
 mod sockets;
 mod sqlite;
+mod timers;
 mod tracee;
 pub mod unsupported;
 

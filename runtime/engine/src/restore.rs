@@ -82,6 +82,8 @@ pub fn restore(
     let begun = Instant::now();
     let mut tree = Tree::begin(request)?;
     tree.spawn(&container.processes)?;
+    // The dead too: somebody may hold a descriptor of them.
+    let numbers = tree.processes.iter().map(|(pid, process)| (*pid, process.pid)).collect();
     for record in &container.processes {
         if let ProcessState::Zombie { exit_status } = record.state {
             tree.bury(record.pid, &record.name, exit_status)?;
@@ -104,7 +106,8 @@ pub fn restore(
     let fill = begun.elapsed();
 
     let begun = Instant::now();
-    let files = descriptors::make_files(request.init, container, &root, &tree.outside, &shared)?;
+    let files =
+        descriptors::make_files(request.init, container, &root, &tree.outside, &shared, &numbers)?;
     for record in &container.processes {
         if let ProcessState::Alive(alive) = &record.state {
             tree.furnish(record, alive, &root, &files)?;

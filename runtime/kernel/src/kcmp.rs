@@ -30,6 +30,31 @@ pub fn file(left: (Pid, RawFd), right: (Pid, RawFd)) -> io::Result<Ordering> {
     compare(left.0, right.0, KCMP_FILE, left.1, right.1)
 }
 
+/// Whether a descriptor of one task is what an epoll instance of another watches: the `nth` of those that it watches under the
+/// number `watched`, from 0, in the order of `/proc/PID/fdinfo`.
+pub fn is_watched(
+    file: (Pid, RawFd),
+    epoll: (Pid, RawFd),
+    watched: RawFd,
+    nth: u32,
+) -> io::Result<bool> {
+    const KCMP_EPOLL_TFD: i32 = 7;
+    // struct kcmp_epoll_slot: efd, tfd, toff
+    let slot = [epoll.1.cast_unsigned(), watched.cast_unsigned(), nth];
+    // SAFETY: the kernel reads the three words of `slot`.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_kcmp,
+            file.0,
+            epoll.0,
+            KCMP_EPOLL_TFD,
+            libc::c_ulong::from(file.1.unsigned_abs()),
+            slot.as_ptr(),
+        )
+    };
+    Ok(check(result)? == 0)
+}
+
 fn compare(left: Pid, right: Pid, kind: i32, first: RawFd, second: RawFd) -> io::Result<Ordering> {
     let (first, second) =
         (libc::c_ulong::from(first.unsigned_abs()), libc::c_ulong::from(second.unsigned_abs()));

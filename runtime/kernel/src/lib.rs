@@ -5,6 +5,7 @@
 
 pub mod bpf;
 pub mod close_range;
+pub mod epoll;
 pub mod kcmp;
 pub mod keyctl;
 pub mod mount_setattr;
@@ -18,8 +19,10 @@ pub mod sched;
 pub mod seccomp;
 pub mod setns;
 pub mod signal;
+pub mod signalfd;
 pub mod sock_diag;
 pub mod tape;
+pub mod timerfd;
 pub mod wait;
 
 use std::io;

@@ -9,6 +9,12 @@ use crate::{Pid, check};
 #[derive(Debug)]
 pub struct PidFd(OwnedFd);
 
+impl From<PidFd> for OwnedFd {
+    fn from(process: PidFd) -> OwnedFd {
+        process.0
+    }
+}
+
 impl PidFd {
     /// # Errors
     /// ESRCH: no such process, or a thread that leads no process.

@@ -36,7 +36,7 @@ pub(crate) const COUNTER: Workload =
 pub(crate) const THREADS: Workload =
     workload(&["threads", "--late-ms", "3000"], &["registers", "vectors", "mask", "token"]);
 pub(crate) const EINTR: Workload = Workload {
-    refused: Some("epoll_wait,epoll_pwait2,io_getevents,semtimedop,semop,msgrcv,accept"),
+    refused: Some("io_getevents,semtimedop,semop,msgrcv,accept"),
     ..workload(
         &["eintr"],
         &[
@@ -115,12 +115,15 @@ pub(crate) const SORT: Workload = Workload {
     ..workload(&["sort.sh"], &["order", "lost"])
 };
 
+pub(crate) const POLLS: Workload =
+    workload(&["polls", "--late-ms", "2000"], &["moved", "timer", "far"]);
+
 /// Not among those that are moved.
 pub(crate) const REFUSED: Workload = workload(&["refused"], &["sharer"]);
 
 pub(crate) const ALL: &[Workload] = &[
     COUNTER, THREADS, EINTR, SPAWN, PIPES, SIGNALS, SESSIONS, CLOCK, OPENMP, ATTRIBUTES, PIPELINE,
-    COMPILE, SORT,
+    COMPILE, SORT, POLLS,
 ];
 
 impl Workload {
