@@ -418,7 +418,11 @@ impl Channel {
 
 /// The open file descriptions of a restored container, each once.
 #[derive(Debug)]
-pub(crate) struct Files(Vec<OwnedFd>);
+pub(crate) struct Files {
+    list: Vec<OwnedFd>,
+    /// What processes register themselves once they have their descriptors.
+    own_watches: epoll::OwnWatches,
+}
 
 /// Makes all open file descriptions.
 ///
@@ -450,7 +454,7 @@ pub(crate) fn make_files(
         files.push(made?);
     }
     epoll::restore(container, &files)?;
-    Ok(Files(files))
+    Ok(Files { list: files, own_watches: epoll::own_watches(container) })
 }
 
 #[expect(
@@ -609,7 +613,7 @@ pub(crate) fn install(
         let borrowed: Vec<BorrowedFd<'_>> = group
             .iter()
             .map(|descriptor| {
-                files.0.get(descriptor.file as usize).map(AsFd::as_fd).ok_or_else(|| {
+                files.list.get(descriptor.file as usize).map(AsFd::as_fd).ok_or_else(|| {
                     RestoreError::Damaged(format!(
                         "descriptor {} refers to a file that is not there",
                         descriptor.fd
@@ -640,6 +644,8 @@ pub(crate) fn install(
     }
     let mut tape = process.tape()?;
     tape.call("close the channel", libc::SYS_close, [channel_number, 0, 0, 0, 0, 0]);
+    let pid = alive.threads.first().map_or(0, |leader| leader.tid);
+    epoll::register(&mut tape, files.own_watches.get(&pid).map_or(&[], Vec::as_slice));
     for lock in &alive.locks {
         let fd = u64::from(lock.fd.unsigned_abs());
         let (number, arguments) = match lock.kind {

@@ -4,18 +4,23 @@
 //! another process's, or have been closed or given to another file since, as long as the file is open somewhere: so files are
 //! found by `kcmp(2)`, not by their numbers.
 //!
+//! A signalfd wakes the process in whose context it was registered, so that is done by a process of the container; every other
+//! file is registered by the engine.
+//!
 //! Limits: an event that was due on an edge is due again after a restore, as is a hang-up of a one-shot entry that has fired and
 //! was not set up again.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 
-use samara_capsule::record::{Container, FileKind, Watch};
+use samara_capsule::record::{Container, FileKind, ProcessState, Watch};
 use samara_kernel::epoll::{Interest, add};
 use samara_kernel::proc::DescriptorInfo;
 use samara_kernel::{Pid, kcmp};
 
 use crate::capture::{CaptureError, Tables, index, read};
 use crate::restore::{RestoreError, make};
+use crate::tracee::Tape;
 use crate::unsupported::Place;
 
 /// An instance that was found, with what `fdinfo` says it watches.
@@ -75,6 +80,13 @@ pub(crate) fn resolve(tables: &mut Tables<'_>) -> Result<(), CaptureError> {
             let earlier = instance.lines.iter().take(position);
             let nth = index(earlier.filter(|other| other.fd == line.fd).count());
             match find(&instance, line, nth, tables)? {
+                Some(file) if !is_registrable(&instance, line, file, tables) => {
+                    let what = format!(
+                        "it watches signals, registered as descriptor {}, which is another file now",
+                        line.fd
+                    );
+                    tables.refuse(instance.pid, Place::Descriptor(instance.fd), what);
+                }
                 Some(file) => {
                     let Line { fd, events, data, .. } = *line;
                     watches.push(Watch { fd, file, events, data });
@@ -117,12 +129,67 @@ fn find(
     Ok(None)
 }
 
+/// Whether a restore can register the file again: signals need a process that has both descriptors.
+fn is_registrable(instance: &Instance, line: &Line, file: u32, tables: &Tables<'_>) -> bool {
+    let is_signals = tables.files.get(file as usize).is_some_and(|file| takes_signals(&file.kind));
+    let holders = tables.known_files.values().flatten();
+    let same = |pid, fd| kcmp::file((instance.pid, line.fd), (pid, fd)).is_ok_and(|o| o.is_eq());
+    !is_signals || holders.filter(|holder| holder.2 == file).any(|(pid, fd, _)| same(*pid, *fd))
+}
+
+fn takes_signals(kind: &FileKind) -> bool {
+    matches!(kind, FileKind::SignalFd { .. })
+}
+
+/// What processes have to register themselves: by process, its descriptor of the instance and the watch.
+pub(crate) type OwnWatches = BTreeMap<i32, Vec<(i32, Watch)>>;
+
+/// Signals that instances watch, each with the first process that has both descriptors.
+pub(crate) fn own_watches(container: &Container) -> OwnWatches {
+    let mut own = OwnWatches::new();
+    for (epoll, record) in (0u32..).zip(&container.files) {
+        let FileKind::Epoll { watches } = &record.kind else { continue };
+        for watch in watches.iter().filter(|watch| is_own(container, watch)) {
+            let registrar = container.processes.iter().find_map(|process| {
+                let ProcessState::Alive(alive) = &process.state else { return None };
+                let descriptors = &alive.descriptors;
+                let instance = descriptors.iter().find(|descriptor| descriptor.file == epoll)?;
+                descriptors
+                    .iter()
+                    .any(|descriptor| descriptor.file == watch.file && descriptor.fd == watch.fd)
+                    .then_some((process.pid, instance.fd))
+            });
+            if let Some((pid, instance)) = registrar {
+                own.entry(pid).or_default().push((instance, *watch));
+            }
+        }
+    }
+    own
+}
+
+fn is_own(container: &Container, watch: &Watch) -> bool {
+    container.files.get(watch.file as usize).is_some_and(|file| takes_signals(&file.kind))
+}
+
+/// Lets a process register what it has to register itself.
+pub(crate) fn register(tape: &mut Tape, watches: &[(i32, Watch)]) {
+    for (instance, watch) in watches {
+        // `struct epoll_event` is packed: the data follow the events at once.
+        let event = [&watch.events.to_le_bytes()[..], &watch.data.to_le_bytes()].concat();
+        let event = tape.data(&event);
+        let add = u64::from(libc::EPOLL_CTL_ADD.unsigned_abs());
+        let [instance, fd] = [*instance, watch.fd].map(|fd| u64::from(fd.unsigned_abs()));
+        tape.call("watch signals", libc::SYS_epoll_ctl, [instance, add, fd, event, 0, 0]);
+    }
+}
+
 /// Lets restored instances watch what they watched. `files` are [`Container::files`].
 pub(crate) fn restore(container: &Container, files: &[OwnedFd]) -> Result<(), RestoreError> {
     for (epoll, record) in files.iter().zip(&container.files) {
         let FileKind::Epoll { watches } = &record.kind else { continue };
         let interests = watches
             .iter()
+            .filter(|watch| !is_own(container, watch))
             .map(|watch| {
                 let file = files.get(watch.file as usize).filter(|_| watch.fd >= 0);
                 let file = file.ok_or_else(|| {
