@@ -119,12 +119,12 @@ impl FrozenTree {
     /// # Errors
     /// The first that occurred; all that can be let go has been let go.
     pub fn thaw(mut self) -> Result<(), TraceeError> {
-        self.release(&mut || {})
+        self.release(None)
     }
 
     /// As [`FrozenTree::thaw`], for a container that was frozen in a cgroup: `freeze` freezes it again before any thread runs.
     pub fn thaw_into(mut self, freeze: &mut dyn FnMut()) -> Result<(), TraceeError> {
-        self.release(freeze)
+        self.release(Some(freeze))
     }
 
     /// Ends the container: its init with an exit code, everything else by SIGKILL.
@@ -176,7 +176,8 @@ impl FrozenTree {
         Ok(())
     }
 
-    fn release(&mut self, before_last: &mut dyn FnMut()) -> Result<(), TraceeError> {
+    /// `freeze` freezes the container in a cgroup, if it was.
+    fn release(&mut self, freeze: Option<&mut dyn FnMut()>) -> Result<(), TraceeError> {
         let mut first_error = Ok(());
         let everything = std::mem::take(&mut self.processes).into_values();
         let mut everything: Vec<Process> =
@@ -186,14 +187,17 @@ impl FrozenTree {
             let settled = process.threads.iter_mut().map(Thread::settle).fold(Ok(()), Result::and);
             first_error = first_error.and(unmapped).and(settled);
         }
-        before_last();
-        first_error.and(tracee::release(&everything))
+        let frozen = freeze.is_some();
+        if let Some(freeze) = freeze {
+            freeze();
+        }
+        first_error.and(tracee::release(&everything, frozen))
     }
 }
 
 impl Drop for FrozenTree {
     fn drop(&mut self) {
-        if let Err(error) = self.release(&mut || {}) {
+        if let Err(error) = self.release(None) {
             tracing::warn!(error = %error, "a thread could not be let go cleanly; the kernel does it when this process ends");
         }
     }

@@ -456,7 +456,7 @@ impl Tree {
                 thread.settle()?;
             }
         }
-        tracee::release(&processes)?;
+        tracee::release(&processes, false)?;
         self.finished = true;
         Ok(())
     }

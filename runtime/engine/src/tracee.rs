@@ -170,11 +170,12 @@ impl Thread {
     }
 }
 
-/// Lets settled processes go on. Those that a signal had stopped are so again before any other runs and could look.
+/// Lets settled processes go on. Those that a signal had stopped are so again before any other runs and could look; nobody can
+/// where they are `frozen` in a cgroup.
 ///
 /// # Errors
 /// The first that occurred; all that can be let go has been let go.
-pub(crate) fn release(processes: &[Process]) -> Result<(), TraceeError> {
+pub(crate) fn release(processes: &[Process], frozen: bool) -> Result<(), TraceeError> {
     /// The way from one stop to the other takes microseconds.
     const STOP_MAX: Duration = Duration::from_secs(2);
     let (stopped, running): (Vec<&Process>, Vec<&Process>) =
@@ -191,7 +192,7 @@ pub(crate) fn release(processes: &[Process]) -> Result<(), TraceeError> {
         let wanted = process.threads.iter().all(|thread| thread.group_stop != 0);
         !wanted || proc::stat(process.pid).map_or(true, |stat| matches!(stat.state, 'T' | 'Z'))
     };
-    while !stopped.iter().all(|process| stands(process)) && Instant::now() < deadline {
+    while !frozen && !stopped.iter().all(|process| stands(process)) && Instant::now() < deadline {
         std::thread::sleep(Duration::from_micros(20));
     }
     first.and(threads(&running))

@@ -395,7 +395,11 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
         _ => Ok(()),
     };
     let (committed, pause) = if order.leave_running {
-        frozen.thaw_into(&mut || refreeze()).map_err(CheckpointError::Release)?;
+        match paused {
+            true => frozen.thaw_into(&mut || refreeze()),
+            false => frozen.thaw(),
+        }
+        .map_err(CheckpointError::Release)?;
         let pause = stopped.elapsed();
         drop(urgent);
         progress("storing");
