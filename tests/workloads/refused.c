@@ -1,5 +1,5 @@
 /*
- * State that can't be saved, in several processes: an inotify instance in the first, a POSIX timer in its child, and a child that
+ * State that can't be saved, in several processes: an inotify instance in the first, a path that is only held in its child, and a child that
  * shares the first one's memory. Whoever tries must name all of it, and leave everything as it was.
  */
 #include "workload.h"
@@ -25,8 +25,7 @@ int main(int argc, char **argv)
 	MUST(inotify_add_watch(watching, "/tmp", IN_DELETE_SELF));
 	pid_t child = MUST(fork());
 	if (child == 0) {
-		timer_t timer;
-		MUST(timer_create(CLOCK_MONOTONIC, NULL, &timer));
+		MUST(open("/tmp", O_PATH | O_CLOEXEC));
 		for (;;)
 			pause();
 	}

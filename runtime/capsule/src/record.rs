@@ -73,6 +73,7 @@ pub struct Alive {
     pub pending: Vec<Bytes>,
     /// Real, virtual and profiling, as `getitimer` returns them: interval and rest in microseconds.
     pub interval_timers: [IntervalTimer; 3],
+    pub posix_timers: Vec<PosixTimer>,
     pub stopped: Option<Stopped>,
     pub dumpable: bool,
     pub subreaper: bool,
@@ -92,6 +93,21 @@ pub struct Alive {
 pub struct IntervalTimer {
     pub interval_us: u64,
     pub rest_us: u64,
+}
+
+/// What `timer_create` has made. Times are in nanoseconds; a timer without a rest is not armed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PosixTimer {
+    pub id: i32,
+    pub clock: i32,
+    pub signal: i32,
+    pub value: u64,
+    /// `SIGEV_SIGNAL`, `SIGEV_NONE` or `SIGEV_THREAD`, without `SIGEV_THREAD_ID`.
+    pub notify: i32,
+    /// The thread that gets the signal; none for the process.
+    pub thread: Option<i32>,
+    pub rest_ns: u64,
+    pub interval_ns: u64,
 }
 
 /// The boundaries that `prctl(PR_SET_MM_MAP)` takes.

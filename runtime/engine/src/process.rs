@@ -5,8 +5,8 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 
 use samara_capsule::record::{
-    self, Alive, AlternateStack, Bytes, Credentials, IntervalTimer, ProcessState, Restart,
-    Scheduling, Seccomp, SeccompFilter, SignalAction,
+    self, Alive, AlternateStack, Bytes, Credentials, IntervalTimer, PosixTimer, ProcessState,
+    Restart, Scheduling, Seccomp, SeccompFilter, SignalAction,
 };
 use samara_capsule::transfer::SpaceId;
 use samara_kernel::kcmp::{self, Resource};
@@ -20,9 +20,9 @@ use crate::descriptors::{Channel, Descriptors};
 use crate::restart::{self, Goal, Slept};
 use crate::restore::{RestoreError, make, open_below};
 use crate::root::Root;
-use crate::sockets;
 use crate::tracee::{Output, Process, Tape, Thread, TraceeError, failed};
 use crate::unsupported::Place;
+use crate::{sockets, timers};
 
 /// Signals are numbered from 1 to this.
 pub(crate) const SIGNALS: u32 = 64;
@@ -56,6 +56,8 @@ const NODES_MAX: u64 = NODE_WORDS as u64 * 64;
 pub(crate) struct Examined {
     stat: proc::Stat,
     status: proc::Status,
+    /// Without their times.
+    posix_timers: Vec<PosixTimer>,
 }
 
 /// Notes what of a process itself can't be saved.
@@ -85,7 +87,13 @@ pub(crate) fn examine(
             tables.refuse(pid, Place::Thread(tid), "SCHED_DEADLINE is not supported");
         }
     }
-    Ok(Examined { stat, status })
+    let timers = proc::attribute(pid, "timers").map_err(what())?;
+    let timers = timers::parse_posix(&timers, &|tid| inner_pid(tid).ok());
+    if timers.is_none() {
+        let why = "a POSIX timer on the processor clock of a certain process, or for a thread that has ended, is not supported";
+        tables.refuse(pid, Place::Process, why);
+    }
+    Ok(Examined { stat, status, posix_timers: timers.unwrap_or_default() })
 }
 
 /// Whether an XSAVE area says that the tile data is in use (Intel SDM volume 1, 13.4.2: XSTATE_BV).
@@ -131,7 +139,7 @@ pub(crate) fn collect(
 ) -> Result<record::Process, CaptureError> {
     let pid = process.pid;
     let what = || read(format!("process {pid} in /proc"));
-    let Examined { stat, status } = examined;
+    let Examined { stat, status, posix_timers } = examined;
     leave_critical_sections(process)?;
     // What the capsule gets is decided before the corrections for the thaw change the registers.
     let restored: Vec<(Registers, Restart)> = process
@@ -141,7 +149,7 @@ pub(crate) fn collect(
         .collect();
     mend_for_thaw(process, elapsed)?;
     process.map_arena(None)?;
-    let answers = Answers::ask(process, status)?;
+    let answers = Answers::ask(process, status, posix_timers)?;
     let mut threads = Vec::new();
     for (index, (registers, restart)) in restored.into_iter().enumerate() {
         threads.push(collect_thread(process, index, registers, restart)?);
@@ -175,6 +183,7 @@ pub(crate) fn collect(
         actions: answers.actions,
         pending: pending(process.threads.first().map_or(pid, |thread| thread.tid), Queue::Process)?,
         interval_timers: answers.interval_timers,
+        posix_timers: answers.posix_timers,
         stopped: process
             .threads
             .iter()
@@ -269,9 +278,6 @@ pub(crate) fn parents_first(mut processes: Vec<record::Process>) -> Vec<record::
 
 /// Notes what of a process can't be saved.
 fn check(pid: Pid, status: &proc::Status, tables: &mut Tables<'_>) -> Result<(), CaptureError> {
-    if !attribute(pid, "timers").unwrap_or_default().is_empty() {
-        tables.refuse(pid, Place::Process, "POSIX timers (timer_create) are not supported");
-    }
     for kind in ["ipc", "mnt", "net", "uts", "user", "cgroup", "time"] {
         let (Ok(own), Ok(init)) =
             (proc::namespace(pid, kind), proc::namespace(tables.request.init, kind))
@@ -404,6 +410,7 @@ fn corrected(
 struct Answers {
     actions: Vec<SignalAction>,
     interval_timers: [IntervalTimer; 3],
+    posix_timers: Vec<PosixTimer>,
     brk: u64,
     dumpable: bool,
     subreaper: bool,
@@ -412,7 +419,12 @@ struct Answers {
 }
 
 impl Answers {
-    fn ask(process: &mut Process, status: &proc::Status) -> Result<Answers, TraceeError> {
+    fn ask(
+        process: &mut Process,
+        status: &proc::Status,
+        timers: &[PosixTimer],
+    ) -> Result<Answers, TraceeError> {
+        let posix_timers = posix_timers(process, timers)?;
         let mut tape = process.tape()?;
         // Signals that are neither caught nor ignored have no action worth a call.
         let interesting: Vec<u32> = (1..=SIGNALS)
@@ -475,6 +487,7 @@ impl Answers {
         Ok(Answers {
             actions: table,
             interval_timers,
+            posix_timers,
             brk: result(brk),
             // 2 (root only) can't be set by anybody but the kernel; it counts as not dumpable.
             dumpable: result(dumpable) == 1,
@@ -486,6 +499,34 @@ impl Answers {
             vector_features,
         })
     }
+}
+
+/// The timers of a process with their times.
+fn posix_timers(
+    process: &mut Process,
+    timers: &[PosixTimer],
+) -> Result<Vec<PosixTimer>, TraceeError> {
+    /// What fits on a tape with room to spare.
+    const AT_ONCE: usize = 1024;
+    let mut timers = timers.to_vec();
+    for group in timers.chunks_mut(AT_ONCE) {
+        let mut tape = process.tape()?;
+        let outputs: Vec<Output> = group
+            .iter()
+            .map(|timer| {
+                let output = tape.output(timers::ITIMERSPEC_BYTES);
+                let id = u64::from(timer.id.unsigned_abs());
+                let arguments = [id, output.address, 0, 0, 0, 0];
+                tape.call("ask for a timer", libc::SYS_timer_gettime, arguments);
+                output
+            })
+            .collect();
+        process.run_all(0, &tape, End::Call)?;
+        for (timer, output) in group.iter_mut().zip(outputs) {
+            timers::set_times(timer, words(&process.output(output)?));
+        }
+    }
+    Ok(timers)
 }
 
 fn collect_thread(
@@ -886,7 +927,7 @@ pub(crate) fn confine(
         }
         process.run_all(index, &tape, End::Breakpoint)?;
     }
-    Ok(())
+    timers::restore_posix(process, &alive.posix_timers)
 }
 
 /// Soft and hard limits. A hard limit that may not be raised stays as the new container has it.

@@ -1,9 +1,10 @@
-//! Timers that are read (`timerfd_create(2)`).
+//! Timers that are read (`timerfd_create(2)`), and timers that send signals (`timer_create(2)`).
 //!
 //! The container's monotonic clocks stand still while it is stored, its wall clock does not: a timer that was set to an instant of
 //! the wall clock expires at that instant, every other one after the rest of its time.
 //!
-//! Limits: a periodic timer that has expired and was not read begins its next period at the restore.
+//! Limits: whether a timer that sends signals was set to an instant the kernel does not tell; it expires after the rest of its time.
+//! A periodic timer that has expired and was not read begins its next period at the restore.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -11,9 +12,13 @@ use std::time::Duration;
 
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
-use samara_capsule::record::{self, Clocks};
+use samara_capsule::record::{self, Clocks, PosixTimer};
 use samara_kernel::proc::DescriptorInfo;
-use samara_kernel::timerfd;
+use samara_kernel::tape::{Call, End};
+use samara_kernel::{Pid, timerfd};
+
+use crate::restore::{RestoreError, make};
+use crate::tracee::{Process, Tape};
 
 /// What `fdinfo` says of a timer; `None` where it does not.
 pub(crate) fn describe(info: &DescriptorInfo) -> Option<record::TimerFd> {
@@ -69,6 +74,134 @@ pub(crate) fn restore(record: &record::TimerFd, then: &Clocks) -> io::Result<Own
     Ok(timer.into())
 }
 
+/// What `/proc/PID/timers` says; `None` where it is not understood, or a timer is of a kind that is not restored.
+///
+/// `inside` gives the container's number of a thread.
+pub(crate) fn parse_posix(
+    text: &str,
+    inside: &dyn Fn(Pid) -> Option<i32>,
+) -> Option<Vec<PosixTimer>> {
+    let mut timers = Vec::new();
+    let mut lines = text.lines();
+    while let Some(first) = lines.next() {
+        let id = first.strip_prefix("ID: ")?.parse().ok()?;
+        let (signal, value) = lines.next()?.strip_prefix("signal: ")?.split_once('/')?;
+        let (notify, target) = lines.next()?.strip_prefix("notify: ")?.split_once('/')?;
+        let clock = lines.next()?.strip_prefix("ClockID: ")?.parse().ok()?;
+        let notify = match notify {
+            "signal" => libc::SIGEV_SIGNAL,
+            "none" => libc::SIGEV_NONE,
+            "thread" => libc::SIGEV_THREAD,
+            _ => return None,
+        };
+        let thread = match target.split_once('.')? {
+            ("tid", thread) => Some(inside(thread.parse().ok()?)?),
+            ("pid", _) => None,
+            _ => return None,
+        };
+        // Negative ones are the processor clocks of certain processes.
+        if clock < 0 {
+            return None;
+        }
+        timers.push(PosixTimer {
+            id,
+            clock,
+            signal: signal.parse().ok()?,
+            value: u64::from_str_radix(value.trim_start_matches("0x"), 16).ok()?,
+            notify,
+            thread,
+            rest_ns: 0,
+            interval_ns: 0,
+        });
+    }
+    Some(timers)
+}
+
+/// `struct itimerspec`
+pub(crate) const ITIMERSPEC_BYTES: usize = 32;
+
+/// Reads interval and rest from what `timer_gettime` wrote.
+pub(crate) fn set_times(timer: &mut PosixTimer, [interval_s, interval, rest_s, rest]: [u64; 4]) {
+    let ns = |seconds: u64, ns: u64| seconds.saturating_mul(1_000_000_000).saturating_add(ns);
+    timer.interval_ns = ns(interval_s, interval);
+    timer.rest_ns = ns(rest_s, rest);
+}
+
+/// Makes the timers of a process again, under their numbers.
+pub(crate) fn restore_posix(
+    process: &mut Process,
+    timers: &[PosixTimer],
+) -> Result<(), RestoreError> {
+    /// linux/prctl.h, since 6.15: `timer_create` takes the number that it is to give.
+    const PR_TIMER_CREATE_RESTORE_IDS: u64 = 77;
+    /// Before, numbers are given in turn; a program that has used up more would take too long to bring back.
+    const TURNS_MAX: i32 = 4096;
+    let Some(last) = timers.iter().map(|timer| timer.id).max() else { return Ok(()) };
+    let mut tape = process.tape()?;
+    let choose = |on: u64| [PR_TIMER_CREATE_RESTORE_IDS, on, 0, 0, 0, 0];
+    tape.try_call("choose the numbers of timers", libc::SYS_prctl, choose(1));
+    let results = process.run(0, &tape, End::Breakpoint)?;
+    let chosen = results.first().is_some_and(|result| Call::outcome(*result).is_ok());
+    if !chosen && last >= TURNS_MAX {
+        let what = format!("a timer with the number {last} on a kernel before 6.15");
+        return Err(make(what)(io::ErrorKind::Unsupported.into()));
+    }
+    let wanted: Vec<Option<&PosixTimer>> = match chosen {
+        true => timers.iter().map(Some).collect(),
+        false => (0..=last).map(|id| timers.iter().find(|timer| timer.id == id)).collect(),
+    };
+    /// Timers that are made with one tape: each takes some 150 bytes of it.
+    const AT_ONCE: usize = 256;
+    for (turn, group) in wanted.chunks(AT_ONCE).enumerate() {
+        let mut tape = process.tape()?;
+        for (place, timer) in group.iter().enumerate() {
+            let number = i32::try_from(turn * AT_ONCE + place).expect("fewer than there are turns");
+            match timer {
+                Some(timer) => make_posix(&mut tape, timer),
+                None => {
+                    let id = tape.words(&[0]);
+                    tape.call("make a timer", libc::SYS_timer_create, [1, 0, id, 0, 0, 0]);
+                    let number = u64::from(number.unsigned_abs());
+                    let arguments = [number, 0, 0, 0, 0, 0];
+                    tape.call("delete a timer", libc::SYS_timer_delete, arguments);
+                }
+            }
+        }
+        process.run_all(0, &tape, End::Breakpoint)?;
+    }
+    if chosen {
+        let mut tape = process.tape()?;
+        tape.call("choose the numbers of timers no more", libc::SYS_prctl, choose(0));
+        process.run_all(0, &tape, End::Breakpoint)?;
+    }
+    Ok(())
+}
+
+fn make_posix(tape: &mut Tape, timer: &PosixTimer) {
+    let low = |number: i32| u64::from(number.cast_unsigned());
+    let notify = timer.notify | if timer.thread.is_some() { libc::SIGEV_THREAD_ID } else { 0 };
+    // `struct sigevent`: value, signal and kind, thread, padding.
+    let event = tape.words(&[
+        timer.value,
+        low(timer.signal) | low(notify) << 32,
+        low(timer.thread.unwrap_or(0)),
+        0,
+        0,
+        0,
+        0,
+        0,
+    ]);
+    let id = tape.words(&[low(timer.id)]);
+    let what = format!("make the timer {}", timer.id);
+    tape.call(what, libc::SYS_timer_create, [low(timer.clock), event, id, 0, 0, 0]);
+    if timer.rest_ns > 0 {
+        let split = |ns: u64| [ns / 1_000_000_000, ns % 1_000_000_000];
+        let times = tape.words(&[split(timer.interval_ns), split(timer.rest_ns)].concat());
+        let what = format!("set the timer {}", timer.id);
+        tape.call(what, libc::SYS_timer_settime, [low(timer.id), 0, times, 0, 0, 0]);
+    }
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 mod tests {
@@ -114,5 +247,34 @@ mod tests {
         let mut count = [0; 8];
         nix::unistd::read(&timer, &mut count).unwrap();
         assert_eq!(u64::from_le_bytes(count), 1);
+    }
+
+    /// A timer that is restored as another one sends its signal to the wrong thread, or with the wrong value.
+    #[test]
+    fn timers_are_read_as_the_kernel_writes_them() {
+        let text = "ID: 3\nsignal: 60/00007ffe3c4e5f00\nnotify: signal/tid.77\nClockID: 1\n\
+                    ID: 4\nsignal: 14/0000000000000004\nnotify: none/pid.70\nClockID: 0\n";
+        let timer = PosixTimer {
+            id: 3,
+            clock: 1,
+            signal: 60,
+            value: 0x7ffe_3c4e_5f00,
+            notify: libc::SIGEV_SIGNAL,
+            thread: Some(7),
+            rest_ns: 0,
+            interval_ns: 0,
+        };
+        let other = PosixTimer {
+            id: 4,
+            clock: 0,
+            signal: 14,
+            value: 4,
+            notify: libc::SIGEV_NONE,
+            thread: None,
+            ..timer
+        };
+        assert_eq!(parse_posix(text, &|tid| (tid == 77).then_some(7)), Some(vec![timer, other]));
+        assert_eq!(parse_posix(text, &|_| None), None);
+        assert_eq!(parse_posix("", &|_| None), Some(Vec::new()));
     }
 }

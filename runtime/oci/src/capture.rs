@@ -147,10 +147,11 @@ impl Held {
         dir.path().join("lease.json")
     }
 
-    /// Where the container is saved when nobody says where. A folder that it was once restored from is not such a place: docker
-    /// and containerd remove theirs at once.
+    /// Where the container is saved when nobody says where. A folder that is gone is no such place: docker and containerd restore
+    /// from one that they remove at once.
     pub fn usual_target(&self) -> Option<&str> {
-        let usual = self.carried || !self.address.starts_with("file:");
+        let folder = self.address.strip_prefix("file://").map(Path::new);
+        let usual = self.carried || folder.is_none_or(Path::exists);
         usual.then_some(self.address.as_str())
     }
 

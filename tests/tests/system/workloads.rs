@@ -94,10 +94,8 @@ pub(crate) const PIPES: Workload = Workload {
         ],
     )
 };
-pub(crate) const SIGNALS: Workload = Workload {
-    refused: Some("posix-timers"),
-    ..workload(&["signals"], &["itimer", "pending", "posix-timers", "altstack", "action"])
-};
+pub(crate) const SIGNALS: Workload =
+    workload(&["signals"], &["itimer", "pending", "posix-timers", "altstack", "action"]);
 pub(crate) const SESSIONS: Workload =
     workload(&["sessions", "--late-ms", "3000"], &["group", "stopped", "zombie", "member"]);
 pub(crate) const CLOCK: Workload = workload(&["clock"], &["backwards"]);
