@@ -335,8 +335,11 @@ impl Freezer {
     }
 
     fn on_stop(&mut self, tid: Pid, status: Status) -> Result<(), FreezeError> {
-        let resume =
-            |signal| ptrace::cont(tid, signal).or_else(gone_is_fine).map_err(failed("resume", tid));
+        // Whatever trap a thread runs into takes the interrupt that was due (kernel/signal.c, ptrace_stop), so it is asked again.
+        let resume = |signal| {
+            ptrace::interrupt(tid).or_else(gone_is_fine).map_err(failed("interrupt", tid))?;
+            ptrace::cont(tid, signal).or_else(gone_is_fine).map_err(failed("resume", tid))
+        };
         match status {
             Status::EventStop(signal) => {
                 let (pid, _) = match self.running.remove(&tid) {
@@ -354,7 +357,7 @@ impl Freezer {
                 restart::mend_interrupted(&mut thread.stop);
                 self.stopped.insert(tid, (pid, thread));
             }
-            // Delivered now: the interrupt is still due, and stops the thread before the first instruction of the handler.
+            // Delivered now; the interrupt stops the thread before the first instruction of the handler.
             Status::SignalStop(signal) => resume(signal)?,
             Status::Event(wait::EVENT_EXEC) => {
                 // The other threads of the process are gone, and this one has the leader's number.
@@ -362,7 +365,6 @@ impl Freezer {
                 self.running.retain(|other, (owner, _)| *owner != pid || *other == tid);
                 self.stopped.retain(|_, (owner, _)| *owner != pid);
                 self.running.insert(tid, (pid, Instant::now()));
-                ptrace::interrupt(tid).or_else(gone_is_fine).map_err(failed("interrupt", tid))?;
                 resume(0)?;
             }
             Status::Event(_) => {
@@ -517,13 +519,9 @@ fn let_go(tid: Pid) -> bool {
             }
             true
         }
-        Ok(Some(Status::SignalStop(signal))) => {
-            let _ = ptrace::cont(tid, signal);
-            false
-        }
+        Ok(Some(Status::SignalStop(signal))) => ptrace::detach(tid, signal).is_ok(),
         Ok(Some(Status::SyscallStop | Status::Event(_) | Status::Continued)) => {
-            let _ = ptrace::cont(tid, 0);
-            false
+            ptrace::detach(tid, 0).is_ok()
         }
         Ok(Some(Status::Exited(_) | Status::Killed(_))) | Err(_) => true,
     }

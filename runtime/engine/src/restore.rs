@@ -512,6 +512,7 @@ fn first_stop(tid: Pid) -> Result<Thread, RestoreError> {
                 return Err(TraceeError::Ended { tid, status }.into());
             }
             Status::SignalStop(_) | Status::SyscallStop | Status::Event(_) | Status::Continued => {
+                ptrace::interrupt(tid).map_err(failed("interrupt", tid))?;
                 ptrace::cont(tid, 0).map_err(failed("resume", tid))?;
             }
         }

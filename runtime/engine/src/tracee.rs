@@ -107,7 +107,9 @@ impl Thread {
                     self.owed_signal = signal;
                     break;
                 }
+                // Which has taken the interrupt.
                 Status::SyscallStop | Status::Event(_) | Status::Continued => {
+                    ptrace::interrupt(tid).map_err(failed("interrupt", tid))?;
                     ptrace::cont(tid, 0).map_err(failed("resume", tid))?;
                 }
             }
