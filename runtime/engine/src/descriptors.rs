@@ -454,7 +454,7 @@ pub(crate) fn make_files(
         files.push(made?);
     }
     epoll::restore(container, &files)?;
-    Ok(Files { list: files, own_watches: epoll::own_watches(container) })
+    Ok(Files { list: files, own_watches: epoll::own_watches(container)? })
 }
 
 #[expect(

@@ -145,7 +145,10 @@ fn takes_signals(kind: &FileKind) -> bool {
 pub(crate) type OwnWatches = BTreeMap<i32, Vec<(i32, Watch)>>;
 
 /// Signals that instances watch, each with the first process that has both descriptors.
-pub(crate) fn own_watches(container: &Container) -> OwnWatches {
+///
+/// # Errors
+/// There is none: such an instance is not saved.
+pub(crate) fn own_watches(container: &Container) -> Result<OwnWatches, RestoreError> {
     let mut own = OwnWatches::new();
     for (epoll, record) in (0u32..).zip(&container.files) {
         let FileKind::Epoll { watches } = &record.kind else { continue };
@@ -159,12 +162,13 @@ pub(crate) fn own_watches(container: &Container) -> OwnWatches {
                     .any(|descriptor| descriptor.file == watch.file && descriptor.fd == watch.fd)
                     .then_some((process.pid, instance.fd))
             });
-            if let Some((pid, instance)) = registrar {
-                own.entry(pid).or_default().push((instance, *watch));
-            }
+            let (pid, instance) = registrar.ok_or_else(|| {
+                RestoreError::Damaged("an epoll watches signals that no process can".to_owned())
+            })?;
+            own.entry(pid).or_default().push((instance, *watch));
         }
     }
-    own
+    Ok(own)
 }
 
 fn is_own(container: &Container, watch: &Watch) -> bool {

@@ -34,7 +34,8 @@ fn add_in_own_table(epoll: BorrowedFd<'_>, interests: &[Interest<'_>]) -> io::Re
     // SAFETY: takes a number only; the thread ends without touching descriptors of others.
     check(unsafe { libc::unshare(libc::CLONE_FILES) }.into())?;
     // First away from all numbers that will be overwritten.
-    let above = interests.iter().map(|interest| interest.number).max().unwrap_or(0) + 1;
+    let above =
+        interests.iter().map(|interest| interest.number).max().unwrap_or(0).saturating_add(1);
     let epoll = duplicate(epoll, above)?;
     let files = interests
         .iter()
