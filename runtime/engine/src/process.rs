@@ -58,6 +58,15 @@ pub(crate) struct Examined {
     status: proc::Status,
     /// Without their times.
     posix_timers: Vec<PosixTimer>,
+    /// For each thread.
+    threads: Vec<ExaminedThread>,
+}
+
+#[derive(Debug)]
+struct ExaminedThread {
+    stat: proc::Stat,
+    /// The XSAVE area.
+    vectors: Vec<u8>,
 }
 
 /// Notes what of a process itself can't be saved.
@@ -70,6 +79,7 @@ pub(crate) fn examine(
     let stat = proc::stat(pid).map_err(what())?;
     let status = proc::status(pid).map_err(what())?;
     check(pid, &status, tables)?;
+    let mut threads = Vec::with_capacity(process.threads.len());
     for thread in &process.threads {
         // Code segments of 64-bit programs (USER_CS of arch/x86/include/asm/segment.h).
         const USER_CS: u64 = 0x33;
@@ -78,14 +88,15 @@ pub(crate) fn examine(
             tables.refuse(pid, Place::Thread(tid), "32-bit code is not supported");
         }
         let stat = proc::stat(tid).map_err(what())?;
-        let state = ptrace::xstate(tid).map_err(failed("read the vector registers of", tid))?;
-        if uses_tiles(&state) {
+        let vectors = ptrace::xstate(tid).map_err(failed("read the vector registers of", tid))?;
+        if uses_tiles(&vectors) {
             // The kernel takes them only from a thread that has used the unit before.
             tables.refuse(pid, Place::Thread(tid), "tile registers (AMX) are not supported");
         }
         if stat.policy == Some(SCHED_DEADLINE) {
             tables.refuse(pid, Place::Thread(tid), "SCHED_DEADLINE is not supported");
         }
+        threads.push(ExaminedThread { stat, vectors });
     }
     let timers = proc::attribute(pid, "timers").map_err(what())?;
     let timers = timers::parse_posix(&timers, &|tid| inner_pid(tid).ok());
@@ -93,7 +104,7 @@ pub(crate) fn examine(
         let why = "a POSIX timer on the processor clock of a certain process, or for a thread that has ended, is not supported";
         tables.refuse(pid, Place::Process, why);
     }
-    Ok(Examined { stat, status, posix_timers: timers.unwrap_or_default() })
+    Ok(Examined { stat, status, posix_timers: timers.unwrap_or_default(), threads })
 }
 
 /// Whether an XSAVE area says that the tile data is in use (Intel SDM volume 1, 13.4.2: XSTATE_BV).
@@ -139,7 +150,7 @@ pub(crate) fn collect(
 ) -> Result<record::Process, CaptureError> {
     let pid = process.pid;
     let what = || read(format!("process {pid} in /proc"));
-    let Examined { stat, status, posix_timers } = examined;
+    let Examined { stat, status, posix_timers, threads: looks } = examined;
     leave_critical_sections(process)?;
     // What the capsule gets is decided before the corrections for the thaw change the registers.
     let restored: Vec<(Registers, Restart)> = process
@@ -151,8 +162,8 @@ pub(crate) fn collect(
     process.map_arena(None)?;
     let answers = Answers::ask(process, status, posix_timers)?;
     let mut threads = Vec::new();
-    for (index, (registers, restart)) in restored.into_iter().enumerate() {
-        threads.push(collect_thread(process, index, registers, restart)?);
+    for (index, ((registers, restart), look)) in restored.into_iter().zip(looks).enumerate() {
+        threads.push(collect_thread(process, index, registers, restart, look)?);
     }
     process.unmap_arena()?;
 
@@ -534,6 +545,7 @@ fn collect_thread(
     index: usize,
     registers: Registers,
     restart: Restart,
+    look: &ExaminedThread,
 ) -> Result<record::Thread, CaptureError> {
     let mut tape = process.tape()?;
     let stack = tape.output(STACK_BYTES);
@@ -577,7 +589,7 @@ fn collect_thread(
     let tid = thread.tid;
     let what = || read(format!("thread {tid} in /proc"));
     let status = proc::status(tid).map_err(what())?;
-    let stat = proc::stat(tid).map_err(what())?;
+    let stat = &look.stat;
     let online = sched::affinity(0).map_err(what())?;
     let affinity = sched::affinity(tid).map_err(what())?;
     let policy = stat.policy.unwrap_or(0);
@@ -585,9 +597,7 @@ fn collect_thread(
         tid: inner_pid(tid).map_err(what())?,
         name: Bytes::from(attribute(tid, "comm")?.into_bytes()),
         registers: to_record(&registers),
-        xstate: Bytes::from(
-            ptrace::xstate(tid).map_err(failed("read the vector registers of", tid))?,
-        ),
+        xstate: Bytes::from(look.vectors.clone()),
         signal_mask: thread.mask,
         pending: pending(tid, Queue::Thread)?,
         alternate_stack: AlternateStack { address, flags: low_int(flags), bytes },
