@@ -35,7 +35,7 @@ use crate::ending;
 use crate::monitor::{Client, MonitorError};
 use crate::protocol::{self, ProtocolError, WorkerReport, WorkerTask};
 use crate::saved::{Origin, ROOT_STREAM, Saved, SavedTree};
-use crate::state_dir::{Record, StateDir, StateError, Status};
+use crate::state_dir::{Record, StateDir, StateError, Status, replace};
 
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
@@ -162,9 +162,7 @@ impl Held {
 
     pub(crate) fn save(&self, dir: &StateDir) -> io::Result<()> {
         // As a whole: the monitor may be reading it.
-        let temporary = dir.path().join(format!("lease.json.{}", std::process::id()));
-        fs::write(&temporary, serde_json::to_vec(self)?)?;
-        fs::rename(&temporary, Held::path(dir))
+        replace(&Held::path(dir), &serde_json::to_vec(self)?)
     }
 }
 

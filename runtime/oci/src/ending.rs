@@ -11,8 +11,8 @@
 //! tell nobody. An end that the engine or the user asked for tells nothing either.
 
 use std::fs::{self, DirBuilder, File};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::io::{self, Read};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::capture::Held;
 use crate::signal_name::{self, SignalNumber};
-use crate::state_dir::StateDir;
+use crate::state_dir::{StateDir, replace};
 
 /// The hidden verb of `samara-runtime` that tells a store what a note says.
 pub const TELL_VERB: &str = "tell-end";
@@ -167,16 +167,7 @@ fn write(dir: &StateDir, note: Note) -> Result<PathBuf, EndingError> {
     let path = folder.join(format!("{address}-{}.json", note.held.lease.epoch));
     let text = serde_json::to_vec(&note)
         .map_err(|source| EndingError::Malformed { path: path.clone(), source })?;
-    let temporary = path.with_extension(format!("{}", std::process::id()));
-    fs::OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&temporary)
-        .and_then(|mut file| file.write_all(&text))
-        .and_then(|()| fs::rename(&temporary, &path))
-        .map_err(io("write", &path))?;
+    replace(&path, &text).map_err(io("write", &path))?;
     Ok(path)
 }
 

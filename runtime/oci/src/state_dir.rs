@@ -212,16 +212,7 @@ impl StateDir {
         let path = self.record();
         let io = |source| StateError::Io { attempt: "write", path: path.clone(), source };
         let text = serde_json::to_vec(record).map_err(|e| io(e.into()))?;
-        let temporary = self.path.join(format!("samara.json.{}", std::process::id()));
-        std::fs::OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&temporary)
-            .and_then(|mut file| file.write_all(&text))
-            .and_then(|()| std::fs::rename(&temporary, &path))
-            .map_err(io)
+        replace(&path, &text).map_err(io)
     }
 
     /// Removes the folder and all in it; one that is gone already is no error.
@@ -264,6 +255,20 @@ pub fn list(root: &Path) -> Result<Vec<Record>, StateError> {
         .collect();
     records.sort_by(|a, b| a.id.cmp(&b.id));
     Ok(records)
+}
+
+/// Writes a file that only root reads, as a whole: others see it as it was or as it will be.
+pub(crate) fn replace(path: &Path, text: &[u8]) -> std::io::Result<()> {
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(format!(".{}", std::process::id()));
+    std::fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&temporary)
+        .and_then(|mut file| file.write_all(text))
+        .and_then(|()| std::fs::rename(&temporary, path))
 }
 
 #[cfg(test)]
