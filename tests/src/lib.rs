@@ -7,6 +7,7 @@
 //!
 //! It knows the product by its command line only, and has no part of it as a dependency.
 
+pub mod bundle;
 pub mod container;
 pub mod image;
 pub mod node;
@@ -14,6 +15,7 @@ pub mod object_store;
 pub mod process;
 pub mod product;
 pub mod random;
+pub mod terminal;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
