@@ -79,14 +79,13 @@ impl Waiting {
             }
         })?;
         let master = File::from(receive(&connection)?);
-        let collected = Arc::default();
+        let collected: Arc<Mutex<Vec<u8>>> = Arc::default();
         let (mut reader, into) = (master.try_clone()?, Arc::clone(&collected));
         // Ends with the terminal: a read fails when the last slave is closed.
         std::thread::spawn(move || {
             let mut buffer = [0; 4096];
             while let Ok(count @ 1..) = reader.read(&mut buffer) {
-                let mut collected: std::sync::MutexGuard<'_, Vec<u8>> =
-                    into.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut collected = into.lock().unwrap_or_else(PoisonError::into_inner);
                 collected.extend_from_slice(buffer.get(..count).unwrap_or_default());
             }
         });
