@@ -343,6 +343,26 @@ pub struct SocketEnd {
     pub closed: bool,
 }
 
+/// What sockets of every family have.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SocketOptions {
+    /// As `getsockopt` has returned them.
+    pub values: Vec<SocketOption>,
+    /// The classic BPF program through which everything goes that comes in: an array of `struct sock_filter`.
+    pub filter: Bytes,
+    /// What `fstat` tells.
+    pub owner: (u32, u32),
+    pub mode: u32,
+}
+
+/// An option of a socket: its `SOL_` or `IPPROTO_` level, its number there, its value.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SocketOption {
+    pub level: i32,
+    pub name: i32,
+    pub value: Bytes,
+}
+
 /// Memory that several mappings or descriptors share.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SharedMemory {

@@ -16,6 +16,8 @@ mod process;
 mod restart;
 pub mod restore;
 mod root;
+#[allow(dead_code, reason = "the sockets that have them come next")]
+mod socket_options;
 mod sockets;
 mod sqlite;
 mod timers;

@@ -21,6 +21,7 @@ pub mod setns;
 pub mod signal;
 pub mod signalfd;
 pub mod sock_diag;
+pub mod sockopt;
 pub mod tape;
 pub mod timerfd;
 pub mod wait;
