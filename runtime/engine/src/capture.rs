@@ -19,6 +19,7 @@ use samara_kernel::{Pid, proc};
 use sha2::{Digest, Sha256};
 
 use crate::freeze::{FreezeError, FrozenTree};
+use crate::phase::{self, Phase};
 use crate::root::Root;
 use crate::tracee::TraceeError;
 use crate::unsupported::{Place, Unsupported, UnsupportedList};
@@ -91,11 +92,13 @@ pub fn capture(
     let mut frozen = FrozenTree::stop(request.init, thaw)?;
     let clocks = clocks::of_container(request.init).map_err(read("the container's clocks"))?;
     let freeze = begun.elapsed();
+    phase::reached(Phase::Stopped);
 
     let begun = Instant::now();
     let mut tables = Tables::new(request)?;
     let (mut processes, vdso, sockets) = collect(&mut frozen, &mut tables)?;
     let collect = begun.elapsed();
+    phase::reached(Phase::Collected);
 
     let begun = Instant::now();
     let mut report = CaptureReport { freeze, collect, ..CaptureReport::default() };
@@ -111,6 +114,7 @@ pub fn capture(
         report.pages += memory::copy_file(file, *space, *bytes, sink)?;
     }
     report.copy = begun.elapsed();
+    phase::reached(Phase::Copied);
     report.processes = processes.len();
     report.sessions = frozen.sessions.keys().map(|pid| name(*pid)).collect();
 

@@ -10,6 +10,7 @@ pub mod files;
 pub mod freeze;
 pub mod host;
 mod memory;
+pub mod phase;
 mod pipes;
 mod plan;
 mod process;

@@ -25,6 +25,7 @@ use samara_kernel::{Pid, proc};
 use crate::capture::vdso_digest;
 use crate::descriptors::Channel;
 use crate::memory::Shared;
+use crate::phase::{self, Phase};
 use crate::plan::{self, PlanError, Step};
 use crate::process::Confinement;
 use crate::root::Root;
@@ -81,6 +82,7 @@ pub fn restore(
     let container = request.container;
     let begun = Instant::now();
     let mut tree = Tree::begin(request)?;
+    phase::reached(Phase::Begun);
     tree.spawn(&container.processes)?;
     // The dead too: somebody may hold a descriptor of them.
     let numbers = tree.processes.iter().map(|(pid, process)| (*pid, process.pid)).collect();
@@ -90,6 +92,7 @@ pub fn restore(
         }
     }
     let spawn = begun.elapsed();
+    phase::reached(Phase::Spawned);
 
     let begun = Instant::now();
     let root = Root::of(request.init).map_err(make("the container's root directory"))?;
@@ -100,10 +103,12 @@ pub fn restore(
         }
     }
     let map = begun.elapsed();
+    phase::reached(Phase::Mapped);
 
     let begun = Instant::now();
     memory::fill(&tree, container, source)?;
     let fill = begun.elapsed();
+    phase::reached(Phase::Filled);
 
     let begun = Instant::now();
     let files =
@@ -115,13 +120,16 @@ pub fn restore(
         }
     }
     drop(files);
+    phase::reached(Phase::Furnished);
     for record in &container.processes {
         if let ProcessState::Alive(alive) = &record.state {
             tree.confine(record.pid, alive, &request.confinement)?;
         }
     }
+    phase::reached(Phase::Confined);
     let threads = tree.processes.values().map(|process| process.threads.len()).sum();
     tree.resume(&container.processes)?;
+    phase::reached(Phase::Resumed);
     let finish = begun.elapsed();
     if !proc::stat(request.init).is_ok_and(|stat| stat.state != 'Z') {
         return Err(RestoreError::Ended);

@@ -19,6 +19,7 @@ use samara_capsule::transfer::{Sink, StreamName};
 use samara_engine::capture::{CaptureError, CaptureRequest, Captured, OutsideStream, capture};
 use samara_engine::files::{self, Fingerprint, FingerprintError, LocateError, RootChanges};
 use samara_engine::freeze::FrozenTree;
+use samara_engine::phase::{self, Phase};
 use samara_store::config::ConfigError;
 use samara_store::location::{Location, LocationError};
 use samara_store::log::LogError;
@@ -32,6 +33,7 @@ use crate::bundle::{Bundle, BundleError};
 use crate::capsule_verbs::{CheckpointArgs, ImageArgs};
 use crate::cgroup::CgroupError;
 use crate::ending;
+use crate::fail_point;
 use crate::monitor::{Client, MonitorError};
 use crate::protocol::{self, ProtocolError, WorkerReport, WorkerTask};
 use crate::saved::{Origin, ROOT_STREAM, Saved, SavedTree};
@@ -105,6 +107,9 @@ struct Order {
     /// The node's configuration; none for the default one, if it is there.
     config: Option<PathBuf>,
     leave_running: bool,
+    /// Where a test wants the worker to stop.
+    #[serde(default)]
+    fail_point: Option<String>,
 }
 
 /// What the worker answers.
@@ -216,6 +221,7 @@ pub fn checkpoint(
         target: target(&args.image)?.to_string(),
         config: config.map_err(io("find the node's configuration"))?,
         leave_running: args.leave_running,
+        fail_point: fail_point::wanted(),
     };
     let order = serde_json::to_value(order).map_err(CheckpointError::Arguments)?;
     let answer = Client::connect(dir)?.checkpoint(order, |phase| {
@@ -320,6 +326,7 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
     let begun = Instant::now();
     let order: Order =
         serde_json::from_value(task.args.clone()).map_err(CheckpointError::Arguments)?;
+    fail_point::arm(order.fail_point.clone());
     let dir = dir_of(&task.state_dir)?;
     let record = dir.load()?;
     if record.console {
@@ -348,6 +355,7 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
     let root = RootChanges::locate(&record.rootfs, &mountinfo)?;
     let base = files::base_fingerprint(&root, Path::new(FINGERPRINT_CACHE))?;
     let mut writer = CapsuleWriter::new(&store)?;
+    phase::reached(Phase::Prepared);
 
     progress("stopping");
     let paused = record.cgroup.is_frozen();
@@ -393,6 +401,7 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
         },
         _ => Ok(()),
     };
+    phase::reached(Phase::FilesCopied);
     let (committed, pause) = if order.leave_running {
         match paused {
             true => frozen.thaw_into(&mut || refreeze()),
@@ -401,14 +410,17 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
         .map_err(CheckpointError::Release)?;
         let pause = stopped.elapsed();
         drop(urgent);
+        phase::reached(Phase::Thawed);
         progress("storing");
         let committed = writer.commit(&mut held.lease, &records, facts)?;
         keep(&held)?;
+        phase::reached(Phase::Committed);
         (committed, pause)
     } else {
         progress("storing");
         let committed = writer.commit(&mut held.lease, &records, facts)?;
         keep(&held)?;
+        phase::reached(Phase::Committed);
         ENDING.store(true, Ordering::SeqCst);
         ending::ask(&dir, "checkpoint");
         frozen.end(SAVED_STATUS).map_err(|error| {

@@ -10,6 +10,7 @@ use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::error::LibcontainerError;
 use libcontainer::syscall::syscall::SyscallType;
 use oci_spec::runtime::{LinuxNamespaceType, Process};
+use samara_engine::phase::{self, Phase};
 use samara_store::Location;
 
 use crate::address::{self, Address, Node, RestorePolicy};
@@ -190,7 +191,10 @@ pub fn create(request: &CreateRequest<'_>) -> Result<Created, CreateError> {
     restrict_devices(&record.cgroup, bundle.linux()?)?;
     dir.save(&record)?;
     match (&incoming, &held) {
-        (Some(incoming), _) => incoming.keep(&dir).map_err(Box::new)?,
+        (Some(incoming), _) => {
+            incoming.keep(&dir).map_err(Box::new)?;
+            phase::reached(Phase::Created);
+        }
         (None, Some(held)) => held.save(&dir).map_err(|source| io("keep the lease", source))?,
         (None, None) => {}
     }

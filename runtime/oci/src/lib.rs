@@ -19,6 +19,7 @@ pub mod device_filter;
 pub mod ending;
 pub mod events;
 pub mod exec;
+pub mod fail_point;
 pub mod features;
 pub mod flags;
 pub mod foreground;

@@ -19,6 +19,7 @@ use samara_capsule::transfer::{Source, StreamName};
 use samara_engine::clocks::offsets_to_continue;
 use samara_engine::files::{self, ApplyError, FingerprintError, LocateError, RootChanges};
 use samara_engine::host::{check_records, vdso_sha256};
+use samara_engine::phase::{self, Phase};
 use samara_engine::restore::{RestoreError as EngineError, RestoreRequest, restore};
 use samara_engine::{Confinement as EngineConfinement, SeccompPolicy};
 use samara_store::config::ConfigError;
@@ -263,6 +264,7 @@ impl Incoming {
         let Some(Chosen { manifest, reader, saved, root }) = chosen else {
             return Ok((held, None));
         };
+        phase::reached(Phase::Opened);
         if saved.root {
             let name = StreamName(ROOT_STREAM.to_owned());
             let mut stream = reader
@@ -271,6 +273,7 @@ impl Incoming {
                 .ok_or_else(|| RestoreError::NoStream(ROOT_STREAM.to_owned()))?;
             files::apply_root(&root, &privileges::device_nodes(&bundle.spec)?, &mut stream)?;
         }
+        phase::reached(Phase::RootMade);
         let offsets =
             offsets_to_continue(&saved.container.clocks).map_err(io("read the clocks"))?;
         let offset = |ns: i64| ClockOffset {

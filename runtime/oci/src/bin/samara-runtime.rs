@@ -12,8 +12,8 @@ use samara_oci::report::Log;
 use samara_oci::run::Resume;
 use samara_oci::state_dir::StateDir;
 use samara_oci::{
-    capture, ending, events, exec, features, hooks, lifecycle, output, report, run, sealed,
-    spec_template, update,
+    capture, ending, events, exec, fail_point, features, hooks, lifecycle, output, report, run,
+    sealed, spec_template, update,
 };
 
 fn main() -> ExitCode {
@@ -31,6 +31,9 @@ fn main() -> ExitCode {
         }
     };
     let log = Log::new(&line.global);
+    if !matches!(line.verb, Verb::Checkpoint(_)) {
+        fail_point::arm(fail_point::wanted());
+    }
     match act(line, &log) {
         Ok(status) => ExitCode::from(status),
         Err(Failure { error, status }) => {
