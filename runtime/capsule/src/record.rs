@@ -23,6 +23,9 @@ pub struct Container {
     pub unlinked_files: Vec<UnlinkedFile>,
     /// The vdso's code, by digest: addresses inside it are in registers and in the memory of language runtimes.
     pub vdso_sha256: Bytes,
+    /// What its IPC namespace holds.
+    #[serde(default)]
+    pub system_v: SystemV,
 }
 
 /// Clocks at the instant of the capture, as the container saw them, in nanoseconds.
@@ -156,6 +159,8 @@ pub enum Backing {
     SharedUnlinked { file: u32, offset: u64, may_write: bool },
     /// A shared memory object: index into [`Container::shared_memory`].
     Shared { memory: u32, offset: u64, may_write: bool },
+    /// An attached segment of System V: index into [`SystemV::segments`].
+    SystemV { segment: u32, offset: u64, may_write: bool },
     /// The vdso and its data pages: one block, put back as the new host has it. `index` counts from the block's start.
     Vdso { index: u32 },
 }
@@ -378,6 +383,79 @@ pub enum SharedMemoryKind {
     Anonymous,
     /// `memfd_create`.
     Memfd { name: Bytes, seals: i32, mode: u32, owner: (u32, u32) },
+}
+
+/// System V objects (`sysvipc(7)`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SystemV {
+    pub segments: Vec<Segment>,
+    pub semaphores: Vec<SemaphoreSet>,
+    pub queues: Vec<MessageQueue>,
+}
+
+/// What System V objects of all kinds have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IpcIdentity {
+    pub id: i32,
+    pub key: i32,
+    pub owner: (u32, u32),
+    pub creator: (u32, u32),
+    pub mode: u32,
+}
+
+/// Shared memory of System V.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Segment {
+    pub identity: IpcIdentity,
+    /// The page space with its content: page numbers are offsets.
+    pub space: u32,
+    pub bytes: u64,
+    /// Of pages other than the usual ones.
+    pub huge_page_bytes: Option<u64>,
+    /// `SHM_LOCK`.
+    pub locked: bool,
+    /// `IPC_RMID` was called; it lives until nobody has it attached.
+    pub removed: bool,
+    /// 0 where it is not a process of the container any more.
+    pub creator_pid: i32,
+    pub last_pid: i32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SemaphoreSet {
+    pub identity: IpcIdentity,
+    pub semaphores: Vec<Semaphore>,
+    /// `semop` was called: programs wait for that before they take a set for initialized.
+    pub operated: bool,
+    /// What the ends of processes will add (`SEM_UNDO`).
+    pub undo: Vec<SemaphoreUndo>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Semaphore {
+    pub value: u16,
+    /// The process that changed it last; 0 where it is not one of the container any more.
+    pub last_pid: i32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SemaphoreUndo {
+    pub pid: i32,
+    /// Which semaphore of the set.
+    pub number: u16,
+    pub adjustment: i32,
+}
+
+/// A message queue of System V.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MessageQueue {
+    pub identity: IpcIdentity,
+    pub bytes_max: u64,
+    /// Types and contents, oldest first.
+    pub messages: Vec<(i64, Bytes)>,
+    /// 0 where it is not a process of the container any more, or nobody has.
+    pub last_sender: i32,
+    pub last_receiver: i32,
 }
 
 /// A regular file that is open or mapped and has no name.

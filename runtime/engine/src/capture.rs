@@ -14,7 +14,6 @@ use std::time::{Duration, Instant};
 
 use samara_capsule::record::{self, Bytes, Container, ProcessState};
 use samara_capsule::transfer::{Sink, SpaceId};
-use samara_kernel::setns::{Namespace, inside};
 use samara_kernel::{Pid, proc};
 use sha2::{Digest, Sha256};
 
@@ -23,7 +22,7 @@ use crate::phase::{self, Phase};
 use crate::root::Root;
 use crate::tracee::TraceeError;
 use crate::unsupported::{Place, Unsupported, UnsupportedList};
-use crate::{clocks, descriptors, epoll, memory, process, sockets};
+use crate::{clocks, descriptors, epoll, memory, process, sockets, system_v};
 
 /// Why no capsule came of a capture. The container runs on in every case.
 #[derive(Debug, thiserror::Error)]
@@ -129,6 +128,7 @@ pub fn capture(
         shared_memory: tables.shared_memory,
         unlinked_files: tables.unlinked,
         vdso_sha256: vdso,
+        system_v: tables.system_v.record,
     };
     Ok(Captured { container, frozen, report })
 }
@@ -136,30 +136,12 @@ pub fn capture(
 /// `MQUEUE_MAGIC` of ipc/mqueue.c
 const MQUEUE_MAGIC: i64 = 0x1980_0202;
 
-/// Notes System V objects and POSIX message queues, which belong to the container and to none of its processes.
-///
-/// They are listed for an IPC namespace; one that the container shares with its host says nothing about the container.
-fn refuse_ipc(tables: &mut Tables<'_>) -> Result<(), CaptureError> {
+/// Notes POSIX message queues, which belong to the container and to none of its processes.
+fn refuse_queues(tables: &mut Tables<'_>) -> Result<(), CaptureError> {
     let init = tables.request.init;
-    let own = i32::try_from(std::process::id()).expect("pids are ints");
-    let what = || read("the container's System V objects");
-    if proc::namespace(init, "ipc").map_err(what())?
-        == proc::namespace(own, "ipc").map_err(what())?
-    {
+    let what = || read("the container's message queues");
+    if system_v::shares_namespace(init).map_err(what())? {
         return Ok(());
-    }
-    for (file, kind) in [("shm", "shared memory"), ("sem", "semaphores"), ("msg", "message queues")]
-    {
-        let path = format!("/proc/sysvipc/{file}");
-        let table = inside(init, Namespace::Ipc, || fs::read_to_string(&path)).map_err(what())?;
-        // A line of headings, and one an object.
-        if table.lines().count() > 1 {
-            tables.refuse(
-                init,
-                Place::Process,
-                format!("its container has System V {kind}, which are not supported"),
-            );
-        }
     }
     // Without a mount for them nobody has made one by name, or its descriptor is refused.
     let queues = tables.root.open(b"/dev/mqueue", libc::O_DIRECTORY | libc::O_RDONLY);
@@ -191,7 +173,8 @@ fn collect(
     for session in frozen.sessions.values_mut() {
         process::mend_for_thaw(session, &elapsed)?;
     }
-    refuse_ipc(tables)?;
+    refuse_queues(tables)?;
+    system_v::list(frozen, tables)?;
     process::refuse_shared(&frozen.processes.keys().copied().collect::<Vec<Pid>>(), tables);
     let mut looked_at = Vec::new();
     let mut vdso = Bytes::new();
@@ -224,6 +207,11 @@ fn collect(
         let space = tables.new_space();
         let record = process::collect(process, &examined, mappings, descriptors, space, &elapsed)?;
         records.push((*pid, record));
+    }
+    system_v::ask(frozen, tables)?;
+    if !tables.unsupported.is_empty() {
+        let unsupported = std::mem::take(&mut tables.unsupported);
+        return Err(CaptureError::Unsupported(UnsupportedList(unsupported)));
     }
     ask_for_stops(frozen, &mut records)?;
     for zombie in &frozen.zombies {
@@ -281,6 +269,7 @@ pub(crate) struct Tables<'a> {
     pub(crate) known_pipes: BTreeMap<(u64, u64), u32>,
     pub(crate) sockets: sockets::Pairs,
     pub(crate) epolls: Vec<epoll::Instance>,
+    pub(crate) system_v: system_v::Known,
     known_memory: BTreeMap<(u64, u64), u32>,
     known_unlinked: BTreeMap<(u64, u64), u32>,
     spaces: u32,
@@ -301,6 +290,7 @@ impl<'a> Tables<'a> {
             known_pipes: BTreeMap::new(),
             sockets: sockets::Pairs::default(),
             epolls: Vec::new(),
+            system_v: system_v::Known::default(),
             known_memory: BTreeMap::new(),
             known_unlinked: BTreeMap::new(),
             spaces: 0,

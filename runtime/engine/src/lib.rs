@@ -21,6 +21,7 @@ mod root;
 mod socket_options;
 mod sockets;
 mod sqlite;
+mod system_v;
 mod timers;
 mod tracee;
 pub mod unsupported;

@@ -30,7 +30,7 @@ use crate::plan::{self, PlanError, Step};
 use crate::process::Confinement;
 use crate::root::Root;
 use crate::tracee::{self, ARENA_BYTES, Process, Thread, TraceeError, failed};
-use crate::{descriptors, memory, process, sqlite};
+use crate::{descriptors, memory, process, sqlite, system_v};
 
 /// Why a container could not be restored. Nothing of it is left but the blank init, if that still lives, for the caller to remove.
 #[derive(Debug, thiserror::Error)]
@@ -97,6 +97,7 @@ pub fn restore(
     let begun = Instant::now();
     let root = Root::of(request.init).map_err(make("the container's root directory"))?;
     let shared = memory::make_shared(&mut tree, container, &root, source)?;
+    system_v::restore(&mut tree, container, source)?;
     for record in &container.processes {
         if let ProcessState::Alive(alive) = &record.state {
             tree.map(record.pid, alive, &root, &shared, source)?;
@@ -106,6 +107,7 @@ pub fn restore(
     phase::reached(Phase::Mapped);
 
     let begun = Instant::now();
+    system_v::finish(&mut tree, &container.system_v)?;
     memory::fill(&tree, container, source)?;
     let fill = begun.elapsed();
     phase::reached(Phase::Filled);
@@ -151,6 +153,9 @@ pub(crate) struct Tree {
     finished: bool,
 }
 
+/// What mappings of huge pages are aligned to, of the usual size.
+const HUGE_PAGE: u64 = 2 << 20;
+
 /// Room that [`plan::gap`] finds for the vdso on its way.
 pub(crate) const PARKING_BYTES: u64 = 1 << 20;
 
@@ -169,9 +174,18 @@ impl Tree {
                 taken.extend(alive.descriptors.iter().map(|descriptor| descriptor.fd));
             }
         }
-        let largest = container.shared_memory.iter().map(|memory| memory.bytes).max().unwrap_or(0);
-        let room = largest.max(PARKING_BYTES).next_multiple_of(4096) + PARKING_BYTES;
-        let parking = plan::gap(&occupied, room + ARENA_BYTES)?;
+        let largest = container
+            .shared_memory
+            .iter()
+            .map(|memory| memory.bytes)
+            .chain(container.system_v.segments.iter().map(|segment| segment.bytes))
+            .max()
+            .unwrap_or(0);
+        let room = largest
+            .checked_next_multiple_of(HUGE_PAGE)
+            .and_then(|bytes| bytes.checked_add(PARKING_BYTES + HUGE_PAGE))
+            .ok_or_else(|| RestoreError::Damaged("shared memory is too large".to_owned()))?;
+        let parking = plan::gap(&occupied, room.saturating_add(ARENA_BYTES))?;
         let arena = parking + room;
 
         let outside = outside_streams(init)?;
@@ -232,6 +246,11 @@ impl Tree {
         init.run_all(0, &tape, End::Breakpoint)?;
         memory::move_vdso_to(init, parking)?;
         Ok(())
+    }
+
+    /// Where a mapping of any shared object has room for a moment, in every process.
+    pub(crate) fn workspace(&self) -> u64 {
+        (self.parking + PARKING_BYTES).next_multiple_of(HUGE_PAGE)
     }
 
     pub(crate) fn process(&mut self, pid: i32) -> Result<&mut Process, RestoreError> {
@@ -620,6 +639,7 @@ pub(crate) fn is_filled(backing: &Backing) -> bool {
         Backing::SharedFile { .. }
         | Backing::SharedUnlinked { .. }
         | Backing::Shared { .. }
+        | Backing::SystemV { .. }
         | Backing::Vdso { .. } => false,
     }
 }

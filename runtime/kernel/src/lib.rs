@@ -22,6 +22,7 @@ pub mod signal;
 pub mod signalfd;
 pub mod sock_diag;
 pub mod sockopt;
+pub mod sysvipc;
 pub mod tape;
 pub mod timerfd;
 pub mod wait;

@@ -651,6 +651,7 @@ mod tests {
             shared_memory: Vec::new(),
             unlinked_files: Vec::new(),
             vdso_sha256: Default::default(),
+            system_v: Default::default(),
         };
         Saved { container, origin: Origin::of(&spec, 0), trees: Vec::new(), root: false }
     }
