@@ -26,6 +26,8 @@ pub struct Container {
     /// What its IPC namespace holds.
     #[serde(default)]
     pub system_v: SystemV,
+    #[serde(default)]
+    pub posix_queues: Vec<PosixQueue>,
 }
 
 /// Clocks at the instant of the capture, as the container saw them, in nanoseconds.
@@ -286,6 +288,10 @@ pub enum FileKind {
         memory: u32,
         position: u64,
     },
+    /// A POSIX message queue: index into [`Container::posix_queues`].
+    PosixQueue {
+        queue: u32,
+    },
     /// A stream that the container was given from outside: its standard input, output or error.
     Outside {
         stream: u32,
@@ -456,6 +462,22 @@ pub struct MessageQueue {
     /// 0 where it is not a process of the container any more, or nobody has.
     pub last_sender: i32,
     pub last_receiver: i32,
+}
+
+/// A POSIX message queue (`mq_overview(7)`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PosixQueue {
+    /// Without a slash. Where `named` is false it has lost that name, and lives by its descriptors.
+    pub name: Bytes,
+    pub named: bool,
+    pub mode: u32,
+    pub owner: (u32, u32),
+    pub messages_max: i64,
+    pub message_bytes_max: i64,
+    /// Priorities and contents, in the order in which they will be received.
+    pub messages: Vec<(u32, Bytes)>,
+    /// The process that has reserved the next message for itself (`mq_notify` with `SIGEV_NONE`).
+    pub waiting: Option<i32>,
 }
 
 /// A regular file that is open or mapped and has no name.

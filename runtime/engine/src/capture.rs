@@ -6,7 +6,6 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, Metadata};
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -22,7 +21,7 @@ use crate::phase::{self, Phase};
 use crate::root::Root;
 use crate::tracee::TraceeError;
 use crate::unsupported::{Place, Unsupported, UnsupportedList};
-use crate::{clocks, descriptors, epoll, memory, process, sockets, system_v};
+use crate::{clocks, descriptors, epoll, memory, posix_queues, process, sockets, system_v};
 
 /// Why no capsule came of a capture. The container runs on in every case.
 #[derive(Debug, thiserror::Error)]
@@ -129,35 +128,9 @@ pub fn capture(
         unlinked_files: tables.unlinked,
         vdso_sha256: vdso,
         system_v: tables.system_v.record,
+        posix_queues: tables.posix_queues.records,
     };
     Ok(Captured { container, frozen, report })
-}
-
-/// `MQUEUE_MAGIC` of ipc/mqueue.c
-const MQUEUE_MAGIC: i64 = 0x1980_0202;
-
-/// Notes POSIX message queues, which belong to the container and to none of its processes.
-fn refuse_queues(tables: &mut Tables<'_>) -> Result<(), CaptureError> {
-    let init = tables.request.init;
-    let what = || read("the container's message queues");
-    if system_v::shares_namespace(init).map_err(what())? {
-        return Ok(());
-    }
-    // Without a mount for them nobody has made one by name, or its descriptor is refused.
-    let queues = tables.root.open(b"/dev/mqueue", libc::O_DIRECTORY | libc::O_RDONLY);
-    if let Ok(queues) = queues
-        && nix::sys::statfs::fstatfs(&queues).is_ok_and(|fs| fs.filesystem_type().0 == MQUEUE_MAGIC)
-        && let Some(queue) =
-            fs::read_dir(format!("/proc/self/fd/{}", queues.as_raw_fd())).map_err(what())?.next()
-    {
-        let name = queue.map_err(what())?.file_name();
-        let what = format!(
-            "its container has the message queue /{}, which is not supported",
-            name.to_string_lossy()
-        );
-        tables.refuse(init, Place::Process, what);
-    }
-    Ok(())
 }
 
 /// Records of all processes by the engine's number, the vdso's digest, and the socket pairs.
@@ -173,7 +146,7 @@ fn collect(
     for session in frozen.sessions.values_mut() {
         process::mend_for_thaw(session, &elapsed)?;
     }
-    refuse_queues(tables)?;
+    posix_queues::list(tables)?;
     system_v::list(frozen, tables)?;
     process::refuse_shared(&frozen.processes.keys().copied().collect::<Vec<Pid>>(), tables);
     let mut looked_at = Vec::new();
@@ -213,6 +186,7 @@ fn collect(
         let unsupported = std::mem::take(&mut tables.unsupported);
         return Err(CaptureError::Unsupported(UnsupportedList(unsupported)));
     }
+    posix_queues::copy(tables)?;
     ask_for_stops(frozen, &mut records)?;
     for zombie in &frozen.zombies {
         records.push((zombie.pid, process::collect_zombie(zombie.pid)?));
@@ -270,6 +244,7 @@ pub(crate) struct Tables<'a> {
     pub(crate) sockets: sockets::Pairs,
     pub(crate) epolls: Vec<epoll::Instance>,
     pub(crate) system_v: system_v::Known,
+    pub(crate) posix_queues: posix_queues::Known,
     known_memory: BTreeMap<(u64, u64), u32>,
     known_unlinked: BTreeMap<(u64, u64), u32>,
     spaces: u32,
@@ -291,6 +266,7 @@ impl<'a> Tables<'a> {
             sockets: sockets::Pairs::default(),
             epolls: Vec::new(),
             system_v: system_v::Known::default(),
+            posix_queues: posix_queues::Known::default(),
             known_memory: BTreeMap::new(),
             known_unlinked: BTreeMap::new(),
             spaces: 0,

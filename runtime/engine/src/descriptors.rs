@@ -28,7 +28,7 @@ use crate::restore::{RestoreError, make, open_below, open_checked};
 use crate::root::Root;
 use crate::tracee::Process;
 use crate::unsupported::Place;
-use crate::{epoll, pipes, process, sockets, timers};
+use crate::{epoll, pipes, posix_queues, process, sockets, timers};
 
 /// The descriptors and locks of one process.
 #[derive(Debug, Default)]
@@ -142,6 +142,11 @@ fn classify(
     }
     if found.info.flags & libc::O_PATH != 0 {
         return Ok(Err("descriptors opened with O_PATH are not supported".to_owned()));
+    }
+    if let Some(queue) =
+        posix_queues::of_descriptor(tables, found.link, found.target, found.metadata)?
+    {
+        return Ok(Ok(FileKind::PosixQueue { queue }));
     }
     let kind = found.metadata.file_type();
     let position = found.info.position;
@@ -566,6 +571,11 @@ fn make_file(
                 .ok_or_else(|| damaged("a socket"))?;
             set_flags(&socket, flags)?;
             socket
+        }
+        FileKind::PosixQueue { queue } => {
+            let queue =
+                shared.queues.get(*queue as usize).ok_or_else(|| damaged("a message queue"))?;
+            Shared::reopen(queue, flags).map_err(make("a message queue"))?.into()
         }
         FileKind::Outside { stream } => match outside.get(*stream as usize) {
             // The description is the engine's above, and its flags with it.

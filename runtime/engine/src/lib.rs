@@ -13,6 +13,7 @@ mod memory;
 pub mod phase;
 mod pipes;
 mod plan;
+mod posix_queues;
 mod process;
 mod restart;
 pub mod restore;

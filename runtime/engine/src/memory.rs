@@ -32,6 +32,7 @@ use samara_kernel::{Pid, proc, process_vm};
 
 use crate::capture::{CaptureError, Tables};
 use crate::descriptors::Channel;
+use crate::posix_queues;
 use crate::restore::{RestoreError, Tree, is_filled, make, open_below};
 use crate::root::Root;
 use crate::system_v;
@@ -416,6 +417,7 @@ fn move_vdso(process: &mut Process, places: &[u64]) -> Result<(), RestoreError> 
 pub(crate) struct Shared {
     pub(crate) memory: Vec<File>,
     pub(crate) unlinked: Vec<File>,
+    pub(crate) queues: Vec<File>,
     /// Segments of System V have no files: they are attached by their ids.
     segments: Vec<record::Segment>,
     /// Room in every process for mappings that are made for a moment.
@@ -448,6 +450,7 @@ pub(crate) fn make_shared(
     let mut shared = Shared {
         segments: container.system_v.segments.clone(),
         workspace: tree.workspace(),
+        queues: posix_queues::restore(tree.process(1)?.pid, container)?,
         ..Shared::default()
     };
     for memory in &container.shared_memory {

@@ -30,7 +30,7 @@ use crate::plan::{self, PlanError, Step};
 use crate::process::Confinement;
 use crate::root::Root;
 use crate::tracee::{self, ARENA_BYTES, Process, Thread, TraceeError, failed};
-use crate::{descriptors, memory, process, sqlite, system_v};
+use crate::{descriptors, memory, posix_queues, process, sqlite, system_v};
 
 /// Why a container could not be restored. Nothing of it is left but the blank init, if that still lives, for the caller to remove.
 #[derive(Debug, thiserror::Error)]
@@ -122,6 +122,7 @@ pub fn restore(
         }
     }
     drop(files);
+    posix_queues::wait_again(&mut tree, container)?;
     phase::reached(Phase::Furnished);
     for record in &container.processes {
         if let ProcessState::Alive(alive) = &record.state {

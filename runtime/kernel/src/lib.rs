@@ -9,6 +9,7 @@ pub mod epoll;
 pub mod kcmp;
 pub mod keyctl;
 pub mod mount_setattr;
+pub mod mq_overview;
 pub mod pagemap;
 pub mod pidfd;
 pub mod proc;
