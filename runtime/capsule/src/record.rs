@@ -18,16 +18,14 @@ pub struct Container {
     /// Every open file description, each once, however many descriptors refer to it.
     pub files: Vec<OpenFile>,
     pub pipes: Vec<Pipe>,
+    /// Of capsules that have no `unix_sockets`.
     pub socket_pairs: Vec<SocketPair>,
     pub shared_memory: Vec<SharedMemory>,
     pub unlinked_files: Vec<UnlinkedFile>,
+    #[serde(default)]
+    pub unix_sockets: Vec<UnixSocket>,
     /// The vdso's code, by digest: addresses inside it are in registers and in the memory of language runtimes.
     pub vdso_sha256: Bytes,
-    /// What its IPC namespace holds.
-    #[serde(default)]
-    pub system_v: SystemV,
-    #[serde(default)]
-    pub posix_queues: Vec<PosixQueue>,
 }
 
 /// Clocks at the instant of the capture, as the container saw them, in nanoseconds.
@@ -161,8 +159,6 @@ pub enum Backing {
     SharedUnlinked { file: u32, offset: u64, may_write: bool },
     /// A shared memory object: index into [`Container::shared_memory`].
     Shared { memory: u32, offset: u64, may_write: bool },
-    /// An attached segment of System V: index into [`SystemV::segments`].
-    SystemV { segment: u32, offset: u64, may_write: bool },
     /// The vdso and its data pages: one block, put back as the new host has it. `index` counts from the block's start.
     Vdso { index: u32 },
 }
@@ -283,14 +279,14 @@ pub enum FileKind {
         pair: u32,
         end: u32,
     },
+    /// Index into [`Container::unix_sockets`].
+    UnixSocket {
+        socket: u32,
+    },
     /// A shared memory object (memfd): index into [`Container::shared_memory`].
     SharedMemory {
         memory: u32,
         position: u64,
-    },
-    /// A POSIX message queue: index into [`Container::posix_queues`].
-    PosixQueue {
-        queue: u32,
     },
     /// A stream that the container was given from outside: its standard input, output or error.
     Outside {
@@ -374,6 +370,95 @@ pub struct SocketOption {
     pub value: Bytes,
 }
 
+/// A unix socket.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnixSocket {
+    /// `SOCK_STREAM`, `SOCK_DGRAM` or `SOCK_SEQPACKET`.
+    pub kind: i32,
+    /// The path that it was bound to, as it was given, or an abstract name after a zero byte.
+    pub name: Option<Bytes>,
+    /// The name is that of the socket that accepted this one.
+    pub accepted: bool,
+    /// What its path has become; none without a path, and of one that was accepted.
+    pub node: Option<SocketNode>,
+    pub state: UnixSocketState,
+    /// Whom `SO_PEERCRED` tells.
+    pub peer_credentials: Option<PeerCredentials>,
+    /// What it will receive: one entry a message; of a stream one a sender, or more where descriptors came.
+    pub queue: Vec<UnixMessage>,
+    /// `SHUT_RD` was called here, or `SHUT_WR` at the other end.
+    pub read_shut: bool,
+    pub write_shut: bool,
+    /// The next call gets ECONNRESET.
+    pub reset: bool,
+    pub options: SocketOptions,
+    /// Nobody holds it any more, but another is connected to it.
+    pub closed: bool,
+}
+
+/// The node of a bound socket in the file system.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SocketNode {
+    /// Where it is now; none if it was unlinked.
+    pub path: Option<Path>,
+    pub mode: u32,
+    pub owner: (u32, u32),
+    pub modified_ns: i64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum UnixSocketState {
+    /// Not connected, or waits to be accepted.
+    Idle,
+    Listening {
+        backlog: u32,
+        /// In the order in which they will be accepted.
+        waiting: Vec<WaitingConnection>,
+    },
+    /// Index into [`Container::unix_sockets`]; of a datagram socket the one that it sends to.
+    Connected { peer: u32 },
+}
+
+/// A connection that nobody has accepted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WaitingConnection {
+    /// Index into [`Container::unix_sockets`].
+    pub client: u32,
+    /// Of who connected.
+    pub credentials: Option<PeerCredentials>,
+    /// What has been sent to the one that will accept it.
+    pub queue: Vec<UnixMessage>,
+}
+
+/// Who made a connection or listened for it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerCredentials {
+    pub ids: MessageCredentials,
+    pub groups: Vec<u32>,
+}
+
+/// `struct ucred`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MessageCredentials {
+    /// 0: a process from outside of the container.
+    pub pid: i32,
+    pub uid: u32,
+    pub gid: u32,
+}
+
+/// A message in the queue of a unix socket.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnixMessage {
+    pub bytes: Bytes,
+    /// Descriptors that come with it: indexes into [`Container::files`].
+    pub files: Vec<u32>,
+    pub credentials: Option<MessageCredentials>,
+    /// The name of who sent a datagram.
+    pub sender: Option<Bytes>,
+    /// The byte was sent with `MSG_OOB`.
+    pub urgent: bool,
+}
+
 /// Memory that several mappings or descriptors share.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SharedMemory {
@@ -389,95 +474,6 @@ pub enum SharedMemoryKind {
     Anonymous,
     /// `memfd_create`.
     Memfd { name: Bytes, seals: i32, mode: u32, owner: (u32, u32) },
-}
-
-/// System V objects (`sysvipc(7)`).
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SystemV {
-    pub segments: Vec<Segment>,
-    pub semaphores: Vec<SemaphoreSet>,
-    pub queues: Vec<MessageQueue>,
-}
-
-/// What System V objects of all kinds have.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct IpcIdentity {
-    pub id: i32,
-    pub key: i32,
-    pub owner: (u32, u32),
-    pub creator: (u32, u32),
-    pub mode: u32,
-}
-
-/// Shared memory of System V.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Segment {
-    pub identity: IpcIdentity,
-    /// The page space with its content: page numbers are offsets.
-    pub space: u32,
-    pub bytes: u64,
-    /// Of pages other than the usual ones.
-    pub huge_page_bytes: Option<u64>,
-    /// `SHM_LOCK`.
-    pub locked: bool,
-    /// `IPC_RMID` was called; it lives until nobody has it attached.
-    pub removed: bool,
-    /// 0 where it is not a process of the container any more.
-    pub creator_pid: i32,
-    pub last_pid: i32,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SemaphoreSet {
-    pub identity: IpcIdentity,
-    pub semaphores: Vec<Semaphore>,
-    /// `semop` was called: programs wait for that before they take a set for initialized.
-    pub operated: bool,
-    /// What the ends of processes will add (`SEM_UNDO`).
-    pub undo: Vec<SemaphoreUndo>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Semaphore {
-    pub value: u16,
-    /// The process that changed it last; 0 where it is not one of the container any more.
-    pub last_pid: i32,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SemaphoreUndo {
-    pub pid: i32,
-    /// Which semaphore of the set.
-    pub number: u16,
-    pub adjustment: i32,
-}
-
-/// A message queue of System V.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MessageQueue {
-    pub identity: IpcIdentity,
-    pub bytes_max: u64,
-    /// Types and contents, oldest first.
-    pub messages: Vec<(i64, Bytes)>,
-    /// 0 where it is not a process of the container any more, or nobody has.
-    pub last_sender: i32,
-    pub last_receiver: i32,
-}
-
-/// A POSIX message queue (`mq_overview(7)`).
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PosixQueue {
-    /// Without a slash. Where `named` is false it has lost that name, and lives by its descriptors.
-    pub name: Bytes,
-    pub named: bool,
-    pub mode: u32,
-    pub owner: (u32, u32),
-    pub messages_max: i64,
-    pub message_bytes_max: i64,
-    /// Priorities and contents, in the order in which they will be received.
-    pub messages: Vec<(u32, Bytes)>,
-    /// The process that has reserved the next message for itself (`mq_notify` with `SIGEV_NONE`).
-    pub waiting: Option<i32>,
 }
 
 /// A regular file that is open or mapped and has no name.

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, Metadata};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use samara_capsule::record::{self, Bytes, Container, ProcessState};
 use samara_capsule::transfer::{Sink, SpaceId};
+use samara_kernel::setns::{Namespace, inside};
 use samara_kernel::{Pid, proc};
 use sha2::{Digest, Sha256};
 
@@ -21,7 +23,7 @@ use crate::phase::{self, Phase};
 use crate::root::Root;
 use crate::tracee::TraceeError;
 use crate::unsupported::{Place, Unsupported, UnsupportedList};
-use crate::{clocks, descriptors, epoll, memory, posix_queues, process, sockets, system_v};
+use crate::{clocks, descriptors, epoll, memory, process, unix_sockets};
 
 /// Why no capsule came of a capture. The container runs on in every case.
 #[derive(Debug, thiserror::Error)]
@@ -94,7 +96,7 @@ pub fn capture(
 
     let begun = Instant::now();
     let mut tables = Tables::new(request)?;
-    let (mut processes, vdso, sockets) = collect(&mut frozen, &mut tables)?;
+    let (mut processes, vdso) = collect(&mut frozen, &mut tables)?;
     let collect = begun.elapsed();
     phase::reached(Phase::Collected);
 
@@ -123,31 +125,74 @@ pub fn capture(
         ),
         files: tables.files,
         pipes: tables.pipes,
-        socket_pairs: sockets,
+        socket_pairs: Vec::new(),
+        unix_sockets: tables.sockets.into_records(),
         shared_memory: tables.shared_memory,
         unlinked_files: tables.unlinked,
         vdso_sha256: vdso,
-        system_v: tables.system_v.record,
-        posix_queues: tables.posix_queues.records,
     };
     Ok(Captured { container, frozen, report })
 }
 
-/// Records of all processes by the engine's number, the vdso's digest, and the socket pairs.
+/// `MQUEUE_MAGIC` of ipc/mqueue.c
+const MQUEUE_MAGIC: i64 = 0x1980_0202;
+
+/// Notes System V objects and POSIX message queues, which belong to the container and to none of its processes.
+///
+/// They are listed for an IPC namespace; one that the container shares with its host says nothing about the container.
+fn refuse_ipc(tables: &mut Tables<'_>) -> Result<(), CaptureError> {
+    let init = tables.request.init;
+    let own = i32::try_from(std::process::id()).expect("pids are ints");
+    let what = || read("the container's System V objects");
+    if proc::namespace(init, "ipc").map_err(what())?
+        == proc::namespace(own, "ipc").map_err(what())?
+    {
+        return Ok(());
+    }
+    for (file, kind) in [("shm", "shared memory"), ("sem", "semaphores"), ("msg", "message queues")]
+    {
+        let path = format!("/proc/sysvipc/{file}");
+        let table = inside(init, Namespace::Ipc, || fs::read_to_string(&path)).map_err(what())?;
+        // A line of headings, and one an object.
+        if table.lines().count() > 1 {
+            tables.refuse(
+                init,
+                Place::Process,
+                format!("its container has System V {kind}, which are not supported"),
+            );
+        }
+    }
+    // Without a mount for them nobody has made one by name, or its descriptor is refused.
+    let queues = tables.root.open(b"/dev/mqueue", libc::O_DIRECTORY | libc::O_RDONLY);
+    if let Ok(queues) = queues
+        && nix::sys::statfs::fstatfs(&queues).is_ok_and(|fs| fs.filesystem_type().0 == MQUEUE_MAGIC)
+        && let Some(queue) =
+            fs::read_dir(format!("/proc/self/fd/{}", queues.as_raw_fd())).map_err(what())?.next()
+    {
+        let name = queue.map_err(what())?.file_name();
+        let what = format!(
+            "its container has the message queue /{}, which is not supported",
+            name.to_string_lossy()
+        );
+        tables.refuse(init, Place::Process, what);
+    }
+    Ok(())
+}
+
+/// Records of all processes by the engine's number, and the vdso's digest.
 ///
 /// First everything is looked at, so that an error names all that can't be saved; then code runs in the processes.
-#[expect(clippy::type_complexity, reason = "taken apart at once by the one caller")]
 fn collect(
     frozen: &mut FrozenTree,
     tables: &mut Tables<'_>,
-) -> Result<(Vec<(Pid, record::Process)>, Bytes, Vec<record::SocketPair>), CaptureError> {
+) -> Result<(Vec<(Pid, record::Process)>, Bytes), CaptureError> {
     let elapsed = crate::restart::elapsed(&frozen.sleepers, frozen.stopped_at);
     // Sessions are thawed like the rest, so their interrupted calls are mended too.
     for session in frozen.sessions.values_mut() {
         process::mend_for_thaw(session, &elapsed)?;
     }
-    posix_queues::list(tables)?;
-    system_v::list(frozen, tables)?;
+    refuse_ipc(tables)?;
+    descriptors::make_room().map_err(read("room for the container's descriptors"))?;
     process::refuse_shared(&frozen.processes.keys().copied().collect::<Vec<Pid>>(), tables);
     let mut looked_at = Vec::new();
     let mut vdso = Bytes::new();
@@ -164,8 +209,8 @@ fn collect(
         let descriptors = descriptors::collect(*pid, tables)?;
         looked_at.push((described, descriptors, process::examine(process, tables)?));
     }
+    unix_sockets::collect(tables)?;
     epoll::resolve(tables)?;
-    let sockets = sockets::collect(tables);
     if !tables.unsupported.is_empty() {
         for process in frozen.processes.values_mut() {
             process::mend_for_thaw(process, &elapsed)?;
@@ -181,17 +226,12 @@ fn collect(
         let record = process::collect(process, &examined, mappings, descriptors, space, &elapsed)?;
         records.push((*pid, record));
     }
-    system_v::ask(frozen, tables)?;
-    if !tables.unsupported.is_empty() {
-        let unsupported = std::mem::take(&mut tables.unsupported);
-        return Err(CaptureError::Unsupported(UnsupportedList(unsupported)));
-    }
-    posix_queues::copy(tables)?;
+    unix_sockets::ask(&mut frozen.processes, tables)?;
     ask_for_stops(frozen, &mut records)?;
     for zombie in &frozen.zombies {
         records.push((zombie.pid, process::collect_zombie(zombie.pid)?));
     }
-    Ok((records, vdso, sockets))
+    Ok((records, vdso))
 }
 
 /// Completes the records of processes that a signal has stopped by whether their parents know.
@@ -241,10 +281,8 @@ pub(crate) struct Tables<'a> {
     /// Index of an open file description by inode, to be compared with `kcmp`.
     pub(crate) known_files: BTreeMap<(u64, u64), Vec<Holder>>,
     pub(crate) known_pipes: BTreeMap<(u64, u64), u32>,
-    pub(crate) sockets: sockets::Pairs,
+    pub(crate) sockets: unix_sockets::Sockets,
     pub(crate) epolls: Vec<epoll::Instance>,
-    pub(crate) system_v: system_v::Known,
-    pub(crate) posix_queues: posix_queues::Known,
     known_memory: BTreeMap<(u64, u64), u32>,
     known_unlinked: BTreeMap<(u64, u64), u32>,
     spaces: u32,
@@ -263,10 +301,8 @@ impl<'a> Tables<'a> {
             contents: Vec::new(),
             known_files: BTreeMap::new(),
             known_pipes: BTreeMap::new(),
-            sockets: sockets::Pairs::default(),
+            sockets: unix_sockets::Sockets::default(),
             epolls: Vec::new(),
-            system_v: system_v::Known::default(),
-            posix_queues: posix_queues::Known::default(),
             known_memory: BTreeMap::new(),
             known_unlinked: BTreeMap::new(),
             spaces: 0,

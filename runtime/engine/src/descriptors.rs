@@ -18,7 +18,6 @@ use samara_capsule::record::{
 };
 use samara_kernel::pidfd::PidFd;
 use samara_kernel::proc::DescriptorInfo;
-use samara_kernel::setns::{Namespace, inside};
 use samara_kernel::tape::End;
 use samara_kernel::{Pid, kcmp, proc, signalfd};
 
@@ -28,7 +27,7 @@ use crate::restore::{RestoreError, make, open_below, open_checked};
 use crate::root::Root;
 use crate::tracee::Process;
 use crate::unsupported::Place;
-use crate::{epoll, pipes, posix_queues, process, sockets, timers};
+use crate::{epoll, pipes, process, sockets, timers, unix_sockets};
 
 /// The descriptors and locks of one process.
 #[derive(Debug, Default)]
@@ -49,39 +48,60 @@ pub(crate) fn collect(pid: Pid, tables: &mut Tables<'_>) -> Result<Descriptors, 
     let mut found = Descriptors::default();
     let handle = PidFd::open(pid).map_err(read(format!("process {pid}")))?;
     for fd in proc::descriptors(pid).map_err(read(format!("/proc/{pid}/fd")))? {
-        let link = format!("/proc/{pid}/fd/{fd}");
         let info =
             proc::descriptor_info(pid, fd).map_err(read(format!("/proc/{pid}/fdinfo/{fd}")))?;
         locks(pid, fd, &info, &mut found.locks, tables);
-        let metadata = fs::metadata(&link).map_err(read(link.clone()))?;
-        let identity = (metadata.dev(), metadata.ino());
         let close_on_exec = info.flags & libc::O_CLOEXEC != 0;
-        if let Some(file) = known(pid, fd, identity, tables)? {
-            found.list.push(Descriptor { fd, file, close_on_exec });
-            continue;
-        }
-        let target = fs::read_link(&link).map_err(read(link.clone()))?;
-        let target = target.as_os_str().as_bytes();
-        let descriptor = Found {
-            pid,
-            fd,
-            handle: &handle,
-            link: &link,
-            target,
-            metadata: &metadata,
-            info: &info,
-        };
-        match classify(&descriptor, tables)? {
-            Ok(kind) => {
-                let file = index(tables.files.len());
-                tables.files.push(OpenFile { flags: info.flags & !NOT_KEPT, kind });
-                tables.known_files.entry(identity).or_default().push((pid, fd, file));
-                found.list.push(Descriptor { fd, file, close_on_exec });
-            }
+        match register(pid, fd, &handle, &info, tables)? {
+            Ok(file) => found.list.push(Descriptor { fd, file, close_on_exec }),
             Err(what) => tables.refuse(pid, Place::Descriptor(fd), what),
         }
     }
     Ok(found)
+}
+
+/// The index of the open file description that a descriptor in flight refers to, of which the engine has one of its own.
+pub(crate) fn register_in_flight(
+    file: &OwnedFd,
+    tables: &mut Tables<'_>,
+) -> Result<Result<u32, String>, CaptureError> {
+    let (pid, fd) = (Pid::try_from(std::process::id()).expect("pids are ints"), file.as_raw_fd());
+    let what = || read("a descriptor in flight");
+    let handle = PidFd::open(pid).map_err(what())?;
+    let info = proc::descriptor_info(pid, fd).map_err(what())?;
+    let known = tables.files.len();
+    let file = register(pid, fd, &handle, &info, tables)?;
+    let is_new = tables.files.len() > known;
+    if is_new && info.others.iter().any(|(name, _)| name == "lock") {
+        return Ok(Err("a locked file that no process has open is not supported".to_owned()));
+    }
+    Ok(file)
+}
+
+/// The index of the open file description that a descriptor refers to, or why it can't be saved.
+fn register(
+    pid: Pid,
+    fd: i32,
+    handle: &PidFd,
+    info: &DescriptorInfo,
+    tables: &mut Tables<'_>,
+) -> Result<Result<u32, String>, CaptureError> {
+    let link = format!("/proc/{pid}/fd/{fd}");
+    let metadata = fs::metadata(&link).map_err(read(link.clone()))?;
+    let identity = (metadata.dev(), metadata.ino());
+    if let Some(file) = known(pid, fd, identity, tables)? {
+        return Ok(Ok(file));
+    }
+    let target = fs::read_link(&link).map_err(read(link.clone()))?;
+    let target = target.as_os_str().as_bytes();
+    let metadata = &metadata;
+    let descriptor = Found { pid, fd, handle, link: &link, target, metadata, info };
+    Ok(classify(&descriptor, tables)?.map(|kind| {
+        let file = index(tables.files.len());
+        tables.files.push(OpenFile { flags: info.flags & !NOT_KEPT, kind });
+        tables.known_files.entry(identity).or_default().push((pid, fd, file));
+        file
+    }))
 }
 
 /// The index of a description that another descriptor has led to before.
@@ -142,11 +162,6 @@ fn classify(
     }
     if found.info.flags & libc::O_PATH != 0 {
         return Ok(Err("descriptors opened with O_PATH are not supported".to_owned()));
-    }
-    if let Some(queue) =
-        posix_queues::of_descriptor(tables, found.link, found.target, found.metadata)?
-    {
-        return Ok(Ok(FileKind::PosixQueue { queue }));
     }
     let kind = found.metadata.file_type();
     let position = found.info.position;
@@ -429,35 +444,34 @@ pub(crate) struct Files {
     own_watches: epoll::OwnWatches,
 }
 
+/// Lets the engine have as many descriptors as it may: the container's are open here for a moment.
+pub(crate) fn make_room() -> io::Result<()> {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let highest = rustix::process::Rlimit { current: limit.maximum, ..limit };
+    Ok(rustix::process::setrlimit(rustix::process::Resource::Nofile, highest)?)
+}
+
 /// Makes all open file descriptions.
 ///
-/// `init` is the container's, `outside` are the new container's own standard streams.
+/// `outside` are the new container's own standard streams.
 pub(crate) fn make_files(
-    init: Pid,
     container: &Container,
     root: &Root,
     outside: &[Option<OwnedFd>],
     shared: &Shared,
     processes: &BTreeMap<i32, Pid>,
+    sockets: &mut unix_sockets::Made,
 ) -> Result<Files, RestoreError> {
-    // All of the container's files are open here for a moment.
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
-    let highest = rustix::process::Rlimit { current: limit.maximum, ..limit };
-    rustix::process::setrlimit(rustix::process::Resource::Nofile, highest)
-        .map_err(io::Error::from)
-        .map_err(make("room for the container's descriptors"))?;
+    make_room().map_err(make("room for the container's descriptors"))?;
     let mut pipes = pipes::Made::default();
-    let mut pairs: Vec<[Option<OwnedFd>; 2]> = Vec::new();
-    for pair in &container.socket_pairs {
-        let made = inside(init, Namespace::Network, || sockets::restore(pair));
-        pairs.push(made.map_err(make("a pair of unix sockets"))?);
-    }
     let mut files = Vec::with_capacity(container.files.len());
     for file in &container.files {
         let made =
-            make_file(file, container, root, outside, shared, processes, &mut pipes, &mut pairs);
+            make_file(file, container, root, outside, shared, processes, &mut pipes, sockets);
         files.push(made?);
     }
+    // Before anybody watches: only what still waits is news.
+    sockets.fill(&files, root)?;
     epoll::restore(container, &files)?;
     Ok(Files { list: files, own_watches: epoll::own_watches(container)? })
 }
@@ -474,7 +488,7 @@ fn make_file(
     shared: &Shared,
     processes: &BTreeMap<i32, Pid>,
     pipes: &mut pipes::Made,
-    pairs: &mut [[Option<OwnedFd>; 2]],
+    sockets: &unix_sockets::Made,
 ) -> Result<OwnedFd, RestoreError> {
     let damaged = |what: &str| {
         RestoreError::Damaged(format!("an open file refers to {what} that is not there"))
@@ -564,18 +578,16 @@ fn make_file(
             process
         }
         FileKind::SocketPair { pair, end } => {
-            let socket = pairs
-                .get_mut(*pair as usize)
-                .and_then(|pair| pair.get_mut(*end as usize))
-                .and_then(Option::take)
-                .ok_or_else(|| damaged("a socket"))?;
+            let socket = sockets.pair_end(*pair, *end).ok_or_else(|| damaged("a socket"))?;
+            let socket = socket.map_err(make("a unix socket"))?;
             set_flags(&socket, flags)?;
             socket
         }
-        FileKind::PosixQueue { queue } => {
-            let queue =
-                shared.queues.get(*queue as usize).ok_or_else(|| damaged("a message queue"))?;
-            Shared::reopen(queue, flags).map_err(make("a message queue"))?.into()
+        FileKind::UnixSocket { socket } => {
+            let socket = sockets.file(*socket).ok_or_else(|| damaged("a socket"))?;
+            let socket = socket.map_err(make("a unix socket"))?;
+            set_flags(&socket, flags)?;
+            socket
         }
         FileKind::Outside { stream } => match outside.get(*stream as usize) {
             // The description is the engine's above, and its flags with it.

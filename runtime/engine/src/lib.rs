@@ -13,7 +13,6 @@ mod memory;
 pub mod phase;
 mod pipes;
 mod plan;
-mod posix_queues;
 mod process;
 mod restart;
 pub mod restore;
@@ -22,9 +21,9 @@ mod root;
 mod socket_options;
 mod sockets;
 mod sqlite;
-mod system_v;
 mod timers;
 mod tracee;
+mod unix_sockets;
 pub mod unsupported;
 
 pub use process::{Confinement, SeccompPolicy};

@@ -32,10 +32,8 @@ use samara_kernel::{Pid, proc, process_vm};
 
 use crate::capture::{CaptureError, Tables};
 use crate::descriptors::Channel;
-use crate::posix_queues;
 use crate::restore::{RestoreError, Tree, is_filled, make, open_below};
 use crate::root::Root;
-use crate::system_v;
 use crate::tracee::Process;
 use crate::unsupported::Place;
 
@@ -130,15 +128,13 @@ fn backing(
     {
         return refuse(format!("a mapping of {} is not supported", mapping.name.display()));
     }
+    if name.starts_with(b"/SYSV") {
+        return refuse("System V shared memory is not supported".to_owned());
+    }
     if name.starts_with(b"/anon_hugepage") {
         return refuse("explicit huge pages are not supported".to_owned());
     }
     let link = format!("/proc/{pid}/map_files/{:x}-{:x}", mapping.start, mapping.end);
-    if name.starts_with(b"/SYSV") {
-        let (offset, may_write) = (mapping.offset, mapping.has_flag(b"mw"));
-        let segment = system_v::segment(tables, mapping.inode, &link)?;
-        return Ok(segment.map(|segment| Backing::SystemV { segment, offset, may_write }));
-    }
     let metadata =
         fs::metadata(&link).map_err(|source| CaptureError::Read { what: link.clone(), source })?;
     let identity = (metadata.dev(), metadata.ino());
@@ -264,7 +260,6 @@ pub(crate) fn copy_private(
             Backing::SharedFile { .. }
             | Backing::SharedUnlinked { .. }
             | Backing::Shared { .. }
-            | Backing::SystemV { .. }
             | Backing::Vdso { .. } => continue,
         };
         for run in pagemap.populated(mapping.start, mapping.end).map_err(failed)? {
@@ -417,11 +412,6 @@ fn move_vdso(process: &mut Process, places: &[u64]) -> Result<(), RestoreError> 
 pub(crate) struct Shared {
     pub(crate) memory: Vec<File>,
     pub(crate) unlinked: Vec<File>,
-    pub(crate) queues: Vec<File>,
-    /// Segments of System V have no files: they are attached by their ids.
-    segments: Vec<record::Segment>,
-    /// Room in every process for mappings that are made for a moment.
-    workspace: u64,
 }
 
 impl Shared {
@@ -447,12 +437,7 @@ pub(crate) fn make_shared(
     root: &Root,
     source: &dyn Source,
 ) -> Result<Shared, RestoreError> {
-    let mut shared = Shared {
-        segments: container.system_v.segments.clone(),
-        workspace: tree.workspace(),
-        queues: posix_queues::restore(tree.process(1)?.pid, container)?,
-        ..Shared::default()
-    };
+    let mut shared = Shared::default();
     for memory in &container.shared_memory {
         shared.memory.push(make_memory(tree, memory, source)?);
     }
@@ -495,7 +480,7 @@ fn make_memory(
     const SHARED: u64 = (libc::MAP_SHARED | libc::MAP_FIXED_NOREPLACE) as u64;
     const ANONYMOUS: u64 = libc::MAP_ANONYMOUS as u64;
     let what = || make("shared memory");
-    let place = tree.workspace();
+    let place = tree.parking + crate::restore::PARKING_BYTES;
     let bytes = record.bytes.next_multiple_of(PAGE);
     let memfd = match &record.kind {
         SharedMemoryKind::Anonymous => None,
@@ -649,7 +634,7 @@ fn map_some(
             Shared::reopen(file, flags).map_err(make("a shared object"))
         };
         let file = match &mapping.backing {
-            Backing::Anonymous { .. } | Backing::SystemV { .. } | Backing::Vdso { .. } => None,
+            Backing::Anonymous { .. } | Backing::Vdso { .. } => None,
             Backing::PrivateFile { path, .. } => Some((path.as_slice(), libc::O_RDONLY, None)),
             Backing::SharedFile { path, may_write, .. } => {
                 Some((path.as_slice(), access(*may_write), None))
@@ -690,17 +675,6 @@ fn map_some(
     let numbers = channel.send(process, &borrowed)?;
     let mut tape = process.tape()?;
     for (mapping, need) in mappings.iter().zip(needs) {
-        if let Backing::SystemV { segment, offset, may_write } = mapping.backing {
-            let segment = shared.segments.get(segment as usize).ok_or_else(|| {
-                RestoreError::Damaged(format!("a mapping refers to segment {segment}"))
-            })?;
-            let range = (mapping.start, mapping.end);
-            system_v::attach(&mut tape, segment, range, offset, may_write, shared.workspace);
-            let protection = u64::from(mapping.protection);
-            let arguments = [mapping.start, mapping.end - mapping.start, protection, 0, 0, 0];
-            tape.call(format!("protect {:#x}", mapping.start), libc::SYS_mprotect, arguments);
-            continue;
-        }
         let Some((flags, offset)) = placement(mapping) else { continue };
         let fd = need
             .and_then(|index| numbers.get(index))
@@ -744,7 +718,7 @@ fn check_file(backing: &Backing, file: &File) -> Result<(), RestoreError> {
     Ok(())
 }
 
-/// Flags and offset for `mmap`; `None` for what is mapped otherwise.
+/// Flags and offset for `mmap`; `None` for the vdso.
 fn placement(mapping: &record::Mapping) -> Option<(u64, u64)> {
     const PRIVATE: i32 = libc::MAP_PRIVATE | libc::MAP_FIXED_NOREPLACE;
     const SHARED: i32 = libc::MAP_SHARED | libc::MAP_FIXED_NOREPLACE;
@@ -758,7 +732,7 @@ fn placement(mapping: &record::Mapping) -> Option<(u64, u64)> {
         Backing::SharedFile { offset, .. }
         | Backing::SharedUnlinked { offset, .. }
         | Backing::Shared { offset, .. } => (SHARED, offset),
-        Backing::SystemV { .. } | Backing::Vdso { .. } => return None,
+        Backing::Vdso { .. } => return None,
     };
     let flags = flags | if mapping.advice.no_reserve { libc::MAP_NORESERVE } else { 0 };
     Some((u64::from(flags.unsigned_abs()), offset))
@@ -795,7 +769,7 @@ pub(crate) fn fill(
 }
 
 /// Writes pages to a process: page numbers count from `base`.
-pub(crate) fn write_runs(pid: Pid, base: u64, runs: &[PageRun], bytes: &[u8]) -> io::Result<()> {
+fn write_runs(pid: Pid, base: u64, runs: &[PageRun], bytes: &[u8]) -> io::Result<()> {
     let mut rest = bytes;
     for runs in runs.chunks(process_vm::RANGES_MAX) {
         let ranges: Vec<process_vm::Range> = runs
@@ -823,26 +797,6 @@ pub(crate) fn write_runs(pid: Pid, base: u64, runs: &[PageRun], bytes: &[u8]) ->
         rest = later;
     }
     Ok(())
-}
-
-/// The size of a file's pages, if it lies on hugetlbfs.
-pub(crate) fn huge_page_bytes(file: &File) -> io::Result<Option<u64>> {
-    /// linux/magic.h
-    const HUGETLBFS_MAGIC: i64 = 0x958458f6;
-    let system = nix::sys::statfs::fstatfs(file)?;
-    if system.filesystem_type().0 != HUGETLBFS_MAGIC {
-        return Ok(None);
-    }
-    u64::try_from(system.block_size()).map(Some).map_err(|_| io::ErrorKind::InvalidData.into())
-}
-
-/// How `mmap`, `shmget` and `memfd_create` are told the size of huge pages (MAP_HUGE_SHIFT of linux/mman.h).
-pub(crate) fn huge_page_flags(bytes: u64) -> Result<u64, RestoreError> {
-    const SHIFT: u32 = 26;
-    if !bytes.is_power_of_two() {
-        return Err(RestoreError::Damaged(format!("a huge page has {bytes} bytes")));
-    }
-    Ok(u64::from(bytes.ilog2()) << SHIFT)
 }
 
 /// Passes the runs of a batch one by one: offset in bytes, and content.

@@ -30,7 +30,7 @@ use crate::plan::{self, PlanError, Step};
 use crate::process::Confinement;
 use crate::root::Root;
 use crate::tracee::{self, ARENA_BYTES, Process, Thread, TraceeError, failed};
-use crate::{descriptors, memory, posix_queues, process, sqlite, system_v};
+use crate::{descriptors, memory, process, sqlite, unix_sockets};
 
 /// Why a container could not be restored. Nothing of it is left but the blank init, if that still lives, for the caller to remove.
 #[derive(Debug, thiserror::Error)]
@@ -86,6 +86,8 @@ pub fn restore(
     tree.spawn(&container.processes)?;
     // The dead too: somebody may hold a descriptor of them.
     let numbers = tree.processes.iter().map(|(pid, process)| (*pid, process.pid)).collect();
+    let root = Root::of(request.init).map_err(make("the container's root directory"))?;
+    let mut sockets = unix_sockets::restore(&mut tree, container, &root, &numbers)?;
     for record in &container.processes {
         if let ProcessState::Zombie { exit_status } = record.state {
             tree.bury(record.pid, &record.name, exit_status)?;
@@ -95,9 +97,7 @@ pub fn restore(
     phase::reached(Phase::Spawned);
 
     let begun = Instant::now();
-    let root = Root::of(request.init).map_err(make("the container's root directory"))?;
     let shared = memory::make_shared(&mut tree, container, &root, source)?;
-    system_v::restore(&mut tree, container, source)?;
     for record in &container.processes {
         if let ProcessState::Alive(alive) = &record.state {
             tree.map(record.pid, alive, &root, &shared, source)?;
@@ -107,14 +107,14 @@ pub fn restore(
     phase::reached(Phase::Mapped);
 
     let begun = Instant::now();
-    system_v::finish(&mut tree, &container.system_v)?;
     memory::fill(&tree, container, source)?;
     let fill = begun.elapsed();
     phase::reached(Phase::Filled);
 
     let begun = Instant::now();
     let files =
-        descriptors::make_files(request.init, container, &root, &tree.outside, &shared, &numbers)?;
+        descriptors::make_files(container, &root, &tree.outside, &shared, &numbers, &mut sockets)?;
+    sockets.end(&mut tree)?;
     for record in &container.processes {
         if let ProcessState::Alive(alive) = &record.state {
             tree.furnish(record, alive, &root, &files)?;
@@ -122,7 +122,6 @@ pub fn restore(
         }
     }
     drop(files);
-    posix_queues::wait_again(&mut tree, container)?;
     phase::reached(Phase::Furnished);
     for record in &container.processes {
         if let ProcessState::Alive(alive) = &record.state {
@@ -154,9 +153,6 @@ pub(crate) struct Tree {
     finished: bool,
 }
 
-/// What mappings of huge pages are aligned to, of the usual size.
-const HUGE_PAGE: u64 = 2 << 20;
-
 /// Room that [`plan::gap`] finds for the vdso on its way.
 pub(crate) const PARKING_BYTES: u64 = 1 << 20;
 
@@ -175,18 +171,9 @@ impl Tree {
                 taken.extend(alive.descriptors.iter().map(|descriptor| descriptor.fd));
             }
         }
-        let largest = container
-            .shared_memory
-            .iter()
-            .map(|memory| memory.bytes)
-            .chain(container.system_v.segments.iter().map(|segment| segment.bytes))
-            .max()
-            .unwrap_or(0);
-        let room = largest
-            .checked_next_multiple_of(HUGE_PAGE)
-            .and_then(|bytes| bytes.checked_add(PARKING_BYTES + HUGE_PAGE))
-            .ok_or_else(|| RestoreError::Damaged("shared memory is too large".to_owned()))?;
-        let parking = plan::gap(&occupied, room.saturating_add(ARENA_BYTES))?;
+        let largest = container.shared_memory.iter().map(|memory| memory.bytes).max().unwrap_or(0);
+        let room = largest.max(PARKING_BYTES).next_multiple_of(4096) + PARKING_BYTES;
+        let parking = plan::gap(&occupied, room + ARENA_BYTES)?;
         let arena = parking + room;
 
         let outside = outside_streams(init)?;
@@ -247,11 +234,6 @@ impl Tree {
         init.run_all(0, &tape, End::Breakpoint)?;
         memory::move_vdso_to(init, parking)?;
         Ok(())
-    }
-
-    /// Where a mapping of any shared object has room for a moment, in every process.
-    pub(crate) fn workspace(&self) -> u64 {
-        (self.parking + PARKING_BYTES).next_multiple_of(HUGE_PAGE)
     }
 
     pub(crate) fn process(&mut self, pid: i32) -> Result<&mut Process, RestoreError> {
@@ -330,7 +312,7 @@ impl Tree {
         self.channel.send(process, files)
     }
 
-    fn call(
+    pub(crate) fn call(
         &mut self,
         pid: i32,
         what: &str,
@@ -344,7 +326,7 @@ impl Tree {
         Ok(())
     }
 
-    fn fork(
+    pub(crate) fn fork(
         &mut self,
         creator: i32,
         pid: i32,
@@ -640,7 +622,6 @@ pub(crate) fn is_filled(backing: &Backing) -> bool {
         Backing::SharedFile { .. }
         | Backing::SharedUnlinked { .. }
         | Backing::Shared { .. }
-        | Backing::SystemV { .. }
         | Backing::Vdso { .. } => false,
     }
 }

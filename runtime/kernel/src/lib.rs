@@ -9,7 +9,6 @@ pub mod epoll;
 pub mod kcmp;
 pub mod keyctl;
 pub mod mount_setattr;
-pub mod mq_overview;
 pub mod pagemap;
 pub mod pidfd;
 pub mod proc;
@@ -23,9 +22,9 @@ pub mod signal;
 pub mod signalfd;
 pub mod sock_diag;
 pub mod sockopt;
-pub mod sysvipc;
 pub mod tape;
 pub mod timerfd;
+pub mod unix;
 pub mod wait;
 
 use std::io;

@@ -9,13 +9,17 @@ use crate::setns::{Namespace, inside};
 use crate::{Pid, check};
 
 /// What the kernel tells of a unix socket.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct UnixSocket {
-    /// Inode of the socket that it is connected to; 0 for none, or one that is closed.
-    pub peer: u32,
+    /// Inode of the socket that it is connected to; 0 for one that nobody has open: it is closed, or waits to be accepted.
+    pub peer: Option<u32>,
     /// Bit 0: receiving was shut down, bit 1: sending.
     pub shutdown: u8,
-    pub named: bool,
+    pub listens: bool,
+    /// Of a socket that listens: inodes of those that have connected and were not accepted, in order; 0 for one that is closed.
+    pub waiting: Vec<u32>,
+    /// How many more may wait, of a socket that listens.
+    pub backlog: u32,
 }
 
 /// All unix sockets of the network namespace that process `pid` is in, by inode.
@@ -63,11 +67,12 @@ fn diagnostics_socket() -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// `struct nlmsghdr` and `struct unix_diag_req` (linux/unix_diag.h), asking for all states, names and peers.
+/// `struct nlmsghdr` and `struct unix_diag_req` (linux/unix_diag.h), asking for all states, peers and queues.
 fn request() -> Vec<u8> {
     const SOCK_DIAG_BY_FAMILY: u16 = 20;
     const REQUEST_DUMP: u16 = 0x301;
-    const SHOW_NAME_AND_PEER: u32 = 1 | 4;
+    /// `UDIAG_SHOW_PEER`, `UDIAG_SHOW_ICONS`, `UDIAG_SHOW_RQLEN`.
+    const SHOW: u32 = 4 | 8 | 0x10;
     let mut bytes = Vec::new();
     bytes.extend(40u32.to_le_bytes());
     bytes.extend(SOCK_DIAG_BY_FAMILY.to_le_bytes());
@@ -76,7 +81,7 @@ fn request() -> Vec<u8> {
     bytes.extend([1, 0, 0, 0]); // AF_UNIX
     bytes.extend(u32::MAX.to_le_bytes());
     bytes.extend(0u32.to_le_bytes());
-    bytes.extend(SHOW_NAME_AND_PEER.to_le_bytes());
+    bytes.extend(SHOW.to_le_bytes());
     bytes.extend([0; 8]);
     bytes
 }
@@ -91,19 +96,25 @@ fn message(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
 
 /// `struct unix_diag_msg` and its attributes.
 fn socket_of(body: &[u8]) -> Option<(u32, UnixSocket)> {
-    const NAME: u16 = 0;
     const PEER: u16 = 2;
+    const CONNECTIONS: u16 = 3;
+    const QUEUES: u16 = 4;
     const SHUTDOWN: u16 = 6;
+    /// `TCP_LISTEN`
+    const LISTENS: u8 = 10;
     let inode = word(body, 4)?;
-    let mut socket = UnixSocket::default();
+    let mut socket = UnixSocket { listens: *body.get(2)? == LISTENS, ..UnixSocket::default() };
     let mut rest = body.get(16..)?;
     while rest.len() >= 4 {
         let length = usize::from(u16::from_le_bytes(rest.get(..2)?.try_into().ok()?));
         let kind = u16::from_le_bytes(rest.get(2..4)?.try_into().ok()?);
         let value = rest.get(4..length)?;
         match kind {
-            NAME => socket.named = true,
-            PEER => socket.peer = word(value, 0)?,
+            PEER => socket.peer = Some(word(value, 0)?),
+            CONNECTIONS => {
+                socket.waiting = (0..value.len() / 4).filter_map(|n| word(value, 4 * n)).collect();
+            }
+            QUEUES => socket.backlog = word(value, 4)?,
             SHUTDOWN => socket.shutdown = *value.first()?,
             _ => {}
         }
@@ -138,52 +149,6 @@ pub fn set_int_option(socket: RawFd, level: i32, name: i32, value: i32) -> io::R
     check(result.into()).map(drop)
 }
 
-/// Copies the first message or bytes that a socket will receive, from where `SO_PEEK_OFF` points, without taking it.
-///
-/// Returns how long it is, which may be more than `buffer` holds, and whether descriptors come with it (they are closed again).
-///
-/// # Errors
-/// `WouldBlock`: there is nothing.
-pub fn peek(socket: RawFd, buffer: &mut [u8]) -> io::Result<(usize, bool)> {
-    let mut control = [0u64; 64];
-    let mut vector = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
-    // SAFETY: all fields of msghdr may be zero.
-    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_iov = &raw mut vector;
-    message.msg_iovlen = 1;
-    message.msg_control = control.as_mut_ptr().cast();
-    message.msg_controllen = size_of_val(&control);
-    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT | libc::MSG_TRUNC | libc::MSG_CMSG_CLOEXEC;
-    // SAFETY: the message's vectors cover `buffer` and `control`, which outlive the call.
-    let result = unsafe { libc::recvmsg(socket, &raw mut message, flags) };
-    let count =
-        usize::try_from(check(result as libc::c_long)?).expect("-1 is the only negative result");
-    let mut descriptors = false;
-    // SAFETY: the header is the one that the kernel filled in.
-    let mut next = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
-    while !next.is_null() {
-        // SAFETY: CMSG_FIRSTHDR and CMSG_NXTHDR return null or a header inside `control`.
-        let header = unsafe { *next };
-        if header.cmsg_level == libc::SOL_SOCKET && header.cmsg_type == libc::SCM_RIGHTS {
-            descriptors = true;
-            // SAFETY: the data follows the header, inside `control`.
-            let data = unsafe { libc::CMSG_DATA(next) }.cast::<RawFd>();
-            let bytes = header.cmsg_len as usize - data.addr().wrapping_sub(next.addr());
-            for index in 0..bytes / size_of::<RawFd>() {
-                // SAFETY: `index` is within the descriptors that the header counts.
-                let place = unsafe { data.add(index) };
-                // SAFETY: as above; the kernel only aligns headers, so the read does not assume alignment.
-                let fd = unsafe { place.read_unaligned() };
-                // SAFETY: the kernel just made this descriptor for us.
-                drop(unsafe { OwnedFd::from_raw_fd(fd) });
-            }
-        }
-        // SAFETY: `next` is a header inside `control`.
-        next = unsafe { libc::CMSG_NXTHDR(&raw const message, next) };
-    }
-    Ok((count, descriptors))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -202,10 +167,10 @@ mod tests {
         };
         let own = i32::try_from(std::process::id()).expect("a pid");
         let sockets = unix_sockets(own).expect("sock_diag");
-        assert_eq!(sockets.get(&inode(&left)).expect("listed").peer, inode(&right));
+        assert_eq!(sockets.get(&inode(&left)).expect("listed").peer, Some(inode(&right)));
         let left_inode = inode(&left);
         drop(right);
         let after = unix_sockets(own).expect("sock_diag");
-        assert_eq!(after.get(&left_inode).expect("listed").peer, 0);
+        assert_eq!(after.get(&left_inode).expect("listed").peer, Some(0));
     }
 }

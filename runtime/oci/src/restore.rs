@@ -650,9 +650,8 @@ mod tests {
             socket_pairs: Vec::new(),
             shared_memory: Vec::new(),
             unlinked_files: Vec::new(),
+            unix_sockets: Vec::new(),
             vdso_sha256: Default::default(),
-            system_v: Default::default(),
-            posix_queues: Vec::new(),
         };
         Saved { container, origin: Origin::of(&spec, 0), trees: Vec::new(), root: false }
     }
