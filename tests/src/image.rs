@@ -14,6 +14,10 @@ pub enum Image {
     TestBase,
     /// bwa, samtools, genomes and reads.
     Demo,
+    /// Python, Perl, R, Node, Java, SQLite, and the programs of `tests/programs`.
+    Programs,
+    /// PostgreSQL, Redis, Open MPI, STAR, ffmpeg, and the same programs.
+    Services,
 }
 
 impl Image {
@@ -22,6 +26,8 @@ impl Image {
         match self {
             Image::TestBase => "samara-test-base",
             Image::Demo => "samara-demo",
+            Image::Programs => "samara-programs",
+            Image::Services => "samara-services",
         }
     }
 
@@ -31,7 +37,7 @@ impl Image {
     /// When it cannot be made: `script/images` says why.
     pub fn archive(self) -> Result<PathBuf> {
         let name = self.tag().trim_start_matches("samara-");
-        // Making both takes about two minutes here; a slow mirror may take much longer.
+        // Making one takes a minute or two here; a slow mirror may take much longer.
         let made = Call::new(crate::repository().join("script/images"))
             .args([name])
             .within(Duration::from_secs(1800));
