@@ -909,3 +909,104 @@ static void unix_datagram_full_check(void)
 
 static void unix_datagram_full_spoil(void) { drain(s[0]); }
 STATE(unix_datagram_full)
+
+static void unix_both_named_listener_closed_setup(void)
+{
+	s[0] = listening(SOCK_STREAM, "@server", 5);
+	for (int i = 1; i < 5; i += 2) {
+		s[i] = bound(SOCK_STREAM, i == 1 ? "@one" : "@two");
+		MUST(connect_to(s[i], "@server"));
+		s[i + 1] = MUST(accept(s[0], NULL, NULL));
+	}
+	close(s[0]);
+}
+
+static void unix_both_named_listener_closed_check(void)
+{
+	for (int i = 1; i < 5; i += 2) {
+		expect_name(s[i], false, i == 1 ? "@one" : "@two");
+		expect_name(s[i], true, "@server");
+		expect_link(s[i], s[i + 1]);
+	}
+	s[0] = listening(SOCK_STREAM, "@server", 5);
+}
+
+static void unix_both_named_listener_closed_spoil(void) { s[0] = listening(SOCK_STREAM, "@server", 5); close(s[4]); }
+STATE(unix_both_named_listener_closed)
+
+static void unix_datagram_name_taken_since_setup(void)
+{
+	int old = bound(SOCK_DGRAM, "@taken");
+	s[0] = connected(SOCK_DGRAM, "@taken");
+	close(old);
+	s[1] = bound(SOCK_DGRAM, "@taken");
+}
+
+static void unix_datagram_name_taken_since_check(void)
+{
+	CHECK(send(s[0], "x", 1, 0) == -1 && errno == ECONNREFUSED, "it reaches somebody");
+	expect_nothing(s[1]);
+	put_to(s[0], "y", "@taken");
+	expect_text(s[1], "y");
+}
+
+static void unix_datagram_name_taken_since_spoil(void) { MUST(connect_to(s[0], "@taken")); }
+STATE(unix_datagram_name_taken_since)
+
+static void unix_client_name_taken_since_setup(void)
+{
+	s[0] = listening(SOCK_STREAM, "@server", 5);
+	int old = bound(SOCK_STREAM, "@client");
+	MUST(connect_to(old, "@server"));
+	s[1] = MUST(accept(s[0], NULL, NULL));
+	put(old, "old");
+	close(old);
+	s[2] = bound(SOCK_STREAM, "@client");
+	MUST(connect_to(s[2], "@server"));
+	s[3] = MUST(accept(s[0], NULL, NULL));
+}
+
+static void unix_client_name_taken_since_check(void)
+{
+	expect_text(s[1], "old");
+	expect_end(s[1]);
+	expect_name(s[2], false, "@client");
+	expect_name(s[3], true, "@client");
+	expect_link(s[2], s[3]);
+}
+
+static void unix_client_name_taken_since_spoil(void) { drain(s[1]); }
+STATE(unix_client_name_taken_since)
+
+/* What can't be saved. */
+
+static void unix_waiting_with_data_setup(void) { s[0] = listening(SOCK_STREAM, "@waiting", 5); s[1] = connected(SOCK_STREAM, "@waiting"); put(s[1], "early"); }
+static void unix_waiting_with_data_check(void) { int server = MUST(accept(s[0], NULL, NULL)); expect_text(server, "early"); expect_link(server, s[1]); }
+static void unix_waiting_with_data_spoil(void) { close(s[1]); s[1] = -1; }
+STATE(unix_waiting_with_data, .refused = "data in a unix connection that nobody has accepted")
+
+static void unix_waiting_closed_setup(void) { s[0] = listening(SOCK_STREAM, "@waiting", 5); s[1] = connected(SOCK_STREAM, "@waiting"); put(s[1], "early"); close(s[1]); }
+static void unix_waiting_closed_check(void) { int server = MUST(accept(s[0], NULL, NULL)); expect_text(server, "early"); expect_end(server); }
+static void unix_waiting_closed_spoil(void) { MUST(accept(s[0], NULL, NULL)); s[1] = connected(SOCK_STREAM, "@waiting"); }
+STATE(unix_waiting_closed, .refused = "data in a unix connection that nobody has accepted")
+
+static void unix_hard_link_setup(void) { s[0] = listening(SOCK_STREAM, "/tmp/first", 5); MUST(link("/tmp/first", "/tmp/second")); }
+static void unix_hard_link_check(void) { s[1] = connected(SOCK_STREAM, "/tmp/first"); s[2] = connected(SOCK_STREAM, "/tmp/second"); MUST(accept(s[0], NULL, NULL)); }
+static void unix_hard_link_spoil(void) { MUST(unlink("/tmp/second")); bound(SOCK_STREAM, "/tmp/second"); s[1] = MUST(socket(AF_UNIX, SOCK_STREAM, 0)); CHECK(connect_to(s[1], "/tmp/second") == 0, "nobody is found"); }
+STATE(unix_hard_link, .refused = "several names")
+
+static void unix_datagram_error_setup(void)
+{
+	MUST(socketpair(AF_UNIX, SOCK_DGRAM, 0, s));
+	s[2] = bound(SOCK_DGRAM, "@elsewhere");
+	put(s[1], "lost");
+	MUST(connect_to(s[0], "@elsewhere"));
+}
+static void unix_datagram_error_check(void) { CHECK(option(s[1], SO_ERROR) == ECONNRESET, "no error waits"); }
+static void unix_datagram_error_spoil(void) { option(s[1], SO_ERROR); }
+STATE(unix_datagram_error, .refused = "an error that waits")
+
+static void unix_seqpacket_behind_error_setup(void) { MUST(socketpair(AF_UNIX, SOCK_SEQPACKET, 0, s)); put(s[1], "kept"); put(s[0], "never read"); close(s[1]); }
+static void unix_seqpacket_behind_error_check(void) { CHECK(option(s[0], SO_ERROR) == ECONNRESET, "no error waits"); expect_text(s[0], "kept"); expect_end(s[0]); }
+static void unix_seqpacket_behind_error_spoil(void) { option(s[0], SO_ERROR); }
+STATE(unix_seqpacket_behind_error, .refused = "behind an error")

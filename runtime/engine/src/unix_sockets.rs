@@ -337,6 +337,11 @@ impl Sockets {
             .filter(|(open, _)| open.facts.listens)
             .map(|(open, record)| (open.node, record.name.clone()))
             .collect();
+        // A name that several have is one that was accepted with.
+        let mut shared: BTreeMap<_, usize> = BTreeMap::new();
+        for (open, record) in self.open.iter().zip(&self.records) {
+            *shared.entry((record.kind, open.node, record.name.clone())).or_default() += 1;
+        }
         let mut accepted = Vec::new();
         for (number, record) in self.records.iter().enumerate() {
             let UnixSocketState::Connected { peer } = record.state else { continue };
@@ -347,16 +352,17 @@ impl Sockets {
             if record.kind == SOCK_DGRAM {
                 continue;
             }
-            let listened = |number: usize, record: &UnixSocket| {
+            let likelihood = |number: usize, record: &UnixSocket| {
                 let node = self.open.get(number).and_then(|open| open.node);
-                record.name.is_some() && listeners.contains(&(node, record.name.clone()))
+                let same = shared.get(&(record.kind, node, record.name.clone()));
+                (listeners.contains(&(node, record.name.clone())), same > Some(&1))
             };
             let first = match (&record.name, &peer.name) {
                 (None, None) => continue,
                 (Some(_), None) => true,
                 (None, Some(_)) => false,
-                // Both were bound: the one whose listener has been closed can't be told from the other.
-                (Some(_), Some(_)) => !listened(peer_number, peer) || listened(number, record),
+                // Both were bound: the only one of a listener that is closed can't be told from the other.
+                (Some(_), Some(_)) => likelihood(number, record) >= likelihood(peer_number, peer),
             };
             accepted.push(if first { number } else { peer_number });
         }
@@ -561,11 +567,22 @@ pub(crate) fn restore(
         .into_iter()
         .collect::<Option<_>>()
         .ok_or_else(|| RestoreError::Damaged("a unix socket can't be made".to_owned()))?;
-    let mut addresses = Vec::with_capacity(records.len());
-    for (record, socket) in records.iter().zip(&sockets) {
-        let name = record.name.as_ref().filter(|_| !record.accepted);
-        let address = name.map(|name| names.bind(socket.as_fd(), name, record.node.as_ref(), root));
-        addresses.push(address.transpose().map_err(make("a unix socket's name"))?);
+    let mut addresses: Vec<Option<Address>> = records.iter().map(|_| None).collect();
+    for closed in [false, true] {
+        for ((record, socket), address) in records.iter().zip(&sockets).zip(&mut addresses) {
+            let name = record.name.as_ref().filter(|_| !record.accepted);
+            let Some(name) = name.filter(|_| record.closed == closed) else { continue };
+            *address = match names.bind(socket.as_fd(), name, record.node.as_ref(), root) {
+                // Somebody has taken the name since it was closed: the one that sent to it must not reach that one.
+                Err(error) if closed && error.kind() == io::ErrorKind::AddrInUse => {
+                    unix::bind_anywhere(socket.as_fd())
+                        .and_then(|()| unix::name(socket.as_fd()))
+                        .map(|name| name.map(Address::Abstract))
+                }
+                bound => bound.map(Some),
+            }
+            .map_err(make("a unix socket's name"))?;
+        }
     }
     for ((record, socket), address) in records.iter().zip(&sockets).zip(&addresses) {
         let UnixSocketState::Listening { backlog, waiting } = &record.state else { continue };

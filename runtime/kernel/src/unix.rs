@@ -90,6 +90,19 @@ pub fn bind(socket: BorrowedFd<'_>, name: &[u8]) -> io::Result<()> {
         .map(drop)
 }
 
+/// Gives a socket an abstract name that nobody has.
+///
+/// # Errors
+/// Of `bind(2)`.
+pub fn bind_anywhere(socket: BorrowedFd<'_>) -> io::Result<()> {
+    let family = libc::sa_family_t::try_from(libc::AF_UNIX).expect("a small number");
+    let address = family.to_le_bytes();
+    let bytes = libc::socklen_t::try_from(address.len()).expect("a small array");
+    // SAFETY: the kernel reads `bytes` bytes of `address`.
+    check(unsafe { libc::bind(socket.as_raw_fd(), address.as_ptr().cast(), bytes) }.into())
+        .map(drop)
+}
+
 /// Connects a socket to the one of that name.
 ///
 /// # Errors
