@@ -8,8 +8,8 @@
 //! A connection that leads out of the container is restored as one that the other side has closed: what was received can be
 //! read, and the program learns that it has to connect anew.
 //!
-//! What this module does not do: a socket from another network namespace, such as one that a service manager listens on for the
-//! container. It is refused. So are data that wait with a connection that nobody has accepted: nothing but accepting shows them.
+//! What this module does not do: a socket from another network namespace that is not connected, such as one that a service manager
+//! listens on for the container. It is refused. So are data that wait with a connection that nobody has accepted: nothing but accepting shows them.
 
 mod makers;
 mod names;
@@ -90,11 +90,20 @@ pub(crate) fn note(
         tables.sockets.kernel = Some(all);
     }
     let facts = tables.sockets.kernel.as_ref().and_then(|all| all.get(&inode)).cloned();
-    let Some(facts) = facts else {
-        return Ok(Err(
-            "a unix socket from outside the container's network namespace is not supported"
-                .to_owned(),
-        ));
+    let facts = match facts {
+        Some(facts) => facts,
+        // A connection belongs to the namespace of who connected, also the end that was accepted inside.
+        None => {
+            let others = sock_diag::unix_sockets_beside(socket.as_fd()).map_err(what())?;
+            let facts = others.get(&inode).cloned().unwrap_or_default();
+            if facts.peer.is_none() {
+                return Ok(Err(
+                    "a unix socket from outside the container's network namespace is not supported"
+                        .to_owned(),
+                ));
+            }
+            facts
+        }
     };
     let kind = int_option(socket.as_raw_fd(), SOL_SOCKET, libc::SO_TYPE).map_err(what())?;
     let options =

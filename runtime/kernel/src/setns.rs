@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use crate::{Pid, check};
 
@@ -28,7 +28,32 @@ pub fn inside<T: Send>(
         Namespace::Network => ("net", libc::CLONE_NEWNET),
         Namespace::Ipc => ("ipc", libc::CLONE_NEWIPC),
     };
-    let namespace = File::open(format!("/proc/{pid}/ns/{name}"))?;
+    enter(&File::open(format!("/proc/{pid}/ns/{name}"))?, kind, act)
+}
+
+/// Runs `act` in the network namespace of a socket.
+///
+/// # Errors
+/// As [`inside`]; EPERM without CAP_NET_ADMIN there.
+pub fn beside<T: Send>(
+    socket: BorrowedFd<'_>,
+    act: impl FnOnce() -> io::Result<T> + Send,
+) -> io::Result<T> {
+    /// Of linux/sockios.h.
+    const SIOCGSKNS: libc::Ioctl = 0x894c;
+    // SAFETY: the request takes no argument.
+    let fd = check(unsafe { libc::ioctl(socket.as_raw_fd(), SIOCGSKNS) }.into())?;
+    let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel just made this descriptor for us, and nobody else knows it.
+    let namespace = unsafe { OwnedFd::from_raw_fd(fd) };
+    enter(&File::from(namespace), libc::CLONE_NEWNET, act)
+}
+
+fn enter<T: Send>(
+    namespace: &File,
+    kind: libc::c_int,
+    act: impl FnOnce() -> io::Result<T> + Send,
+) -> io::Result<T> {
     // A namespace is entered by a thread, and this one ends when it has done so.
     std::thread::scope(|scope| {
         scope

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use crate::setns::{Namespace, inside};
+use crate::setns::{Namespace, beside, inside};
 use crate::{Pid, check};
 
 /// What the kernel tells of a unix socket.
@@ -27,7 +27,19 @@ pub struct UnixSocket {
 /// # Errors
 /// Of the calls; `InvalidData` for an answer that is not as `sock_diag(7)` says.
 pub fn unix_sockets(pid: Pid) -> io::Result<BTreeMap<u32, UnixSocket>> {
-    let mut socket = File::from(inside(pid, Namespace::Network, diagnostics_socket)?);
+    dump(inside(pid, Namespace::Network, diagnostics_socket)?)
+}
+
+/// As [`unix_sockets`], of the network namespace that a socket belongs to.
+///
+/// # Errors
+/// As there.
+pub fn unix_sockets_beside(socket: BorrowedFd<'_>) -> io::Result<BTreeMap<u32, UnixSocket>> {
+    dump(beside(socket, diagnostics_socket)?)
+}
+
+fn dump(socket: OwnedFd) -> io::Result<BTreeMap<u32, UnixSocket>> {
+    let mut socket = File::from(socket);
     socket.write_all(&request())?;
     let mut sockets = BTreeMap::new();
     let mut buffer = vec![0u8; 256 << 10];
