@@ -58,6 +58,11 @@ static void unix_listen_relative_moved_check(void)
 static void unix_listen_relative_moved_spoil(void) { spoil_close_0(); s[0] = listening(SOCK_STREAM, "/tmp/other", 5); }
 STATE(unix_listen_relative_moved)
 
+static void unix_listen_below_dev_setup(void) { MUST(mkdir("/dev/made", 0755)); MUST(mkdir("/dev/made/here", 0755)); s[0] = listening(SOCK_STREAM, "/dev/made/here/sock", 5); }
+static void unix_listen_below_dev_check(void) { accepts("/dev/made/here/sock", SOCK_STREAM); }
+static void unix_listen_below_dev_spoil(void) { spoil_close_0(); }
+STATE(unix_listen_below_dev)
+
 static void unix_listen_renamed_setup(void)
 {
 	s[0] = listening(SOCK_STREAM, "/tmp/before", 5);

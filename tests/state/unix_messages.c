@@ -380,13 +380,21 @@ static void unix_credentials_none_check(void)
 static void unix_credentials_none_spoil(void) { drain(s[1]); }
 STATE(unix_credentials_none)
 
+static int pidfd_body(void)
+{
+	put(s[0], "child");
+	MUST(write(sync_pipe[1], "x", 1));
+	for (;;)
+		pause();
+}
+
 static void unix_pidfd_in_flight_setup(void)
 {
 	pair(SOCK_SEQPACKET);
 	set_option(s[1], SO_PASSPIDFD, 1);
 	MUST(pipe(sync_pipe));
 	char byte;
-	child = in_child(credentials_body);
+	child = in_child(pidfd_body);
 	MUST(read(sync_pipe[0], &byte, 1));
 }
 

@@ -46,6 +46,8 @@ use crate::unsupported::Place;
 pub(crate) struct Sockets {
     /// What the kernel tells, asked for when the first socket is found.
     kernel: Option<BTreeMap<u32, sock_diag::UnixSocket>>,
+    /// The same of other network namespaces that sockets were found to belong to.
+    beside: BTreeMap<u32, sock_diag::UnixSocket>,
     records: Vec<UnixSocket>,
     /// Of each record, and as long as this lives, the socket itself.
     open: Vec<Open>,
@@ -94,8 +96,11 @@ pub(crate) fn note(
         Some(facts) => facts,
         // A connection belongs to the namespace of who connected, also the end that was accepted inside.
         None => {
-            let others = sock_diag::unix_sockets_beside(socket.as_fd()).map_err(what())?;
-            let facts = others.get(&inode).cloned().unwrap_or_default();
+            if !tables.sockets.beside.contains_key(&inode) {
+                let others = sock_diag::unix_sockets_beside(socket.as_fd()).map_err(what())?;
+                tables.sockets.beside.extend(others);
+            }
+            let facts = tables.sockets.beside.get(&inode).cloned().unwrap_or_default();
             if facts.peer.is_none() {
                 return Ok(Err(
                     "a unix socket from outside the container's network namespace is not supported"

@@ -182,6 +182,18 @@ impl Drop for Scratch {
     }
 }
 
+/// A directory of the container. Below `/dev`, which is not saved, it may have to be made.
+fn directory(root: &Root, path: &Path) -> io::Result<OwnedFd> {
+    let open =
+        |path: &Path| root.open(path.as_os_str().as_bytes(), libc::O_PATH | libc::O_DIRECTORY);
+    let missing: Vec<&Path> = path.ancestors().take_while(|path| open(path).is_err()).collect();
+    for path in missing.into_iter().rev() {
+        let (Some(parent), Some(last)) = (path.parent(), path.file_name()) else { break };
+        fs::create_dir(link(open(parent)?.as_fd()).join(last))?;
+    }
+    open(path)
+}
+
 /// A path that leads through a descriptor.
 fn link(fd: BorrowedFd<'_>) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
@@ -216,7 +228,7 @@ impl Names {
         let (Some(parent), Some(last)) = (place.parent(), place.file_name()) else {
             return Err(io::ErrorKind::InvalidData.into());
         };
-        let parent = root.open(parent.as_os_str().as_bytes(), libc::O_PATH | libc::O_DIRECTORY)?;
+        let parent = directory(root, parent)?;
         let target = link(parent.as_fd()).join(last);
         if fs::symlink_metadata(&target).is_ok_and(|found| !found.file_type().is_socket()) {
             return Err(io::Error::other("its path leads to another kind of file here"));
