@@ -47,6 +47,8 @@ pub struct Options {
     /// All capabilities that this process has.
     pub privileged: bool,
     pub terminal: bool,
+    /// More of its environment.
+    pub env: Vec<String>,
 }
 
 impl Site {
@@ -163,13 +165,15 @@ impl Site {
         } else {
             USUAL_CAPABILITIES.map(str::to_owned).to_vec()
         };
+        let mut env = vec!["PATH=/bin".to_owned(), "TERM=xterm".to_owned(), "A=1".to_owned()];
+        env.extend(options.env.iter().cloned());
         Ok(json!({
             "ociVersion": "1.0.2",
             "process": {
                 "terminal": options.terminal,
                 "user": {"uid": 0, "gid": 0, "additionalGids": [0, 7]},
                 "args": args,
-                "env": ["PATH=/bin", "TERM=xterm", "A=1"],
+                "env": env,
                 "cwd": "/",
                 "capabilities": {
                     "bounding": capabilities, "effective": capabilities, "permitted": capabilities,

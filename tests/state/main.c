@@ -1,3 +1,4 @@
+#include "random.h"
 #include "state.h"
 
 static struct state *first;
@@ -84,8 +85,10 @@ int main(int argc, char **argv)
 				state->refused ? state->refused : "");
 		return 0;
 	}
+	if ((argc == 4 || argc == 5) && !strcmp(argv[1], "random"))
+		return random_state(strtoull(argv[2], NULL, 10), (unsigned)strtoul(argv[3], NULL, 10), argc == 5 ? argv[4] : "");
 	if (argc < 3 || argc > 4 || strcmp(argv[1], "run") || (argc == 4 && strcmp(argv[3], "--spoil"))) {
-		fprintf(stderr, "usage: state list | state run CASE [--spoil]\n");
+		fprintf(stderr, "usage: state list | state run CASE [--spoil] | state random SEED COUNT [SKIPPED,…]\n");
 		return 2;
 	}
 	for (struct state *state = first; state; state = state->next) {

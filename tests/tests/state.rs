@@ -4,13 +4,15 @@
 //! restore would show nothing.
 //! `stays/…`: saved twice, and runs on.
 //! `moves/…`: saved, ended and restored in another container, twice.
+//! `random/…`: random state, drawn from a seed (`SAMARA_TEST_SEED`, `SAMARA_TEST_RANDOM` draws of `SAMARA_TEST_STEPS` steps):
+//! after a move all that can be observed is the same, or the save refused it. A failure is made smaller before it is told.
 //! `refused/…`: cases that can't be saved: the save names why, and the container runs on.
 
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use libtest_mimic::{Arguments, Failed, Trial};
 use samara_tests::bundle::{Options, Running, Site};
 use samara_tests::process::Call;
@@ -51,7 +53,11 @@ fn list() -> Result<Vec<Case>> {
             let (name, flags, refused) = (field()?, field()?, field()?);
             Ok(Case {
                 name: name.to_owned(),
-                options: Options { privileged: flags.contains('p'), terminal: flags.contains('t') },
+                options: Options {
+                    privileged: flags.contains('p'),
+                    terminal: flags.contains('t'),
+                    env: Vec::new(),
+                },
                 refused: refused.to_owned(),
             })
         })
@@ -135,6 +141,122 @@ fn refused(case: &Case, site: &Site) -> Result<()> {
     passes(&running)
 }
 
+/// What came of a random state that was to be moved.
+#[derive(Debug)]
+enum Outcome {
+    Exact,
+    Refused,
+    Wrong(String),
+}
+
+/// One draw: its seed, how many steps, and which of them are left out.
+#[derive(Clone, Debug)]
+struct Draw {
+    seed: u64,
+    steps: u32,
+    skipped: Vec<u32>,
+}
+
+impl Draw {
+    fn start<'a>(&self, site: &'a Site, id: &str, capsule: Option<&str>) -> Result<Running<'a>> {
+        let skipped: Vec<String> = self.skipped.iter().map(u32::to_string).collect();
+        let (seed, steps) = (self.seed.to_string(), self.steps.to_string());
+        let args = ["/bin/state", "random", &seed, &steps, &skipped.join(",")];
+        // The kernel writes into registered areas whenever it likes, and this program compares its memory.
+        let env = vec!["GLIBC_TUNABLES=glibc.pthread.rseq=0".to_owned()];
+        let options = Options { env, ..Options::default() };
+        let running = site.start(PRODUCT, id, &args, &options, capsule)?;
+        if capsule.is_none() {
+            running.wait_for("ready")?;
+        }
+        Ok(running)
+    }
+
+    /// Whether the program itself agrees with what it sees when nothing happens to it.
+    fn is_sound(&self, site: &Site) -> Result<()> {
+        agrees(&self.start(site, &format!("random-{}-sound", self.seed), None)?)
+    }
+
+    fn moved(&self, site: &Site) -> Result<Outcome> {
+        let url = site.url(&format!("random/{}", self.seed));
+        let running = self.start(site, &format!("random-{}-0", self.seed), None)?;
+        let saved = running.call(&["checkpoint", "--capsule", &url])?;
+        if !saved.status.success() {
+            let named = saved.stderr.contains("state that Samara can't save");
+            // Refused before anything was touched: it must not have noticed.
+            return Ok(match (named, agrees(&running)) {
+                (true, Ok(())) => Outcome::Refused,
+                (true, Err(error)) => Outcome::Wrong(format!("refused, and then {error:#}")),
+                (false, _) => Outcome::Wrong(saved.stderr),
+            });
+        }
+        running.wait_stopped()?;
+        drop(running);
+        let id = format!("random-{}-1", self.seed);
+        Ok(match self.start(site, &id, Some(&url)).and_then(|running| agrees(&running)) {
+            Ok(()) => Outcome::Exact,
+            Err(error) => Outcome::Wrong(format!("{error:#}")),
+        })
+    }
+
+    fn is_wrong(&self, site: &Site) -> bool {
+        self.is_sound(site).is_ok() && matches!(self.moved(site), Ok(Outcome::Wrong(_)))
+    }
+
+    /// Leaves out steps, half of them at first, as long as it stays wrong.
+    fn shrunk(mut self, site: &Site) -> Draw {
+        let mut size = self.steps / 2;
+        while size > 0 {
+            let mut first = 0;
+            while first < self.steps {
+                let end = self.steps.min(first + size);
+                let mut smaller = self.clone();
+                smaller.skipped.extend((first..end).filter(|step| !self.skipped.contains(step)));
+                if smaller.skipped.len() > self.skipped.len() && smaller.is_wrong(site) {
+                    self = smaller;
+                }
+                first = end;
+            }
+            size /= 2;
+        }
+        self
+    }
+}
+
+/// Lets a random state end, and wants it to find everything as it was.
+fn agrees(running: &Running<'_>) -> Result<()> {
+    running.touch("finish")?;
+    // Nobody waits for a process that has found a difference.
+    samara_tests::until("end", std::time::Duration::from_secs(60), || {
+        let text = running.output()?;
+        ensure!(!text.contains("differs: "), "{text}");
+        Ok(running.stopped()?.then_some(()))
+    })?;
+    let text = running.output()?;
+    ensure!(text.lines().any(|line| line == "OK"), "it ended without a word: {text}");
+    Ok(())
+}
+
+fn random(site: &Site, seed: u64, steps: u32) -> Result<()> {
+    let draw = Draw { seed, steps, skipped: Vec::new() };
+    draw.is_sound(site).with_context(|| format!("seed {seed}, without being moved"))?;
+    match draw.moved(site)? {
+        Outcome::Exact | Outcome::Refused => Ok(()),
+        Outcome::Wrong(first) => {
+            let smallest = draw.shrunk(site);
+            let kept: Vec<u32> =
+                (0..steps).filter(|step| !smallest.skipped.contains(step)).collect();
+            let again = smallest.moved(site);
+            bail!("seed {seed}: {first}; smallest: steps {kept:?} of {steps}: {again:?}");
+        }
+    }
+}
+
+/// A number from the environment.
+fn size(name: &str, default: u64) -> Result<u64> {
+    std::env::var(name).map_or(Ok(default), |text| Ok(text.parse()?))
+}
+
 fn trial(
     name: String,
     site: &Arc<Site>,
@@ -166,6 +288,24 @@ fn main() -> std::process::ExitCode {
         } else {
             trials.push(trial(format!("refused/{}", case.name), &site, case, refused));
         }
+    }
+    let draws = || -> Result<(u64, u64, u32)> {
+        let first = size("SAMARA_TEST_SEED", 1)?;
+        let steps = u32::try_from(size("SAMARA_TEST_STEPS", 60)?)?;
+        Ok((first, size("SAMARA_TEST_RANDOM", 20)?, steps))
+    };
+    let (first, count, steps) = match draws() {
+        Ok(draws) => draws,
+        Err(error) => {
+            eprintln!("{error:#}");
+            return std::process::ExitCode::FAILURE;
+        }
+    };
+    for seed in first..first.saturating_add(count) {
+        let site = Arc::clone(&site);
+        trials.push(Trial::test(format!("random/{seed}"), move || {
+            random(&site, seed, steps).map_err(|error| Failed::from(format!("{error:#}")))
+        }));
     }
     let conclusion = libtest_mimic::run(&arguments, trials);
     drop(site);
