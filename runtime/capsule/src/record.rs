@@ -26,6 +26,11 @@ pub struct Container {
     pub unix_sockets: Vec<UnixSocket>,
     /// The vdso's code, by digest: addresses inside it are in registers and in the memory of language runtimes.
     pub vdso_sha256: Bytes,
+    /// What its IPC namespace holds.
+    #[serde(default)]
+    pub system_v: SystemV,
+    #[serde(default)]
+    pub posix_queues: Vec<PosixQueue>,
 }
 
 /// Clocks at the instant of the capture, as the container saw them, in nanoseconds.
@@ -86,10 +91,25 @@ pub struct Alive {
     pub vector_features: u64,
     pub oom_score_adjust: i32,
     pub personality: u32,
+    #[serde(default)]
+    pub memory: MemoryAttributes,
     /// The signal that its parent gets when it ends.
     pub exit_signal: i32,
     /// The process's leader first.
     pub threads: Vec<Thread>,
+}
+
+/// What holds for an address space as a whole.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryAttributes {
+    /// Flags of `mlockall` for mappings to come: `MCL_FUTURE`, `MCL_ONFAULT`.
+    pub lock_future: u32,
+    /// As `PR_GET_MDWE` tells.
+    pub deny_write_execute: u32,
+    /// As `PR_GET_THP_DISABLE` tells.
+    pub no_huge_pages: u32,
+    /// `PR_SET_MEMORY_MERGE`.
+    pub merge: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -143,12 +163,26 @@ pub struct Mapping {
     pub advice: Advice,
     /// Ranges inside that are guard pages (`MADV_GUARD_INSTALL`).
     pub guards: Vec<(u64, u64)>,
+    /// The name that `PR_SET_VMA_ANON_NAME` gave it; empty for none.
+    #[serde(default)]
+    pub name: Bytes,
+    /// Mode and nodes of `mbind`; `None` for what the thread's own policy says.
+    #[serde(default)]
+    pub memory_policy: Option<(u32, Vec<u64>)>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Backing {
     /// Private, zero until written. `grows_down`: a stack.
-    Anonymous { grows_down: bool },
+    Anonymous {
+        grows_down: bool,
+        /// Of pages other than the usual ones (`MAP_HUGETLB`).
+        #[serde(default)]
+        huge_page_bytes: Option<u64>,
+        /// The kernel may drop its content (`MAP_DROPPABLE`).
+        #[serde(default)]
+        droppable: bool,
+    },
     /// A private view of a file: pages of the process's space are its own, others are the file's.
     PrivateFile { path: Path, offset: u64, check: FileCheck },
     /// A shared view of a file of the container.
@@ -159,6 +193,10 @@ pub enum Backing {
     SharedUnlinked { file: u32, offset: u64, may_write: bool },
     /// A shared memory object: index into [`Container::shared_memory`].
     Shared { memory: u32, offset: u64, may_write: bool },
+    /// A private view of a shared memory object: index into [`Container::shared_memory`].
+    PrivateMemory { memory: u32, offset: u64 },
+    /// An attached segment of System V: index into [`SystemV::segments`].
+    SystemV { segment: u32, offset: u64, may_write: bool },
     /// The vdso and its data pages: one block, put back as the new host has it. `index` counts from the block's start.
     Vdso { index: u32 },
 }
@@ -184,6 +222,9 @@ pub struct Advice {
     pub locked: bool,
     pub locked_on_fault: bool,
     pub sync_faults: bool,
+    /// `mseal`.
+    #[serde(default)]
+    pub sealed: bool,
 }
 
 /// A descriptor of a process: index into [`Container::files`].
@@ -287,6 +328,10 @@ pub enum FileKind {
     SharedMemory {
         memory: u32,
         position: u64,
+    },
+    /// A POSIX message queue: index into [`Container::posix_queues`].
+    PosixQueue {
+        queue: u32,
     },
     /// A stream that the container was given from outside: its standard input, output or error.
     Outside {
@@ -466,6 +511,9 @@ pub struct SharedMemory {
     pub space: u32,
     pub bytes: u64,
     pub kind: SharedMemoryKind,
+    /// Of pages other than the usual ones (`MAP_HUGETLB`, `MFD_HUGETLB`).
+    #[serde(default)]
+    pub huge_page_bytes: Option<u64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -474,6 +522,95 @@ pub enum SharedMemoryKind {
     Anonymous,
     /// `memfd_create`.
     Memfd { name: Bytes, seals: i32, mode: u32, owner: (u32, u32) },
+}
+
+/// System V objects (`sysvipc(7)`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SystemV {
+    pub segments: Vec<Segment>,
+    pub semaphores: Vec<SemaphoreSet>,
+    pub queues: Vec<MessageQueue>,
+}
+
+/// What System V objects of all kinds have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IpcIdentity {
+    pub id: i32,
+    pub key: i32,
+    pub owner: (u32, u32),
+    pub creator: (u32, u32),
+    pub mode: u32,
+}
+
+/// Shared memory of System V.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Segment {
+    pub identity: IpcIdentity,
+    /// The page space with its content: page numbers are offsets.
+    pub space: u32,
+    pub bytes: u64,
+    /// Of pages other than the usual ones.
+    pub huge_page_bytes: Option<u64>,
+    /// `SHM_LOCK`.
+    pub locked: bool,
+    /// `IPC_RMID` was called; it lives until nobody has it attached.
+    pub removed: bool,
+    /// 0 where it is not a process of the container any more.
+    pub creator_pid: i32,
+    pub last_pid: i32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SemaphoreSet {
+    pub identity: IpcIdentity,
+    pub semaphores: Vec<Semaphore>,
+    /// `semop` was called: programs wait for that before they take a set for initialized.
+    pub operated: bool,
+    /// What the ends of processes will add (`SEM_UNDO`).
+    pub undo: Vec<SemaphoreUndo>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Semaphore {
+    pub value: u16,
+    /// The process that changed it last; 0 where it is not one of the container any more.
+    pub last_pid: i32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SemaphoreUndo {
+    pub pid: i32,
+    /// Which semaphore of the set.
+    pub number: u16,
+    pub adjustment: i32,
+}
+
+/// A message queue of System V.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MessageQueue {
+    pub identity: IpcIdentity,
+    pub bytes_max: u64,
+    /// Types and contents, oldest first.
+    pub messages: Vec<(i64, Bytes)>,
+    /// 0 where it is not a process of the container any more, or nobody has.
+    pub last_sender: i32,
+    pub last_receiver: i32,
+}
+
+/// A POSIX message queue (`mq_overview(7)`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PosixQueue {
+    /// Without a slash. Where `named` is false it has lost that name, and lives by its descriptors.
+    pub name: Bytes,
+    pub named: bool,
+    pub mode: u32,
+    pub owner: (u32, u32),
+    pub messages_max: i64,
+    pub message_bytes_max: i64,
+    /// Priorities and contents, in the order in which they will be received.
+    pub messages: Vec<(u32, Bytes)>,
+    /// The process that has reserved the next message for itself (`mq_notify` with `SIGEV_NONE`).
+    pub waiting: Option<i32>,
 }
 
 /// A regular file that is open or mapped and has no name.

@@ -6,7 +6,6 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, Metadata};
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -14,7 +13,6 @@ use std::time::{Duration, Instant};
 
 use samara_capsule::record::{self, Bytes, Container, ProcessState};
 use samara_capsule::transfer::{Sink, SpaceId};
-use samara_kernel::setns::{Namespace, inside};
 use samara_kernel::{Pid, proc};
 use sha2::{Digest, Sha256};
 
@@ -23,7 +21,9 @@ use crate::phase::{self, Phase};
 use crate::root::Root;
 use crate::tracee::TraceeError;
 use crate::unsupported::{Place, Unsupported, UnsupportedList};
-use crate::{clocks, descriptors, epoll, memory, process, unix_sockets};
+use crate::{
+    clocks, descriptors, epoll, memory, posix_queues, process, system_v, unix_sockets,
+};
 
 /// Why no capsule came of a capture. The container runs on in every case.
 #[derive(Debug, thiserror::Error)]
@@ -130,53 +130,10 @@ pub fn capture(
         shared_memory: tables.shared_memory,
         unlinked_files: tables.unlinked,
         vdso_sha256: vdso,
+        system_v: tables.system_v.record,
+        posix_queues: tables.posix_queues.records,
     };
     Ok(Captured { container, frozen, report })
-}
-
-/// `MQUEUE_MAGIC` of ipc/mqueue.c
-const MQUEUE_MAGIC: i64 = 0x1980_0202;
-
-/// Notes System V objects and POSIX message queues, which belong to the container and to none of its processes.
-///
-/// They are listed for an IPC namespace; one that the container shares with its host says nothing about the container.
-fn refuse_ipc(tables: &mut Tables<'_>) -> Result<(), CaptureError> {
-    let init = tables.request.init;
-    let own = i32::try_from(std::process::id()).expect("pids are ints");
-    let what = || read("the container's System V objects");
-    if proc::namespace(init, "ipc").map_err(what())?
-        == proc::namespace(own, "ipc").map_err(what())?
-    {
-        return Ok(());
-    }
-    for (file, kind) in [("shm", "shared memory"), ("sem", "semaphores"), ("msg", "message queues")]
-    {
-        let path = format!("/proc/sysvipc/{file}");
-        let table = inside(init, Namespace::Ipc, || fs::read_to_string(&path)).map_err(what())?;
-        // A line of headings, and one an object.
-        if table.lines().count() > 1 {
-            tables.refuse(
-                init,
-                Place::Process,
-                format!("its container has System V {kind}, which are not supported"),
-            );
-        }
-    }
-    // Without a mount for them nobody has made one by name, or its descriptor is refused.
-    let queues = tables.root.open(b"/dev/mqueue", libc::O_DIRECTORY | libc::O_RDONLY);
-    if let Ok(queues) = queues
-        && nix::sys::statfs::fstatfs(&queues).is_ok_and(|fs| fs.filesystem_type().0 == MQUEUE_MAGIC)
-        && let Some(queue) =
-            fs::read_dir(format!("/proc/self/fd/{}", queues.as_raw_fd())).map_err(what())?.next()
-    {
-        let name = queue.map_err(what())?.file_name();
-        let what = format!(
-            "its container has the message queue /{}, which is not supported",
-            name.to_string_lossy()
-        );
-        tables.refuse(init, Place::Process, what);
-    }
-    Ok(())
 }
 
 /// Records of all processes by the engine's number, and the vdso's digest.
@@ -191,8 +148,9 @@ fn collect(
     for session in frozen.sessions.values_mut() {
         process::mend_for_thaw(session, &elapsed)?;
     }
-    refuse_ipc(tables)?;
     descriptors::make_room().map_err(read("room for the container's descriptors"))?;
+    posix_queues::list(tables)?;
+    system_v::list(frozen, tables)?;
     process::refuse_shared(&frozen.processes.keys().copied().collect::<Vec<Pid>>(), tables);
     let mut looked_at = Vec::new();
     let mut vdso = Bytes::new();
@@ -227,6 +185,12 @@ fn collect(
         records.push((*pid, record));
     }
     unix_sockets::ask(&mut frozen.processes, tables)?;
+    system_v::ask(frozen, tables)?;
+    if !tables.unsupported.is_empty() {
+        let unsupported = std::mem::take(&mut tables.unsupported);
+        return Err(CaptureError::Unsupported(UnsupportedList(unsupported)));
+    }
+    posix_queues::copy(tables)?;
     ask_for_stops(frozen, &mut records)?;
     for zombie in &frozen.zombies {
         records.push((zombie.pid, process::collect_zombie(zombie.pid)?));
@@ -283,6 +247,8 @@ pub(crate) struct Tables<'a> {
     pub(crate) known_pipes: BTreeMap<(u64, u64), u32>,
     pub(crate) sockets: unix_sockets::Sockets,
     pub(crate) epolls: Vec<epoll::Instance>,
+    pub(crate) system_v: system_v::Known,
+    pub(crate) posix_queues: posix_queues::Known,
     known_memory: BTreeMap<(u64, u64), u32>,
     known_unlinked: BTreeMap<(u64, u64), u32>,
     spaces: u32,
@@ -303,6 +269,8 @@ impl<'a> Tables<'a> {
             known_pipes: BTreeMap::new(),
             sockets: unix_sockets::Sockets::default(),
             epolls: Vec::new(),
+            system_v: system_v::Known::default(),
+            posix_queues: posix_queues::Known::default(),
             known_memory: BTreeMap::new(),
             known_unlinked: BTreeMap::new(),
             spaces: 0,
@@ -350,9 +318,15 @@ impl<'a> Tables<'a> {
         };
         let space = self.new_space();
         let bytes = metadata.size();
+        let huge_page_bytes = memory::huge_page_bytes(&file).map_err(read(link))?;
         self.contents.push((file, space, bytes));
         let index = index(self.shared_memory.len());
-        self.shared_memory.push(record::SharedMemory { space: space.0, bytes, kind });
+        self.shared_memory.push(record::SharedMemory {
+            space: space.0,
+            bytes,
+            kind,
+            huge_page_bytes,
+        });
         self.known_memory.insert(identity, index);
         Ok(index)
     }

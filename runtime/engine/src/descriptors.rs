@@ -27,7 +27,7 @@ use crate::restore::{RestoreError, make, open_below, open_checked};
 use crate::root::Root;
 use crate::tracee::Process;
 use crate::unsupported::Place;
-use crate::{epoll, pipes, process, sockets, timers, unix_sockets};
+use crate::{epoll, pipes, posix_queues, process, sockets, timers, unix_sockets};
 
 /// The descriptors and locks of one process.
 #[derive(Debug, Default)]
@@ -163,6 +163,11 @@ fn classify(
     if found.info.flags & libc::O_PATH != 0 {
         return Ok(Err("descriptors opened with O_PATH are not supported".to_owned()));
     }
+    if let Some(queue) =
+        posix_queues::of_descriptor(tables, found.link, found.target, found.metadata)?
+    {
+        return Ok(Ok(FileKind::PosixQueue { queue }));
+    }
     let kind = found.metadata.file_type();
     let position = found.info.position;
     let path = || Bytes::from(found.target.to_vec());
@@ -171,6 +176,9 @@ fn classify(
         let name = name.strip_suffix(b" (deleted)").unwrap_or(name);
         let memory = tables.shared_memory((device, inode), found.link, Some(name))?;
         return Ok(Ok(FileKind::SharedMemory { memory, position }));
+    }
+    if found.target.starts_with(b"/secretmem") {
+        return Ok(Err("secret memory (memfd_secret) is not supported".to_owned()));
     }
     if kind.is_file() && found.metadata.nlink() == 0 {
         let path = std::path::Path::new(std::ffi::OsStr::from_bytes(found.target));
@@ -588,6 +596,11 @@ fn make_file(
             let socket = socket.map_err(make("a unix socket"))?;
             set_flags(&socket, flags)?;
             socket
+        }
+        FileKind::PosixQueue { queue } => {
+            let queue =
+                shared.queues.get(*queue as usize).ok_or_else(|| damaged("a message queue"))?;
+            Shared::reopen(queue, flags).map_err(make("a message queue"))?.into()
         }
         FileKind::Outside { stream } => match outside.get(*stream as usize) {
             // The description is the engine's above, and its flags with it.

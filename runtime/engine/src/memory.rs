@@ -12,15 +12,15 @@
 //! forked child still shares with its parent.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use samara_capsule::record::{
-    self, Advice, Alive, Backing, Container, FileCheck, ProcessState, SharedMemoryKind,
+    self, Advice, Alive, Backing, Bytes, Container, FileCheck, ProcessState, SharedMemoryKind,
 };
 use samara_capsule::transfer::{
     BATCH_BYTES_MAX, PAGE_BYTES, PageBatch, PageRun, Sink, Source, SpaceId,
@@ -30,20 +30,23 @@ use samara_kernel::proc::Mapping;
 use samara_kernel::tape::End;
 use samara_kernel::{Pid, proc, process_vm};
 
-use crate::capture::{CaptureError, Tables};
+use crate::capture::{CaptureError, Tables, read};
 use crate::descriptors::Channel;
-use crate::restore::{RestoreError, Tree, is_filled, make, open_below};
+use crate::restore::{RestoreError, Tree, is_filled, make, open_checked};
 use crate::root::Root;
-use crate::tracee::Process;
+use crate::tracee::{ARENA_BYTES, Output, Process, TraceeError};
 use crate::unsupported::Place;
+use crate::{posix_queues, process, system_v};
 
 pub(crate) const PAGE: u64 = PAGE_BYTES as u64;
+/// The largest pages that there is room for.
+pub(crate) const HUGE_PAGE: u64 = 2 << 20;
 
 /// `VmFlags` that a restore brings back, or that follow from what it brings back.
 const KNOWN_FLAGS: &[&[u8; 2]] = &[
     b"rd", b"wr", b"ex", b"sh", b"mr", b"mw", b"me", b"ms", b"gd", b"lo", b"lf", b"sr", b"rr",
     b"dc", b"de", b"ac", b"nr", b"sf", b"wf", b"dd", b"sd", b"hg", b"nh", b"mg", b"dw", b"nl",
-    b"gu",
+    b"gu", b"ht", b"sl", b"dp",
 ];
 
 /// Describes the mappings of a process, and registers the objects that they share.
@@ -54,6 +57,16 @@ pub(crate) fn describe(
 ) -> Result<Vec<record::Mapping>, CaptureError> {
     let mut records = Vec::new();
     let mut special = 0;
+    let own = i32::try_from(std::process::id()).expect("pids are ints");
+    let parts = |mappings: &[Mapping]| mappings.iter().filter(|part| is_vdso(part)).count();
+    let here = proc::mappings(own).map_err(read("the mappings"))?;
+    if parts(mappings) != parts(&here) {
+        tables.refuse(
+            pid,
+            Place::Process,
+            "it has unmapped or split its vdso, which is not supported",
+        );
+    }
     for mapping in mappings {
         if mapping.name == "[vsyscall]" {
             continue;
@@ -80,9 +93,20 @@ pub(crate) fn describe(
             backing,
             advice: advice(mapping),
             guards: Vec::new(),
+            name: Bytes::from(given_name(mapping).to_vec()),
+            memory_policy: None,
         });
     }
     Ok(records)
+}
+
+/// What `PR_SET_VMA_ANON_NAME` called a mapping: `[anon:name]`, `[anon_shmem:name]`.
+fn given_name(mapping: &Mapping) -> &[u8] {
+    let name = mapping.name.as_bytes();
+    name.strip_prefix(b"[anon:")
+        .or_else(|| name.strip_prefix(b"[anon_shmem:"))
+        .and_then(|name| name.strip_suffix(b"]"))
+        .unwrap_or_default()
 }
 
 pub(crate) fn is_vdso(mapping: &Mapping) -> bool {
@@ -103,6 +127,7 @@ fn advice(mapping: &Mapping) -> Advice {
         locked: mapping.has_flag(b"lo"),
         locked_on_fault: mapping.has_flag(b"lf"),
         sync_faults: mapping.has_flag(b"sf"),
+        sealed: mapping.has_flag(b"sl"),
     }
 }
 
@@ -117,10 +142,18 @@ fn backing(
         let flag = String::from_utf8_lossy(flag.as_slice()).into_owned();
         return refuse(format!("memory with the property `{flag}` of VmFlags is not supported"));
     }
+    // Memory that can only be executed gets a key from the kernel.
+    if mapping.protection_key != 0 && (mapping.read || mapping.write) {
+        return refuse("memory with a protection key is not supported".to_owned());
+    }
     let name = mapping.name.as_bytes();
     let anonymous = mapping.inode == 0 && (name.is_empty() || name.starts_with(b"["));
     if anonymous && !mapping.shared {
-        return Ok(Ok(Backing::Anonymous { grows_down: mapping.has_flag(b"gd") }));
+        return Ok(Ok(Backing::Anonymous {
+            grows_down: mapping.has_flag(b"gd"),
+            huge_page_bytes: None,
+            droppable: mapping.has_flag(b"dp"),
+        }));
     }
     if name.starts_with(b"anon_inode:")
         || name.starts_with(b"/anon_inode:")
@@ -128,27 +161,51 @@ fn backing(
     {
         return refuse(format!("a mapping of {} is not supported", mapping.name.display()));
     }
-    if name.starts_with(b"/SYSV") {
-        return refuse("System V shared memory is not supported".to_owned());
-    }
-    if name.starts_with(b"/anon_hugepage") {
-        return refuse("explicit huge pages are not supported".to_owned());
+    if name.starts_with(b"/secretmem") {
+        return refuse("secret memory (memfd_secret) is not supported".to_owned());
     }
     let link = format!("/proc/{pid}/map_files/{:x}-{:x}", mapping.start, mapping.end);
+    if name.starts_with(b"/SYSV") {
+        let (offset, may_write) = (mapping.offset, mapping.has_flag(b"mw"));
+        let segment = system_v::segment(tables, mapping.inode, &link)?;
+        return Ok(segment.map(|segment| Backing::SystemV { segment, offset, may_write }));
+    }
     let metadata =
         fs::metadata(&link).map_err(|source| CaptureError::Read { what: link.clone(), source })?;
     let identity = (metadata.dev(), metadata.ino());
     let may_write = mapping.has_flag(b"mw");
     let offset = mapping.offset;
-    if name.starts_with(b"/memfd:") || name == b"/dev/zero (deleted)" {
+    let huge = name.starts_with(b"/anon_hugepage");
+    if huge && !mapping.shared {
+        let file = File::open(&link).map_err(read(link.as_str()))?;
+        let huge_page_bytes = huge_page_bytes(&file).map_err(read(link.as_str()))?;
+        if huge_page_bytes.is_some_and(|bytes| bytes > HUGE_PAGE) {
+            return refuse("huge pages of more than 2 MiB are not supported".to_owned());
+        }
+        return Ok(Ok(Backing::Anonymous { grows_down: false, huge_page_bytes, droppable: false }));
+    }
+    let nameless = name == b"/dev/zero (deleted)" || name.starts_with(b"[anon_shmem:") || huge;
+    if name.starts_with(b"/memfd:") || nameless {
         let memfd = name
             .strip_prefix(b"/memfd:")
             .map(|name| name.strip_suffix(b" (deleted)").unwrap_or(name));
-        if !mapping.shared {
-            return refuse("a private mapping of a memfd is not supported".to_owned());
-        }
         let memory = tables.shared_memory(identity, &link, memfd)?;
-        return Ok(Ok(Backing::Shared { memory, offset, may_write }));
+        if tables
+            .shared_memory
+            .get(memory as usize)
+            .is_some_and(|memory| memory.huge_page_bytes.is_some_and(|bytes| bytes > HUGE_PAGE))
+        {
+            return refuse("huge pages of more than 2 MiB are not supported".to_owned());
+        }
+        return Ok(Ok(if mapping.shared {
+            Backing::Shared { memory, offset, may_write }
+        } else {
+            Backing::PrivateMemory { memory, offset }
+        }));
+    }
+    if mapping.has_flag(b"ht") {
+        let path = String::from_utf8_lossy(name).into_owned();
+        return refuse(format!("the file {path} of huge pages is not supported"));
     }
     if metadata.nlink() == 0 {
         let path = fs::read_link(&link)
@@ -178,6 +235,64 @@ fn backing(
     } else {
         Backing::PrivateFile { path, offset, check }
     }))
+}
+
+/// Flags of `mlockall` that hold for mappings to come, told by the one that the engine has just made. `before` is what was
+/// known of the process before that.
+pub(crate) fn lock_future(process: &Process, before: &proc::Status) -> Result<u32, CaptureError> {
+    const MCL_FUTURE: u32 = 2;
+    const MCL_ONFAULT: u32 = 4;
+    let pid = process.pid;
+    let now = proc::status(pid).map_err(read(format!("process {pid} in /proc")))?;
+    let Some(arena) = process.arena else { return Ok(0) };
+    if now.vmlck <= before.vmlck {
+        return Ok(0);
+    }
+    // Locked at once, all pages are there; else the last one has not been needed yet.
+    let end = arena + ARENA_BYTES;
+    let pagemap = Pagemap::open(pid).map_err(read(format!("/proc/{pid}/pagemap")))?;
+    let there = pagemap.populated(end - PAGE, end).map_err(read(format!("/proc/{pid}/pagemap")))?;
+    Ok(if there.is_empty() { MCL_FUTURE | MCL_ONFAULT } else { MCL_FUTURE })
+}
+
+/// Asks a process for the memory policies of its mappings.
+pub(crate) fn ask_policies(
+    process: &mut Process,
+    mappings: &mut [record::Mapping],
+) -> Result<(), TraceeError> {
+    const MPOL_F_ADDR: u64 = 2;
+    const AT_ONCE: usize = 1024;
+    for group in mappings.chunks_mut(AT_ONCE) {
+        let mut tape = process.tape()?;
+        let modes: Vec<(Output, Output)> = group
+            .iter()
+            .map(|mapping| {
+                let (mode, nodes) = (tape.output(8), tape.output(process::NODE_WORDS * 8));
+                let arguments = [
+                    mode.address,
+                    nodes.address,
+                    process::NODES_MAX,
+                    mapping.start,
+                    MPOL_F_ADDR,
+                    0,
+                ];
+                // A kernel without NUMA has no such call.
+                tape.try_call("ask for a memory policy", libc::SYS_get_mempolicy, arguments);
+                (mode, nodes)
+            })
+            .collect();
+        process.run_all(0, &tape, End::Call)?;
+        for (mapping, (mode, nodes)) in group.iter_mut().zip(modes) {
+            let [mode] = process::words(&process.output(mode)?);
+            if let Ok(mode) = u32::try_from(mode)
+                && mode != 0
+            {
+                let nodes: [u64; process::NODE_WORDS] = process::words(&process.output(nodes)?);
+                mapping.memory_policy = Some((mode, nodes.to_vec()));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Collects page runs of one space into batches.
@@ -256,10 +371,13 @@ pub(crate) fn copy_private(
     for mapping in mappings {
         let own_only = match mapping.backing {
             Backing::Anonymous { .. } => false,
-            Backing::PrivateFile { .. } | Backing::PrivateUnlinked { .. } => true,
+            Backing::PrivateFile { .. }
+            | Backing::PrivateUnlinked { .. }
+            | Backing::PrivateMemory { .. } => true,
             Backing::SharedFile { .. }
             | Backing::SharedUnlinked { .. }
             | Backing::Shared { .. }
+            | Backing::SystemV { .. }
             | Backing::Vdso { .. } => continue,
         };
         for run in pagemap.populated(mapping.start, mapping.end).map_err(failed)? {
@@ -357,6 +475,45 @@ pub(crate) fn check(alive: &Alive) -> Result<(), RestoreError> {
     Ok(())
 }
 
+/// Whether the host has the huge pages that are needed.
+pub(crate) fn check_huge_pages(container: &Container) -> Result<(), RestoreError> {
+    let mut needed: BTreeMap<u64, u64> = BTreeMap::new();
+    let mut need = |size: Option<u64>, bytes: u64| {
+        if let Some(size) = size {
+            let pages = needed.entry(size).or_default();
+            *pages = pages.saturating_add(bytes.div_ceil(size.max(1)));
+        }
+    };
+    for process in &container.processes {
+        let ProcessState::Alive(alive) = &process.state else { continue };
+        for mapping in &alive.mappings {
+            if let Backing::Anonymous { huge_page_bytes, .. } = mapping.backing
+                && !mapping.advice.no_reserve
+            {
+                need(huge_page_bytes, mapping.end - mapping.start);
+            }
+        }
+    }
+    for memory in &container.shared_memory {
+        need(memory.huge_page_bytes, memory.bytes);
+    }
+    for segment in &container.system_v.segments {
+        need(segment.huge_page_bytes, segment.bytes);
+    }
+    for (size, pages) in needed {
+        let kib = size >> 10;
+        let path = format!("/sys/kernel/mm/hugepages/hugepages-{kib}kB/free_hugepages");
+        let text = fs::read_to_string(path).unwrap_or_default();
+        let free: u64 = text.trim().parse().unwrap_or(0);
+        if free < pages {
+            return Err(RestoreError::Incompatible(format!(
+                "{pages} huge pages of {kib} KiB are needed, {free} are free"
+            )));
+        }
+    }
+    Ok(())
+}
+
 /// The vdso and its data pages of a process, in address order.
 fn vdso_mappings(process: &Process) -> Result<Vec<Mapping>, RestoreError> {
     let mappings = proc::mappings(process.pid).map_err(make("a list of mappings"))?;
@@ -412,6 +569,11 @@ fn move_vdso(process: &mut Process, places: &[u64]) -> Result<(), RestoreError> 
 pub(crate) struct Shared {
     pub(crate) memory: Vec<File>,
     pub(crate) unlinked: Vec<File>,
+    pub(crate) queues: Vec<File>,
+    /// Segments of System V have no files: they are attached by their ids.
+    segments: Vec<record::Segment>,
+    /// Room in every process for mappings that are made for a moment.
+    workspace: u64,
 }
 
 impl Shared {
@@ -437,7 +599,12 @@ pub(crate) fn make_shared(
     root: &Root,
     source: &dyn Source,
 ) -> Result<Shared, RestoreError> {
-    let mut shared = Shared::default();
+    let mut shared = Shared {
+        segments: container.system_v.segments.clone(),
+        workspace: tree.workspace(),
+        queues: posix_queues::restore(tree.process(1)?.pid, container)?,
+        ..Shared::default()
+    };
     for memory in &container.shared_memory {
         shared.memory.push(make_memory(tree, memory, source)?);
     }
@@ -480,14 +647,23 @@ fn make_memory(
     const SHARED: u64 = (libc::MAP_SHARED | libc::MAP_FIXED_NOREPLACE) as u64;
     const ANONYMOUS: u64 = libc::MAP_ANONYMOUS as u64;
     let what = || make("shared memory");
-    let place = tree.parking + crate::restore::PARKING_BYTES;
-    let bytes = record.bytes.next_multiple_of(PAGE);
+    let place = tree.workspace();
+    let page = record.huge_page_bytes.unwrap_or(PAGE);
+    let huge = match record.huge_page_bytes {
+        None => 0,
+        Some(bytes) => huge_page_flags(bytes)?,
+    };
+    let bytes = record.bytes.next_multiple_of(page);
     let memfd = match &record.kind {
         SharedMemoryKind::Anonymous => None,
         SharedMemoryKind::Memfd { name, mode, owner, .. } => {
             let name = std::ffi::CString::new(name.to_vec())
                 .map_err(|_| RestoreError::Damaged("a memfd's name has a zero byte".to_owned()))?;
-            let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+            let mut flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+            if huge != 0 {
+                let size = u32::try_from(huge).expect("flags have 32 bits");
+                flags |= MFdFlags::MFD_HUGETLB | MFdFlags::from_bits_retain(size);
+            }
             let file = File::from(
                 memfd_create(name.as_c_str(), flags).map_err(io::Error::from).map_err(what())?,
             );
@@ -515,7 +691,9 @@ fn make_memory(
             tape.call("close shared memory", libc::SYS_close, [fd, 0, 0, 0, 0, 0]);
         }
         None => {
-            let arguments = [place, bytes, RW, SHARED | ANONYMOUS, u64::MAX, 0];
+            const HUGE: u64 = libc::MAP_HUGETLB as u64;
+            let size = if huge == 0 { 0 } else { HUGE | huge };
+            let arguments = [place, bytes, RW, SHARED | ANONYMOUS | size, u64::MAX, 0];
             tape.call("map shared memory", libc::SYS_mmap, arguments);
         }
     }
@@ -536,12 +714,20 @@ fn make_memory(
     let mut tape = init.tape()?;
     tape.call("unmap shared memory", libc::SYS_munmap, [place, bytes, 0, 0, 0, 0]);
     init.run_all(0, &tape, End::Breakpoint)?;
-    if let SharedMemoryKind::Memfd { seals, .. } = record.kind {
-        use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-        let seals = SealFlag::from_bits_retain(seals);
-        fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).map_err(io::Error::from).map_err(what())?;
-    }
     Ok(file)
+}
+
+/// Seals memfds, once everybody has mapped them: a seal may forbid what was mapped before it.
+pub(crate) fn seal(shared: &Shared, container: &Container) -> Result<(), RestoreError> {
+    use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+    for (record, file) in container.shared_memory.iter().zip(&shared.memory) {
+        if let SharedMemoryKind::Memfd { seals, .. } = record.kind {
+            fcntl(file, FcntlArg::F_ADD_SEALS(SealFlag::from_bits_retain(seals)))
+                .map_err(io::Error::from)
+                .map_err(make("the seals of shared memory"))?;
+        }
+    }
+    Ok(())
 }
 
 /// Makes a regular file without a name on the file system where it was.
@@ -634,13 +820,16 @@ fn map_some(
             Shared::reopen(file, flags).map_err(make("a shared object"))
         };
         let file = match &mapping.backing {
-            Backing::Anonymous { .. } | Backing::Vdso { .. } => None,
+            Backing::Anonymous { .. } | Backing::SystemV { .. } | Backing::Vdso { .. } => None,
             Backing::PrivateFile { path, .. } => Some((path.as_slice(), libc::O_RDONLY, None)),
             Backing::SharedFile { path, may_write, .. } => {
                 Some((path.as_slice(), access(*may_write), None))
             }
             Backing::PrivateUnlinked { file, .. } => {
                 Some((b"".as_slice(), 0, Some(object(&shared.unlinked, *file, libc::O_RDONLY)?)))
+            }
+            Backing::PrivateMemory { memory, .. } => {
+                Some((b"".as_slice(), 0, Some(object(&shared.memory, *memory, libc::O_RDONLY)?)))
             }
             Backing::SharedUnlinked { file, may_write, .. } => Some((
                 b"".as_slice(),
@@ -662,7 +851,7 @@ fn map_some(
             Some((path, flags, None)) => Some(match index.get(&(path, flags)) {
                 Some(known) => *known,
                 None => {
-                    let file = open_below(root, path, flags)?;
+                    let file = open_checked(root, path, flags, &is_mappable)?;
                     check_file(&mapping.backing, &file)?;
                     files.push(file);
                     index.insert((path, flags), files.len() - 1);
@@ -675,6 +864,17 @@ fn map_some(
     let numbers = channel.send(process, &borrowed)?;
     let mut tape = process.tape()?;
     for (mapping, need) in mappings.iter().zip(needs) {
+        if let Backing::SystemV { segment, offset, may_write } = mapping.backing {
+            let segment = shared.segments.get(segment as usize).ok_or_else(|| {
+                RestoreError::Damaged(format!("a mapping refers to segment {segment}"))
+            })?;
+            let range = (mapping.start, mapping.end);
+            system_v::attach(&mut tape, segment, range, offset, may_write, shared.workspace);
+            let protection = u64::from(mapping.protection);
+            let arguments = [mapping.start, mapping.end - mapping.start, protection, 0, 0, 0];
+            tape.call(format!("protect {:#x}", mapping.start), libc::SYS_mprotect, arguments);
+            continue;
+        }
         let Some((flags, offset)) = placement(mapping) else { continue };
         let fd = need
             .and_then(|index| numbers.get(index))
@@ -700,6 +900,13 @@ fn map_some(
     Ok(())
 }
 
+/// A regular file, or the device that gives memory.
+fn is_mappable(metadata: &Metadata) -> bool {
+    const ZERO: (u32, u32) = (1, 5);
+    let number = (libc::major(metadata.rdev()), libc::minor(metadata.rdev()));
+    metadata.is_file() || metadata.file_type().is_char_device() && number == ZERO
+}
+
 /// Private pages are only right over the file they came from.
 fn check_file(backing: &Backing, file: &File) -> Result<(), RestoreError> {
     let (Backing::PrivateFile { path, check, .. } | Backing::SharedFile { path, check, .. }) =
@@ -718,24 +925,33 @@ fn check_file(backing: &Backing, file: &File) -> Result<(), RestoreError> {
     Ok(())
 }
 
-/// Flags and offset for `mmap`; `None` for the vdso.
+/// linux/mman.h; a type of mapping like `MAP_PRIVATE`.
+const MAP_DROPPABLE: i32 = 8;
+
+/// Flags and offset for `mmap`; `None` for what is mapped otherwise.
 fn placement(mapping: &record::Mapping) -> Option<(u64, u64)> {
     const PRIVATE: i32 = libc::MAP_PRIVATE | libc::MAP_FIXED_NOREPLACE;
     const SHARED: i32 = libc::MAP_SHARED | libc::MAP_FIXED_NOREPLACE;
+    const DROPPABLE: i32 = MAP_DROPPABLE | libc::MAP_FIXED_NOREPLACE;
+    let mut huge = 0;
     let (flags, offset) = match mapping.backing {
-        Backing::Anonymous { grows_down } => {
-            (PRIVATE | libc::MAP_ANONYMOUS | if grows_down { libc::MAP_GROWSDOWN } else { 0 }, 0)
+        Backing::Anonymous { grows_down, huge_page_bytes, droppable } => {
+            let kind = if droppable { DROPPABLE } else { PRIVATE };
+            if let Some(bytes) = huge_page_bytes {
+                huge = u64::from(libc::MAP_HUGETLB.unsigned_abs()) | huge_page_flags(bytes).ok()?;
+            }
+            (kind | libc::MAP_ANONYMOUS | if grows_down { libc::MAP_GROWSDOWN } else { 0 }, 0)
         }
-        Backing::PrivateFile { offset, .. } | Backing::PrivateUnlinked { offset, .. } => {
-            (PRIVATE, offset)
-        }
+        Backing::PrivateFile { offset, .. }
+        | Backing::PrivateUnlinked { offset, .. }
+        | Backing::PrivateMemory { offset, .. } => (PRIVATE, offset),
         Backing::SharedFile { offset, .. }
         | Backing::SharedUnlinked { offset, .. }
         | Backing::Shared { offset, .. } => (SHARED, offset),
-        Backing::Vdso { .. } => return None,
+        Backing::SystemV { .. } | Backing::Vdso { .. } => return None,
     };
     let flags = flags | if mapping.advice.no_reserve { libc::MAP_NORESERVE } else { 0 };
-    Some((u64::from(flags.unsigned_abs()), offset))
+    Some((u64::from(flags.unsigned_abs()) | huge, offset))
 }
 
 /// Whether any of the runs lies in a mapping.
@@ -769,7 +985,7 @@ pub(crate) fn fill(
 }
 
 /// Writes pages to a process: page numbers count from `base`.
-fn write_runs(pid: Pid, base: u64, runs: &[PageRun], bytes: &[u8]) -> io::Result<()> {
+pub(crate) fn write_runs(pid: Pid, base: u64, runs: &[PageRun], bytes: &[u8]) -> io::Result<()> {
     let mut rest = bytes;
     for runs in runs.chunks(process_vm::RANGES_MAX) {
         let ranges: Vec<process_vm::Range> = runs
@@ -799,6 +1015,26 @@ fn write_runs(pid: Pid, base: u64, runs: &[PageRun], bytes: &[u8]) -> io::Result
     Ok(())
 }
 
+/// The size of a file's pages, if it lies on hugetlbfs.
+pub(crate) fn huge_page_bytes(file: &File) -> io::Result<Option<u64>> {
+    /// linux/magic.h
+    const HUGETLBFS_MAGIC: i64 = 0x958458f6;
+    let system = nix::sys::statfs::fstatfs(file)?;
+    if system.filesystem_type().0 != HUGETLBFS_MAGIC {
+        return Ok(None);
+    }
+    u64::try_from(system.block_size()).map(Some).map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+/// How `mmap`, `shmget` and `memfd_create` are told the size of huge pages (MAP_HUGE_SHIFT of linux/mman.h).
+pub(crate) fn huge_page_flags(bytes: u64) -> Result<u64, RestoreError> {
+    const SHIFT: u32 = 26;
+    if !bytes.is_power_of_two() {
+        return Err(RestoreError::Damaged(format!("a huge page has {bytes} bytes")));
+    }
+    Ok(u64::from(bytes.ilog2()) << SHIFT)
+}
+
 /// Passes the runs of a batch one by one: offset in bytes, and content.
 fn each_run(
     runs: &[PageRun],
@@ -822,8 +1058,17 @@ pub(crate) fn protect(process: &mut Process, alive: &Alive) -> Result<(), Restor
     const RW: u32 = 3;
     let mut tape = process.tape()?;
     for mapping in &alive.mappings {
-        // Each mapping takes a dozen calls at most, besides its guards.
-        if !tape.has_room(16 + mapping.guards.len(), 0) {
+        // Each mapping takes a dozen calls at most, besides its guards; a name has 80 bytes, a policy 128.
+        const DATA_BYTES: usize = 512;
+        if mapping.name.len() > 80
+            || mapping
+                .memory_policy
+                .as_ref()
+                .is_some_and(|(_, nodes)| nodes.len() > process::NODE_WORDS)
+        {
+            return Err(RestoreError::Damaged("a mapping's name or policy is too long".to_owned()));
+        }
+        if !tape.has_room(16 + mapping.guards.len(), DATA_BYTES) {
             process.run_all(0, &tape, End::Breakpoint)?;
             tape = process.tape()?;
         }
@@ -845,10 +1090,66 @@ pub(crate) fn protect(process: &mut Process, alive: &Alive) -> Result<(), Restor
                 [start, bytes, advice, 0, 0, 0],
             );
         }
+        if !mapping.name.is_empty() {
+            const PR_SET_VMA: u64 = 0x5356_4d41;
+            let name = tape.data(&[mapping.name.as_slice(), &[0]].concat());
+            // A kernel without such names has no use for them.
+            let arguments = [PR_SET_VMA, 0, start, bytes, name, 0];
+            tape.try_call("name a mapping", libc::SYS_prctl, arguments);
+        }
+        if let Some((mode, nodes)) = &mapping.memory_policy {
+            let nodes = tape.words(nodes);
+            // Another machine has other nodes; what the policy is good for is speed.
+            let arguments = [start, bytes, u64::from(*mode), nodes, process::NODES_MAX, 0];
+            tape.try_call("set a memory policy", libc::SYS_mbind, arguments);
+        }
         if mapping.advice.locked || mapping.advice.locked_on_fault {
             let flags = u64::from(mapping.advice.locked_on_fault);
-            tape.call(format!("lock {start:#x}"), libc::SYS_mlock2, [start, bytes, flags, 0, 0, 0]);
+            let what = format!("lock {start:#x}");
+            let arguments = [start, bytes, flags, 0, 0, 0];
+            let anonymous = matches!(mapping.backing, Backing::Anonymous { .. });
+            if anonymous && mapping.protection & 1 != 0 {
+                tape.call(what, libc::SYS_mlock2, arguments);
+            } else {
+                // It fails behind the end of a file, and where nothing may be read, and has locked the range nevertheless.
+                tape.try_call(what, libc::SYS_mlock2, arguments);
+            }
         }
+    }
+    let future = alive.memory.lock_future;
+    if future != 0 {
+        tape.call("lock its future mappings", libc::SYS_mlockall, [future.into(), 0, 0, 0, 0, 0]);
+    }
+    let huge = alive.memory.no_huge_pages;
+    if huge != 0 {
+        let operation = u64::from(libc::PR_SET_THP_DISABLE.unsigned_abs());
+        let arguments = [operation, 1, u64::from(huge & !1), 0, 0, 0];
+        tape.call("forbid huge pages", libc::SYS_prctl, arguments);
+    }
+    if alive.memory.merge {
+        let arguments = [process::PR_SET_MEMORY_MERGE, 1, 0, 0, 0, 0];
+        tape.call("let its memory be merged", libc::SYS_prctl, arguments);
+    }
+    process.run_all(0, &tape, End::Breakpoint)?;
+    seal_mappings(process, alive)
+}
+
+/// Forbids what a program has forbidden itself to do with its mappings. Nothing can be changed about them after this.
+fn seal_mappings(process: &mut Process, alive: &Alive) -> Result<(), RestoreError> {
+    const SYS_MSEAL: libc::c_long = 462;
+    let mut tape = process.tape()?;
+    for mapping in alive.mappings.iter().filter(|mapping| mapping.advice.sealed) {
+        if !tape.has_room(2, 0) {
+            process.run_all(0, &tape, End::Breakpoint)?;
+            tape = process.tape()?;
+        }
+        let (start, bytes) = (mapping.start, mapping.end - mapping.start);
+        tape.call(format!("seal {start:#x}"), SYS_MSEAL, [start, bytes, 0, 0, 0, 0]);
+    }
+    if alive.memory.deny_write_execute != 0 {
+        let flags = u64::from(alive.memory.deny_write_execute);
+        let arguments = [process::PR_SET_MDWE, flags, 0, 0, 0, 0];
+        tape.call("deny writable code", libc::SYS_prctl, arguments);
     }
     process.run_all(0, &tape, End::Breakpoint)?;
     Ok(())

@@ -254,7 +254,7 @@ pub(crate) fn gap(occupied: &[(u64, u64)], bytes: u64) -> Result<u64, PlanError>
     ranges.sort_unstable();
     let mut candidate = LOWEST;
     for (start, end) in ranges {
-        if start >= candidate.saturating_add(bytes + DISTANCE) {
+        if start >= candidate.saturating_add(bytes.saturating_add(DISTANCE)) {
             break;
         }
         candidate = candidate.max(end.saturating_add(DISTANCE)).next_multiple_of(4096);

@@ -22,7 +22,7 @@ use crate::restore::{RestoreError, make, open_below};
 use crate::root::Root;
 use crate::tracee::{Output, Process, Tape, Thread, TraceeError, failed};
 use crate::unsupported::Place;
-use crate::{sockets, timers};
+use crate::{memory, sockets, timers};
 
 /// Signals are numbered from 1 to this.
 pub(crate) const SIGNALS: u32 = 64;
@@ -35,6 +35,11 @@ pub(crate) const ITIMERVAL_BYTES: usize = 32;
 
 /// `prctl` operations that libc has no name for on every target.
 const PR_GET_TID_ADDRESS: u64 = 40;
+pub(crate) const PR_SET_MDWE: u64 = 65;
+pub(crate) const PR_SET_MEMORY_MERGE: u64 = 67;
+const PR_GET_MDWE: u64 = 66;
+const PR_GET_THP_DISABLE: u64 = 42;
+const PR_GET_MEMORY_MERGE: u64 = 68;
 const SECCOMP_STRICT: u32 = 1;
 
 const SIGINFO_BYTES: usize = 128;
@@ -48,8 +53,8 @@ const ARCH_REQ_XCOMP_PERM: u64 = 0x1023;
 const TILE_DATA: u64 = 18;
 const IOPRIO_WHO_PROCESS: u64 = 1;
 /// The node masks that we exchange with the kernel have a bit for each node that it has at most.
-const NODE_WORDS: usize = 16;
-const NODES_MAX: u64 = NODE_WORDS as u64 * 64;
+pub(crate) const NODE_WORDS: usize = 16;
+pub(crate) const NODES_MAX: u64 = NODE_WORDS as u64 * 64;
 
 /// What `/proc` says of a stopped process.
 #[derive(Debug)]
@@ -143,7 +148,7 @@ pub(crate) fn refuse_shared(pids: &[Pid], tables: &mut Tables<'_>) {
 pub(crate) fn collect(
     process: &mut Process,
     examined: &Examined,
-    mappings: Vec<record::Mapping>,
+    mut mappings: Vec<record::Mapping>,
     descriptors: Descriptors,
     space: SpaceId,
     elapsed: &BTreeMap<Pid, Slept>,
@@ -160,7 +165,9 @@ pub(crate) fn collect(
         .collect();
     mend_for_thaw(process, elapsed)?;
     process.map_arena(None)?;
+    let lock_future = memory::lock_future(process, status)?;
     let answers = Answers::ask(process, status, posix_timers)?;
+    memory::ask_policies(process, &mut mappings)?;
     let mut threads = Vec::new();
     for (index, ((registers, restart), look)) in restored.into_iter().zip(looks).enumerate() {
         threads.push(collect_thread(process, index, registers, restart, look)?);
@@ -206,6 +213,7 @@ pub(crate) fn collect(
         membarrier: answers.membarrier,
         vector_features: answers.vector_features,
         oom_score_adjust: attribute(pid, "oom_score_adj")?.parse().unwrap_or(0),
+        memory: record::MemoryAttributes { lock_future, ..answers.memory },
         personality: u32::from_str_radix(&attribute(pid, "personality")?, 16).unwrap_or(0),
         exit_signal: stat.exit_signal.unwrap_or(libc::SIGCHLD),
         threads,
@@ -427,6 +435,8 @@ struct Answers {
     subreaper: bool,
     membarrier: u32,
     vector_features: u64,
+    /// Without what is locked.
+    memory: record::MemoryAttributes,
 }
 
 impl Answers {
@@ -472,11 +482,27 @@ impl Answers {
         let features = tape.output(8);
         let query = [ARCH_GET_XCOMP_PERM, features.address, 0, 0, 0, 0];
         tape.try_call("ask for its vector features", libc::SYS_arch_prctl, query);
+        let memory = tape.len();
+        for operation in [PR_GET_MDWE, PR_GET_THP_DISABLE, PR_GET_MEMORY_MERGE] {
+            // A kernel that does not know the one or other has nothing to tell of it.
+            let query = [operation, 0, 0, 0, 0, 0];
+            tape.try_call("ask for an attribute of its memory", libc::SYS_prctl, query);
+        }
         let brk = tape.len();
         tape.call("ask for its break", libc::SYS_brk, [0; 6]);
         let results = process.run_all(0, &tape, End::Call)?;
         let result = |index: usize| results.get(index).copied().unwrap_or(0);
 
+        let attribute = |index: usize| -> u32 {
+            let value = Call::outcome(result(memory + index)).ok();
+            value.and_then(|value| u32::try_from(value).ok()).unwrap_or(0)
+        };
+        let memory = record::MemoryAttributes {
+            lock_future: 0,
+            deny_write_execute: attribute(0),
+            no_huge_pages: attribute(1),
+            merge: attribute(2) != 0,
+        };
         let mut table = vec![SignalAction::default(); SIGNALS as usize];
         for (signal, output) in interesting.iter().zip(actions) {
             let [handler, flags, restorer, mask] = words(&process.output(output)?);
@@ -508,6 +534,7 @@ impl Answers {
                 .and_then(|commands| u32::try_from(commands).ok())
                 .unwrap_or(0),
             vector_features,
+            memory,
         })
     }
 }

@@ -24,13 +24,13 @@ use samara_kernel::{Pid, proc};
 
 use crate::capture::vdso_digest;
 use crate::descriptors::Channel;
-use crate::memory::Shared;
+use crate::memory::{HUGE_PAGE, Shared};
 use crate::phase::{self, Phase};
 use crate::plan::{self, PlanError, Step};
 use crate::process::Confinement;
 use crate::root::Root;
 use crate::tracee::{self, ARENA_BYTES, Process, Thread, TraceeError, failed};
-use crate::{descriptors, memory, process, sqlite, unix_sockets};
+use crate::{descriptors, memory, posix_queues, process, sqlite, system_v, unix_sockets};
 
 /// Why a container could not be restored. Nothing of it is left but the blank init, if that still lives, for the caller to remove.
 #[derive(Debug, thiserror::Error)]
@@ -98,6 +98,7 @@ pub fn restore(
 
     let begun = Instant::now();
     let shared = memory::make_shared(&mut tree, container, &root, source)?;
+    system_v::restore(&mut tree, container, source)?;
     for record in &container.processes {
         if let ProcessState::Alive(alive) = &record.state {
             tree.map(record.pid, alive, &root, &shared, source)?;
@@ -107,6 +108,8 @@ pub fn restore(
     phase::reached(Phase::Mapped);
 
     let begun = Instant::now();
+    memory::seal(&shared, container)?;
+    system_v::finish(&mut tree, &container.system_v)?;
     memory::fill(&tree, container, source)?;
     let fill = begun.elapsed();
     phase::reached(Phase::Filled);
@@ -122,6 +125,7 @@ pub fn restore(
         }
     }
     drop(files);
+    posix_queues::wait_again(&mut tree, container)?;
     phase::reached(Phase::Furnished);
     for record in &container.processes {
         if let ProcessState::Alive(alive) = &record.state {
@@ -171,9 +175,18 @@ impl Tree {
                 taken.extend(alive.descriptors.iter().map(|descriptor| descriptor.fd));
             }
         }
-        let largest = container.shared_memory.iter().map(|memory| memory.bytes).max().unwrap_or(0);
-        let room = largest.max(PARKING_BYTES).next_multiple_of(4096) + PARKING_BYTES;
-        let parking = plan::gap(&occupied, room + ARENA_BYTES)?;
+        let largest = container
+            .shared_memory
+            .iter()
+            .map(|memory| memory.bytes)
+            .chain(container.system_v.segments.iter().map(|segment| segment.bytes))
+            .max()
+            .unwrap_or(0);
+        let room = largest
+            .checked_next_multiple_of(HUGE_PAGE)
+            .and_then(|bytes| bytes.checked_add(PARKING_BYTES + HUGE_PAGE))
+            .ok_or_else(|| RestoreError::Damaged("shared memory is too large".to_owned()))?;
+        let parking = plan::gap(&occupied, room.saturating_add(ARENA_BYTES))?;
         let arena = parking + room;
 
         let outside = outside_streams(init)?;
@@ -234,6 +247,11 @@ impl Tree {
         init.run_all(0, &tape, End::Breakpoint)?;
         memory::move_vdso_to(init, parking)?;
         Ok(())
+    }
+
+    /// Where a mapping of any shared object has room for a moment, in every process.
+    pub(crate) fn workspace(&self) -> u64 {
+        (self.parking + PARKING_BYTES).next_multiple_of(HUGE_PAGE)
     }
 
     pub(crate) fn process(&mut self, pid: i32) -> Result<&mut Process, RestoreError> {
@@ -577,7 +595,7 @@ fn check_host(
     }) {
         memory::check(alive)?;
     }
-    Ok(())
+    memory::check_huge_pages(container)
 }
 
 pub(crate) fn make(what: impl Into<String>) -> impl FnOnce(io::Error) -> RestoreError {
@@ -618,10 +636,12 @@ pub(crate) fn is_filled(backing: &Backing) -> bool {
     match backing {
         Backing::Anonymous { .. }
         | Backing::PrivateFile { .. }
+        | Backing::PrivateMemory { .. }
         | Backing::PrivateUnlinked { .. } => true,
         Backing::SharedFile { .. }
         | Backing::SharedUnlinked { .. }
         | Backing::Shared { .. }
+        | Backing::SystemV { .. }
         | Backing::Vdso { .. } => false,
     }
 }

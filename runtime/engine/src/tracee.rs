@@ -291,16 +291,15 @@ impl Process {
         const RW: u64 = (libc::PROT_READ | libc::PROT_WRITE) as u64;
         const RX: u64 = (libc::PROT_READ | libc::PROT_EXEC) as u64;
         const PRIVATE: u64 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
+        const REPLACE: u64 = libc::MAP_FIXED as u64;
         const FIXED: u64 = libc::MAP_FIXED_NOREPLACE as u64;
         let flags = if address.is_some() { PRIVATE | FIXED } else { PRIVATE };
         let arguments = [address.unwrap_or(0), ARENA_BYTES, RW, flags, u64::MAX, 0];
         let base = self.once(libc::SYS_mmap, arguments, "map the engine's memory")?;
         self.arena = Some(base);
-        self.once(
-            libc::SYS_mprotect,
-            [base, CODE_BYTES, RX, 0, 0, 0],
-            "protect the engine's code",
-        )?;
+        // Mapped anew: a process may have denied itself to make writable memory executable (PR_SET_MDWE).
+        let arguments = [base, CODE_BYTES, RX, PRIVATE | REPLACE, u64::MAX, 0];
+        self.once(libc::SYS_mmap, arguments, "map the engine's code")?;
         self.write(base, tape::interpreter())
     }
 

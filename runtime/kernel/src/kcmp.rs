@@ -17,6 +17,8 @@ pub enum Resource {
     Fs = 3,
     /// The table of signal handlers.
     Sighand = 4,
+    /// The adjustments that `SEM_UNDO` owes. A task that never used it has none, which counts as one and the same.
+    SemaphoreUndo = 6,
 }
 
 /// Orders the resource of two tasks; `Equal` means that they share it. The order is stable while both live.

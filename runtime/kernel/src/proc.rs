@@ -33,6 +33,8 @@ pub struct Mapping {
     pub name: OsString,
     /// The two-letter codes of `VmFlags`.
     pub flags: Vec<[u8; 2]>,
+    /// The protection key (`pkeys(7)`), 0 where there is none.
+    pub protection_key: u32,
 }
 
 impl Mapping {
@@ -65,6 +67,10 @@ fn parse_mappings(text: &[u8]) -> io::Result<Vec<Mapping>> {
                 .filter(|flag| !flag.is_empty())
                 .map(|flag| flag.try_into().map_err(|_| malformed(line)))
                 .collect::<io::Result<_>>()?;
+        } else if let Some(key) = line.strip_prefix(b"ProtectionKey:") {
+            let key = std::str::from_utf8(key).ok().and_then(|key| key.trim().parse().ok());
+            let last = mappings.last_mut().ok_or_else(|| malformed(line))?;
+            last.protection_key = key.ok_or_else(|| malformed(line))?;
         } else if line
             .first()
             .is_some_and(|byte| byte.is_ascii_digit() || byte.is_ascii_lowercase())
@@ -108,6 +114,7 @@ fn parse_header(line: &[u8]) -> Option<Mapping> {
         inode: inode.parse().ok()?,
         name: OsString::from_vec(name.to_vec()),
         flags: Vec::new(),
+        protection_key: 0,
     })
 }
 

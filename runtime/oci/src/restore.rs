@@ -652,6 +652,8 @@ mod tests {
             unlinked_files: Vec::new(),
             unix_sockets: Vec::new(),
             vdso_sha256: Default::default(),
+            system_v: Default::default(),
+            posix_queues: Vec::new(),
         };
         Saved { container, origin: Origin::of(&spec, 0), trees: Vec::new(), root: false }
     }
