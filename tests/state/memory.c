@@ -464,6 +464,52 @@ static void memory_lock_all_current_spoil(void) { MUST(munlockall()); }
 
 STATE(memory_lock_all_current)
 
+static struct rlimit narrow;
+
+/* There is no room for anything more. */
+static void memory_full_setup(void)
+{
+	const char *size = strstr(content("/proc/self/status"), "VmSize:");
+	CHECK(size, "no VmSize");
+	MUST(getrlimit(RLIMIT_AS, &narrow));
+	narrow.rlim_cur = strtoul(size + 7, NULL, 10) * 1024 + 16 * PAGE;
+	MUST(setrlimit(RLIMIT_AS, &narrow));
+}
+
+static void memory_full_check(void)
+{
+	struct rlimit now;
+	MUST(getrlimit(RLIMIT_AS, &now));
+	CHECK(now.rlim_cur == narrow.rlim_cur && now.rlim_max == narrow.rlim_max, "another limit");
+	CHECK(mmap(NULL, 64 * PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) == MAP_FAILED, "there is room");
+}
+
+static void memory_full_spoil(void) { narrow.rlim_cur += PAGE; }
+
+STATE(memory_full)
+
+static void memory_lock_narrow_setup(void)
+{
+	struct rlimit limit;
+	MUST(mlockall(MCL_CURRENT | MCL_FUTURE));
+	const char *locked_now = strstr(content("/proc/self/status"), "VmLck:");
+	CHECK(locked_now, "no VmLck");
+	MUST(getrlimit(RLIMIT_MEMLOCK, &limit));
+	limit.rlim_cur = strtoul(locked_now + 6, NULL, 10) * 1024 + 8 * PAGE;
+	MUST(setrlimit(RLIMIT_MEMLOCK, &limit));
+}
+
+static void memory_lock_narrow_check(void)
+{
+	char *at = map(2 * PAGE, PROT_READ | PROT_WRITE, 0);
+	CHECK(has_flag(at, "lo"), "new memory is not locked");
+	CHECK(mmap(NULL, 64 * PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) == MAP_FAILED, "more can be locked");
+}
+
+static void memory_lock_narrow_spoil(void) { MUST(munlockall()); }
+
+STATE(memory_lock_narrow)
+
 /* --- attributes of the whole --- */
 
 #ifndef PR_SET_MDWE
@@ -576,6 +622,24 @@ static void memory_policy_check(void)
 static void memory_policy_spoil(void) { MUST((int)syscall(SYS_mbind, placed + PAGE, PAGE, MPOL_DEFAULT, NULL, 0, 0)); }
 
 STATE(memory_policy, .privileged = true)
+
+static void memory_executable_setup(void)
+{
+	MUST(personality(READ_IMPLIES_EXEC));
+	char *at = map(PAGE, PROT_READ, 0);
+	CHECK(has_flag(at, "ex"), "reading does not imply executing");
+}
+
+static void memory_executable_check(void)
+{
+	CHECK(MUST(personality(0xffffffff)) == READ_IMPLIES_EXEC, "another personality");
+	char *at = map(PAGE, PROT_READ, 0);
+	CHECK(has_flag(at, "ex"), "reading does not imply executing");
+}
+
+static void memory_executable_spoil(void) { MUST(personality(0)); }
+
+STATE(memory_executable)
 
 /* --- other origins --- */
 

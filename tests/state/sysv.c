@@ -3,6 +3,7 @@
 
 #include <sys/ipc.h>
 #include <sys/mman.h>
+#include <sys/mount.h>
 #include <sys/msg.h>
 #include <sys/sem.h>
 #include <sys/shm.h>
@@ -714,3 +715,54 @@ static void sysv_msg_blocked_check(void)
 static void sysv_msg_blocked_spoil(void) { put(blocked_id[0], 5, "hallo"); }
 
 STATE(sysv_msg_blocked)
+
+/* --- limits of the namespace --- */
+
+static const char *limit_of(const char *name)
+{
+	char path[128];
+	sprintf(path, "/tmp/proc/sys/%s", name);
+	return content(path);
+}
+
+static void set_limit(const char *name, const char *value)
+{
+	char path[128];
+	sprintf(path, "/tmp/proc/sys/%s", name);
+	int fd = MUST(open(path, O_WRONLY));
+	MUST(write(fd, value, strlen(value)));
+	MUST(close(fd));
+}
+
+static void with_proc(void (*act)(void))
+{
+	if (mkdir("/tmp/proc", 0700) == -1)
+		CHECK(errno == EEXIST, "failed: mkdir");
+	MUST(mount("proc", "/tmp/proc", "proc", 0, NULL));
+	act();
+	MUST(umount2("/tmp/proc", MNT_DETACH));
+}
+
+static void raise_limits(void)
+{
+	set_limit("kernel/msgmax", "9000");
+	set_limit("kernel/sem", "100 3200 50 33");
+	set_limit("kernel/shmmni", "77");
+	set_limit("fs/mqueue/msg_max", "21");
+}
+
+static void compare_limits(void)
+{
+	CHECK(!strcmp(limit_of("kernel/msgmax"), "9000\n"), "msgmax %s", limit_of("kernel/msgmax"));
+	CHECK(!strcmp(limit_of("kernel/sem"), "100\t3200\t50\t33\n"), "sem %s", limit_of("kernel/sem"));
+	CHECK(!strcmp(limit_of("kernel/shmmni"), "77\n"), "shmmni %s", limit_of("kernel/shmmni"));
+	CHECK(!strcmp(limit_of("fs/mqueue/msg_max"), "21\n"), "msg_max %s", limit_of("fs/mqueue/msg_max"));
+}
+
+static void spoil_limits(void) { set_limit("kernel/shmmni", "78"); }
+
+static void sysv_limits_setup(void) { with_proc(raise_limits); }
+static void sysv_limits_check(void) { with_proc(compare_limits); }
+static void sysv_limits_spoil(void) { with_proc(spoil_limits); }
+
+STATE(sysv_limits, .privileged = true)

@@ -267,12 +267,39 @@ fn trial(
     Trial::test(name, move || run(&case, &site).map_err(|error| Failed::from(format!("{error:#}"))))
 }
 
+/// Huge pages for the cases that need some, as long as it lives.
+struct HugePages;
+
+impl HugePages {
+    const PATH: &str = "/proc/sys/vm/nr_hugepages";
+    /// The most that cases that run at once need.
+    const PAGES: i64 = 48;
+
+    fn add(pages: i64) -> Result<()> {
+        let now: i64 = std::fs::read_to_string(HugePages::PATH)?.trim().parse()?;
+        let wanted = now.saturating_add(pages).max(0);
+        Ok(std::fs::write(HugePages::PATH, wanted.to_string())?)
+    }
+
+    fn make() -> Result<HugePages> {
+        HugePages::add(HugePages::PAGES).context("making huge pages")?;
+        Ok(HugePages)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _ = HugePages::add(-HugePages::PAGES);
+    }
+}
+
 fn main() -> std::process::ExitCode {
     let mut arguments = Arguments::from_args();
     // Containers wait more than they work.
     arguments.test_threads.get_or_insert(3);
-    let prepared = list().and_then(|cases| Ok((cases, Arc::new(Site::new(build)?))));
-    let (cases, site) = match prepared {
+    let prepared =
+        list().and_then(|cases| Ok((cases, Arc::new(Site::new(build)?), HugePages::make()?)));
+    let (cases, site, huge_pages) = match prepared {
         Ok(prepared) => prepared,
         Err(error) => {
             eprintln!("{error:#}");
@@ -309,5 +336,6 @@ fn main() -> std::process::ExitCode {
     }
     let conclusion = libtest_mimic::run(&arguments, trials);
     drop(site);
+    drop(huge_pages);
     conclusion.exit_code()
 }

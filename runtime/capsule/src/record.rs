@@ -527,6 +527,8 @@ pub enum SharedMemoryKind {
 /// System V objects (`sysvipc(7)`).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SystemV {
+    /// Limits of the namespace (`/proc/sys`), for System V objects and POSIX queues: names of files there, and contents.
+    pub limits: Vec<(String, String)>,
     pub segments: Vec<Segment>,
     pub semaphores: Vec<SemaphoreSet>,
     pub queues: Vec<MessageQueue>,

@@ -21,9 +21,7 @@ use crate::phase::{self, Phase};
 use crate::root::Root;
 use crate::tracee::TraceeError;
 use crate::unsupported::{Place, Unsupported, UnsupportedList};
-use crate::{
-    clocks, descriptors, epoll, memory, posix_queues, process, system_v, unix_sockets,
-};
+use crate::{clocks, descriptors, epoll, memory, posix_queues, process, system_v, unix_sockets};
 
 /// Why no capsule came of a capture. The container runs on in every case.
 #[derive(Debug, thiserror::Error)]

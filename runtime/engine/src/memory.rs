@@ -219,16 +219,13 @@ fn backing(
     }
     let path = proc::unescape(Path::new(&mapping.name));
     let path = path.as_os_str().as_bytes();
-    match tables.root.identity(path) {
-        Ok(found) if found == identity => {}
-        Ok(_) | Err(_) => {
-            let path = String::from_utf8_lossy(path).into_owned();
-            return refuse(format!(
-                "the mapped file {path} is no longer at its path, or outside the container"
-            ));
-        }
-    }
-    let path = record::Path::from(path.to_vec());
+    let Some(path) = tables.root.find(path, identity) else {
+        let path = String::from_utf8_lossy(path).into_owned();
+        return refuse(format!(
+            "the mapped file {path} is no longer at its path, or outside the container"
+        ));
+    };
+    let path = record::Path::from(path);
     let check = FileCheck { bytes: metadata.size() };
     Ok(Ok(if mapping.shared {
         Backing::SharedFile { path, offset, may_write, check }

@@ -97,6 +97,7 @@ pub fn restore(
     phase::reached(Phase::Spawned);
 
     let begun = Instant::now();
+    system_v::restore_limits(request.init, &container.system_v)?;
     let shared = memory::make_shared(&mut tree, container, &root, source)?;
     system_v::restore(&mut tree, container, source)?;
     for record in &container.processes {

@@ -92,8 +92,45 @@ pub(crate) fn list(frozen: &FrozenTree, tables: &mut Tables<'_>) -> Result<(), C
     Ok(())
 }
 
+/// Limits that belong to an IPC namespace, below `/proc/sys`.
+const LIMITS: [&str; 13] = [
+    "kernel/msgmax",
+    "kernel/msgmnb",
+    "kernel/msgmni",
+    "kernel/sem",
+    "kernel/shmall",
+    "kernel/shmmax",
+    "kernel/shmmni",
+    "kernel/shm_rmid_forced",
+    "fs/mqueue/queues_max",
+    "fs/mqueue/msg_max",
+    "fs/mqueue/msgsize_max",
+    "fs/mqueue/msg_default",
+    "fs/mqueue/msgsize_default",
+];
+
+/// The limits of the namespace that the calling thread is in, as far as the kernel has them.
+fn limits_here() -> Vec<(String, String)> {
+    let read = |name: &str| fs::read_to_string(format!("/proc/sys/{name}")).ok();
+    let limit = |name: &&str| Some(((*name).to_owned(), read(name)?.trim_end().to_owned()));
+    LIMITS.iter().filter_map(limit).collect()
+}
+
+/// Sets the limits that differ. Those that the engine may not set stay the new container's.
+fn set_limits_here(limits: &[(String, String)]) {
+    let here = limits_here();
+    for limit in limits.iter().filter(|limit| !here.contains(limit)) {
+        let (name, value) = limit;
+        if LIMITS.contains(&name.as_str())
+            && let Err(error) = fs::write(format!("/proc/sys/{name}"), value)
+        {
+            tracing::warn!(%error, name, "a limit for IPC stays that of the new container");
+        }
+    }
+}
+
 fn list_here(number: &dyn Fn(u64) -> i32) -> io::Result<SystemV> {
-    let mut found = SystemV::default();
+    let mut found = SystemV { limits: limits_here(), ..SystemV::default() };
     for row in table("shm")? {
         let identity = row.identity("shmid")?;
         let mode = row.mode()?;
@@ -498,13 +535,25 @@ impl Kind {
     }
 }
 
+/// Gives the container's namespace the limits that it had, if it is the container's own.
+pub(crate) fn restore_limits(init: Pid, system_v: &SystemV) -> Result<(), RestoreError> {
+    if system_v.limits.is_empty() || shares_namespace(init).map_err(make("limits for IPC"))? {
+        return Ok(());
+    }
+    let set = || {
+        set_limits_here(&system_v.limits);
+        Ok(())
+    };
+    inside(init, Namespace::Ipc, set).map_err(make("limits for IPC"))
+}
+
 /// Makes all objects, and fills segments and queues.
 pub(crate) fn restore(
     tree: &mut Tree,
     container: &Container,
     source: &dyn Source,
 ) -> Result<(), RestoreError> {
-    let SystemV { segments, semaphores, queues } = &container.system_v;
+    let SystemV { limits: _, segments, semaphores, queues } = &container.system_v;
     if segments.is_empty() && semaphores.is_empty() && queues.is_empty() {
         return Ok(());
     }

@@ -288,6 +288,44 @@ impl Process {
     /// The first call is made by code in the padding behind the vdso's image, which no program uses. The page becomes the
     /// process's own copy by that, and stays so.
     pub(crate) fn map_arena(&mut self, address: Option<u64>) -> Result<(), TraceeError> {
+        match self.map_arena_within_limits(address) {
+            Err(TraceeError::Call { source, .. })
+                if matches!(source.raw_os_error(), Some(libc::EAGAIN | libc::ENOMEM)) =>
+            {
+                self.unmap_arena()?;
+                self.map_arena_beyond_limits(address)
+            }
+            other => other,
+        }
+    }
+
+    /// For a process that has used up what it may map, or lock: its soft limits are lifted for this moment.
+    fn map_arena_beyond_limits(&mut self, address: Option<u64>) -> Result<(), TraceeError> {
+        let pid = self.pid;
+        let failed = |source| TraceeError::Call {
+            pid,
+            what: "get room for the engine's memory".to_owned(),
+            source,
+        };
+        let limits = proc::limits(pid).map_err(failed)?;
+        let lifted: Vec<(u32, u64, u64)> = [libc::RLIMIT_AS, libc::RLIMIT_MEMLOCK]
+            .into_iter()
+            .filter_map(|resource| {
+                let (soft, hard) = limits.get(resource as usize).copied()?;
+                Some((resource, soft, hard))
+            })
+            .collect();
+        for (resource, _, hard) in &lifted {
+            proc::set_limit(pid, *resource, *hard, *hard).map_err(failed)?;
+        }
+        let mapped = self.map_arena_within_limits(address);
+        for (resource, soft, hard) in &lifted {
+            proc::set_limit(pid, *resource, *soft, *hard).map_err(failed)?;
+        }
+        mapped
+    }
+
+    fn map_arena_within_limits(&mut self, address: Option<u64>) -> Result<(), TraceeError> {
         const RW: u64 = (libc::PROT_READ | libc::PROT_WRITE) as u64;
         const RX: u64 = (libc::PROT_READ | libc::PROT_EXEC) as u64;
         const PRIVATE: u64 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
