@@ -764,6 +764,30 @@ static void unix_datagram_mutual_check(void)
 static void unix_datagram_mutual_spoil(void) { MUST(connect_to(s[0], "/tmp/c")); }
 STATE(unix_datagram_mutual)
 
+static void unix_datagram_mutual_many_setup(void)
+{
+	s[2] = bound(SOCK_DGRAM, "/tmp/c");
+	s[0] = bound(SOCK_DGRAM, "/tmp/a");
+	s[1] = bound(SOCK_DGRAM, "/tmp/b");
+	put_to(s[2], "early", "/tmp/a");
+	MUST(connect_to(s[0], "/tmp/b"));
+	MUST(connect_to(s[1], "/tmp/a"));
+	for (int i = 0; i < 40; i++)
+		MUST(send(s[1], "many", 4, MSG_DONTWAIT));
+}
+
+static void unix_datagram_mutual_many_check(void)
+{
+	expect_from(s[0], "early", "/tmp/c");
+	for (int i = 0; i < 40; i++)
+		expect_from(s[0], "many", "/tmp/b");
+	expect_nothing(s[0]);
+	expect_link(s[0], s[1]);
+}
+
+static void unix_datagram_mutual_many_spoil(void) { drain(s[0]); }
+STATE(unix_datagram_mutual_many)
+
 static void unix_datagram_connected_after_queued_setup(void)
 {
 	s[0] = bound(SOCK_DGRAM, "/tmp/a");

@@ -937,7 +937,14 @@ impl Made {
         // Senders that nobody holds, by name.
         let mut strangers: BTreeMap<Option<Bytes>, OwnedFd> = BTreeMap::new();
         let mut names = Names::default();
-        for message in &record.queue {
+        // Whom a socket is connected to may send it more than others, and nobody else from then on.
+        let peer = peer_of(record).and_then(|peer| self.records.get(peer));
+        let from_others = |message: &UnixMessage| peer.is_none_or(|p| p.name != message.sender);
+        let connected_at = record.queue.iter().rposition(from_others).map_or(0, |last| last + 1);
+        for (position, message) in record.queue.iter().enumerate() {
+            if position == connected_at {
+                self.reconnect(number, false)?;
+            }
             let credentials = message.credentials.map(|saved| self.makers.sender(&saved));
             if let Some((name, partner)) = &partner
                 && *name == message.sender
