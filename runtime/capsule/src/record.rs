@@ -24,6 +24,9 @@ pub struct Container {
     pub unlinked_files: Vec<UnlinkedFile>,
     #[serde(default)]
     pub unix_sockets: Vec<UnixSocket>,
+    /// The addresses of its network interfaces, each with the interface's name.
+    #[serde(default)]
+    pub addresses: Vec<(Bytes, Bytes)>,
     /// The vdso's code, by digest: addresses inside it are in registers and in the memory of language runtimes.
     pub vdso_sha256: Bytes,
     /// What its IPC namespace holds.
@@ -324,6 +327,8 @@ pub enum FileKind {
     UnixSocket {
         socket: u32,
     },
+    Internet(Box<InternetSocket>),
+    Netlink(Box<NetlinkSocket>),
     /// A shared memory object (memfd): index into [`Container::shared_memory`].
     SharedMemory {
         memory: u32,
@@ -502,6 +507,117 @@ pub struct UnixMessage {
     pub sender: Option<Bytes>,
     /// The byte was sent with `MSG_OOB`.
     pub urgent: bool,
+}
+
+/// A socket of the internet: TCP, UDP, ping or raw.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InternetSocket {
+    /// As `socket` takes them.
+    pub domain: i32,
+    pub kind: i32,
+    pub protocol: i32,
+    pub options: SocketOptions,
+    /// Where it is bound; none where it is not.
+    pub local: Option<SocketAddress>,
+    pub memberships: Vec<Membership>,
+    pub state: InternetState,
+}
+
+/// An address of 4 or 16 bytes, with what `struct sockaddr_in6` has beside it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SocketAddress {
+    pub ip: Bytes,
+    pub port: u16,
+    pub flow: u32,
+    pub scope: u32,
+}
+
+/// A multicast group that a socket has joined.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Membership {
+    pub group: Bytes,
+    /// By name: numbers of interfaces differ.
+    pub interface: Bytes,
+    /// `sources` are those that it does not want, instead of those that it wants.
+    pub exclude: bool,
+    pub sources: Vec<Bytes>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum InternetState {
+    /// TCP: neither connected nor listening.
+    Idle,
+    Listening {
+        backlog: u32,
+    },
+    /// The other end has not answered yet.
+    Connecting {
+        peer: SocketAddress,
+    },
+    Connection(Box<Connection>),
+    /// A connection that is no more, or will not be after a move.
+    Ended {
+        unread: Bytes,
+        /// ECONNRESET or ECONNREFUSED, which the next call gets.
+        error: Option<i32>,
+    },
+    /// Whatever is not TCP.
+    Datagrams(Box<Datagrams>),
+}
+
+/// A connection of TCP whose other end is in the container too, or has sent all that it will send.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Connection {
+    pub peer: SocketAddress,
+    pub other: OtherEnd,
+    /// What this end can read.
+    pub unread: Bytes,
+    /// What the other end has sent and this one has no room for yet.
+    pub in_flight: Bytes,
+    pub read_shut: bool,
+    pub write_shut: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum OtherEnd {
+    /// Index into [`Container::files`].
+    File(u32),
+    /// Nobody has accepted it yet.
+    Waiting,
+    Closed,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Datagrams {
+    pub peer: Option<SocketAddress>,
+    pub queue: Vec<Datagram>,
+    pub read_shut: bool,
+    pub write_shut: bool,
+}
+
+/// A datagram that nobody has read.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Datagram {
+    pub source: SocketAddress,
+    /// What its receiver has asked to be told: where it was sent to, its hop limit and traffic class.
+    pub destination: Option<Bytes>,
+    pub hops: Option<u8>,
+    pub class: Option<u8>,
+    pub data: Bytes,
+}
+
+/// A netlink socket.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetlinkSocket {
+    pub kind: i32,
+    pub protocol: i32,
+    pub options: SocketOptions,
+    /// 0 where it is not bound.
+    pub port: u32,
+    /// Numbers of the groups that it has joined, from 1.
+    pub groups: Vec<u32>,
+    /// Port and groups that it is connected to.
+    pub peer: (u32, u32),
 }
 
 /// Memory that several mappings or descriptors share.

@@ -21,7 +21,7 @@ use crate::phase::{self, Phase};
 use crate::root::Root;
 use crate::tracee::TraceeError;
 use crate::unsupported::{Place, Unsupported, UnsupportedList};
-use crate::{clocks, descriptors, epoll, memory, posix_queues, process, system_v, unix_sockets};
+use crate::{clocks, datagrams, descriptors, epoll, internet, memory, posix_queues, process, system_v, tcp, unix_sockets};
 
 /// Why no capsule came of a capture. The container runs on in every case.
 #[derive(Debug, thiserror::Error)]
@@ -127,6 +127,7 @@ pub fn capture(
         unix_sockets: tables.sockets.into_records(),
         shared_memory: tables.shared_memory,
         unlinked_files: tables.unlinked,
+        addresses: tables.addresses,
         vdso_sha256: vdso,
         system_v: tables.system_v.record,
         posix_queues: tables.posix_queues.records,
@@ -167,6 +168,9 @@ fn collect(
     }
     unix_sockets::collect(tables)?;
     epoll::resolve(tables)?;
+    tcp::resolve(tables)?;
+    let interfaces = internet::interfaces(tables.request.init);
+    tables.addresses = interfaces.map_err(read("the container's network interfaces"))?;
     if !tables.unsupported.is_empty() {
         for process in frozen.processes.values_mut() {
             process::mend_for_thaw(process, &elapsed)?;
@@ -247,6 +251,12 @@ pub(crate) struct Tables<'a> {
     pub(crate) epolls: Vec<epoll::Instance>,
     pub(crate) system_v: system_v::Known,
     pub(crate) posix_queues: posix_queues::Known,
+    /// Connections whose other ends are looked for when all sockets have been seen.
+    pub(crate) connections: Vec<tcp::Noted>,
+    /// By what the kernel knows the container's network namespace, and its multicast groups, once they were asked for.
+    pub(crate) network: Option<Vec<u8>>,
+    pub(crate) groups: Option<Vec<datagrams::Group>>,
+    addresses: Vec<(Bytes, Bytes)>,
     known_memory: BTreeMap<(u64, u64), u32>,
     known_unlinked: BTreeMap<(u64, u64), u32>,
     spaces: u32,
@@ -269,6 +279,10 @@ impl<'a> Tables<'a> {
             epolls: Vec::new(),
             system_v: system_v::Known::default(),
             posix_queues: posix_queues::Known::default(),
+            connections: Vec::new(),
+            network: None,
+            groups: None,
+            addresses: Vec::new(),
             known_memory: BTreeMap::new(),
             known_unlinked: BTreeMap::new(),
             spaces: 0,

@@ -27,7 +27,7 @@ use crate::restore::{RestoreError, make, open_below, open_checked};
 use crate::root::Root;
 use crate::tracee::Process;
 use crate::unsupported::Place;
-use crate::{epoll, pipes, posix_queues, process, sockets, timers, unix_sockets};
+use crate::{epoll, internet, pipes, posix_queues, process, sockets, timers, unix_sockets};
 
 /// The descriptors and locks of one process.
 #[derive(Debug, Default)]
@@ -469,14 +469,22 @@ pub(crate) fn make_files(
     shared: &Shared,
     processes: &BTreeMap<i32, Pid>,
     sockets: &mut unix_sockets::Made,
+    mut internet: internet::Made,
 ) -> Result<Files, RestoreError> {
     make_room().map_err(make("room for the container's descriptors"))?;
     let mut pipes = pipes::Made::default();
     let mut files = Vec::with_capacity(container.files.len());
-    for file in &container.files {
-        let made =
-            make_file(file, container, root, outside, shared, processes, &mut pipes, sockets);
-        files.push(made?);
+    for (number, file) in (0u32..).zip(&container.files) {
+        let made = match internet.remove(&number) {
+            Some(socket) => {
+                set_flags(&socket, file.flags)?;
+                socket
+            }
+            None => {
+                make_file(file, container, root, outside, shared, processes, &mut pipes, sockets)?
+            }
+        };
+        files.push(made);
     }
     // Before anybody watches: only what still waits is news.
     sockets.fill(&files, root)?;
@@ -585,6 +593,7 @@ fn make_file(
             set_flags(&process, flags)?;
             process
         }
+        FileKind::Internet(_) | FileKind::Netlink(_) => return Err(damaged("a socket")),
         FileKind::SocketPair { pair, end } => {
             let socket = sockets.pair_end(*pair, *end).ok_or_else(|| damaged("a socket"))?;
             let socket = socket.map_err(make("a unix socket"))?;

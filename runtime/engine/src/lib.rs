@@ -4,12 +4,15 @@
 
 pub mod capture;
 pub mod clocks;
+mod datagrams;
 mod descriptors;
 mod epoll;
 pub mod files;
 pub mod freeze;
 pub mod host;
+mod internet;
 mod memory;
+mod netlink;
 pub mod phase;
 mod pipes;
 mod plan;
@@ -18,11 +21,11 @@ mod process;
 mod restart;
 pub mod restore;
 mod root;
-#[allow(dead_code, reason = "the sockets that have them come next")]
 mod socket_options;
 mod sockets;
 mod sqlite;
 mod system_v;
+mod tcp;
 mod timers;
 mod tracee;
 mod unix_sockets;

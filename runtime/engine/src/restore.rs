@@ -30,7 +30,7 @@ use crate::plan::{self, PlanError, Step};
 use crate::process::Confinement;
 use crate::root::Root;
 use crate::tracee::{self, ARENA_BYTES, Process, Thread, TraceeError, failed};
-use crate::{descriptors, memory, posix_queues, process, sqlite, system_v, unix_sockets};
+use crate::{descriptors, internet, memory, posix_queues, process, sqlite, system_v, unix_sockets};
 
 /// Why a container could not be restored. Nothing of it is left but the blank init, if that still lives, for the caller to remove.
 #[derive(Debug, thiserror::Error)]
@@ -116,8 +116,16 @@ pub fn restore(
     phase::reached(Phase::Filled);
 
     let begun = Instant::now();
-    let files =
-        descriptors::make_files(container, &root, &tree.outside, &shared, &numbers, &mut sockets)?;
+    let internet = internet::restore(request.init, container)?;
+    let files = descriptors::make_files(
+        container,
+        &root,
+        &tree.outside,
+        &shared,
+        &numbers,
+        &mut sockets,
+        internet,
+    )?;
     sockets.end(&mut tree)?;
     for record in &container.processes {
         if let ProcessState::Alive(alive) = &record.state {

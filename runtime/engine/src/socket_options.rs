@@ -12,10 +12,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
-use libc::{
-    IPPROTO_ICMPV6, SOL_IP, SOL_IPV6, SOL_NETLINK, SOL_PACKET, SOL_RAW, SOL_SOCKET, SOL_TCP,
-    SOL_UDP,
-};
+use libc::{IPPROTO_ICMPV6, SOL_IP, SOL_IPV6, SOL_NETLINK, SOL_RAW, SOL_SOCKET, SOL_TCP, SOL_UDP};
 use samara_capsule::record::{Bytes, SocketOption, SocketOptions};
 use samara_kernel::sockopt;
 
@@ -62,7 +59,7 @@ const KNOWN: &[Known] = known! {
     SOL_IP, After, INT => IP_TOS = 1, IP_TTL = 2, IP_RECVOPTS = 6, IP_RETOPTS = 7, IP_PKTINFO = 8,
         IP_MTU_DISCOVER = 10, IP_RECVERR = 11, IP_RECVTTL = 12, IP_RECVTOS = 13, IP_PASSSEC = 18,
         IP_RECVORIGDSTADDR = 20, IP_MINTTL = 21, IP_NODEFRAG = 22, IP_CHECKSUM = 23,
-        IP_RECVFRAGSIZE = 25, IP_RECVERR_RFC4884 = 26, IP_MULTICAST_IF = 32, IP_MULTICAST_TTL = 33,
+        IP_RECVFRAGSIZE = 25, IP_RECVERR_RFC4884 = 26, IP_MULTICAST_TTL = 33,
         IP_MULTICAST_LOOP = 34, IP_MULTICAST_ALL = 49, IP_UNICAST_IF = 50;
     SOL_IP, After, 40 => IP_OPTIONS = 4;
     SOL_IPV6, Before, INT => IPV6_V6ONLY = 26, IPV6_TRANSPARENT = 75, IPV6_FREEBIND = 78,
@@ -92,9 +89,6 @@ const KNOWN: &[Known] = known! {
     SOL_NETLINK, After, INT => NETLINK_PKTINFO = 3, NETLINK_BROADCAST_ERROR = 4,
         NETLINK_NO_ENOBUFS = 5, NETLINK_LISTEN_ALL_NSID = 8, NETLINK_CAP_ACK = 10,
         NETLINK_EXT_ACK = 11, NETLINK_GET_STRICT_CHK = 12;
-    SOL_PACKET, After, INT => PACKET_AUXDATA = 8, PACKET_ORIGDEV = 9, PACKET_VERSION = 10,
-        PACKET_RESERVE = 12, PACKET_LOSS = 14, PACKET_VNET_HDR = 15, PACKET_TIMESTAMP = 17,
-        PACKET_QDISC_BYPASS = 20, PACKET_IGNORE_OUTGOING = 23;
     SOL_SOCKET, Before, INT => SO_REUSEADDR = 2, SO_REUSEPORT = 15, SO_MARK = 36;
     SOL_SOCKET, Before, 16 => SO_BINDTODEVICE = 25;
     SOL_SOCKET, After, INT => SO_DEBUG = 1, SO_DONTROUTE = 5, SO_BROADCAST = 6, SO_KEEPALIVE = 9,
@@ -111,8 +105,10 @@ const KNOWN: &[Known] = known! {
     SOL_SOCKET, After, 16 => SO_RCVTIMEO = 20, SO_SNDTIMEO = 21;
 };
 
-/// Kept as well, and set by [`set_buffers`] and [`finish`].
-const BUFFERS: &[Known] = known! {
+/// Kept as well, and set in another way: by [`set_buffers`] and [`finish`], and where addresses are known.
+const SPECIAL: &[Known] = known! {
+    SOL_IP, After, INT => IP_MULTICAST_IF = 32;
+    SOL_TCP, After, INT => TCP_MAXSEG = 2;
     SOL_SOCKET, After, INT => SO_SNDBUF = 7, SO_RCVBUF = 8, SO_BUF_LOCK = 72, SO_LOCK_FILTER = 44;
 };
 const SO_BUF_LOCK: i32 = 72;
@@ -121,7 +117,6 @@ const SO_BUF_LOCK: i32 = 72;
 pub(crate) const INTERNET: &[i32] =
     &[SOL_IP, SOL_IPV6, SOL_TCP, SOL_UDP, SOL_UDPLITE, SOL_RAW, IPPROTO_ICMPV6];
 pub(crate) const NETLINK: &[i32] = &[SOL_NETLINK];
-pub(crate) const PACKET: &[i32] = &[SOL_PACKET];
 
 /// Reads the options of a socket: those of all sockets, and of the given levels. Or says what can't be saved.
 pub(crate) fn capture(
@@ -130,7 +125,13 @@ pub(crate) fn capture(
     levels: &[i32],
 ) -> io::Result<Result<SocketOptions, String>> {
     let mut values = Vec::new();
-    for known in KNOWN.iter().chain(BUFFERS) {
+    let kind = sockopt::get(socket, SOL_SOCKET, libc::SO_TYPE, INT)?;
+    let is_stream = kind == libc::SOCK_STREAM.to_le_bytes();
+    for known in KNOWN.iter().chain(SPECIAL) {
+        // A stream has them, but nobody can set them.
+        if is_stream && known.title.contains("_MULTICAST_") {
+            continue;
+        }
         if known.level != SOL_SOCKET && !levels.contains(&known.level) {
             continue;
         }
@@ -229,10 +230,11 @@ pub(crate) fn set_buffers(socket: BorrowedFd<'_>, options: &SocketOptions) -> io
                 .map_err(named("buffer"))?;
         }
     }
-    match number(options, SOL_SOCKET, SO_BUF_LOCK) {
-        Some(lock) => sockopt::set(socket, SOL_SOCKET, SO_BUF_LOCK, &lock.to_le_bytes())
-            .map_err(named("SO_BUF_LOCK")),
-        None => Ok(()),
+    let Some(lock) = number(options, SOL_SOCKET, SO_BUF_LOCK) else { return Ok(()) };
+    match sockopt::set(socket, SOL_SOCKET, SO_BUF_LOCK, &lock.to_le_bytes()) {
+        // Multipath TCP.
+        Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(()),
+        result => result.map_err(named("SO_BUF_LOCK")),
     }
 }
 

@@ -1,9 +1,7 @@
 //! Sockets by family, and what calls on them wait for.
-//!
-//! What this module does not do: sockets of the internet. They are refused.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::time::Duration;
 
 use nix::sys::socket::{getsockopt, sockopt};
@@ -16,7 +14,7 @@ use samara_kernel::sock_diag::int_option;
 use crate::capture::{CaptureError, Tables, read};
 use crate::descriptors::Found;
 use crate::restart::Direction;
-use crate::unix_sockets;
+use crate::{internet, unix_sockets};
 
 /// Describes a socket that a descriptor refers to, or says why it can't be saved.
 pub(crate) fn note(
@@ -26,13 +24,10 @@ pub(crate) fn note(
     let socket = found.borrow()?;
     let domain = int_option(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_DOMAIN)
         .map_err(read(found.link))?;
-    let kind = match domain {
-        libc::AF_UNIX => return unix_sockets::note(found, tables),
-        libc::AF_INET | libc::AF_INET6 => "an internet socket".to_owned(),
-        libc::AF_NETLINK => "a netlink socket".to_owned(),
-        other => format!("a socket of family {other}"),
-    };
-    Ok(Err(format!("{kind} is not supported")))
+    match domain {
+        libc::AF_UNIX => unix_sockets::note(found, tables),
+        _ => internet::note(found, socket.as_fd(), tables),
+    }
 }
 
 /// How long a call that waits for a socket does so at most; zero is for ever.

@@ -1,8 +1,9 @@
-//! `sock_diag(7)` for unix sockets, and the socket options that other crates do not offer.
+//! `sock_diag(7)` for unix and TCP sockets, and the socket options that other crates do not offer.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::net::SocketAddr;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use crate::setns::{Namespace, beside, inside};
@@ -27,7 +28,7 @@ pub struct UnixSocket {
 /// # Errors
 /// Of the calls; `InvalidData` for an answer that is not as `sock_diag(7)` says.
 pub fn unix_sockets(pid: Pid) -> io::Result<BTreeMap<u32, UnixSocket>> {
-    dump(inside(pid, Namespace::Network, diagnostics_socket)?)
+    all_unix(inside(pid, Namespace::Network, diagnostics_socket)?)
 }
 
 /// As [`unix_sockets`], of the network namespace that a socket belongs to.
@@ -35,13 +36,57 @@ pub fn unix_sockets(pid: Pid) -> io::Result<BTreeMap<u32, UnixSocket>> {
 /// # Errors
 /// As there.
 pub fn unix_sockets_beside(socket: BorrowedFd<'_>) -> io::Result<BTreeMap<u32, UnixSocket>> {
-    dump(beside(socket, diagnostics_socket)?)
+    all_unix(beside(socket, diagnostics_socket)?)
 }
 
-fn dump(socket: OwnedFd) -> io::Result<BTreeMap<u32, UnixSocket>> {
-    let mut socket = File::from(socket);
-    socket.write_all(&request())?;
+fn all_unix(socket: OwnedFd) -> io::Result<BTreeMap<u32, UnixSocket>> {
     let mut sockets = BTreeMap::new();
+    dump(socket, &request(), |body| {
+        let (inode, found) = socket_of(body)?;
+        sockets.insert(inode, found);
+        Some(())
+    })?;
+    Ok(sockets)
+}
+
+/// What the kernel tells of a TCP socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TcpSocket {
+    /// As linux/tcp_states.h numbers them.
+    pub state: u8,
+    pub local: SocketAddr,
+    pub remote: SocketAddr,
+    /// Bytes, and the mark of the end, that nobody has read.
+    pub unread: u32,
+    /// 0 where no descriptor refers to it: it has not been accepted yet, or was closed.
+    pub inode: u32,
+}
+
+/// All TCP sockets of the network namespace that process `pid` is in, but those that never had an address.
+///
+/// # Errors
+/// As [`unix_sockets`].
+pub fn tcp_sockets(pid: Pid) -> io::Result<Vec<TcpSocket>> {
+    let mut sockets = Vec::new();
+    for family in [libc::AF_INET, libc::AF_INET6] {
+        let family = u8::try_from(family).expect("families are small");
+        let socket = inside(pid, Namespace::Network, diagnostics_socket)?;
+        dump(socket, &tcp_request(family), |body| {
+            sockets.push(tcp_socket_of(body)?);
+            Some(())
+        })?;
+    }
+    Ok(sockets)
+}
+
+/// Asks the kernel, and gives the body of each message to `take`, which returns `None` for one that it does not understand.
+fn dump(
+    socket: OwnedFd,
+    request: &[u8],
+    mut take: impl FnMut(&[u8]) -> Option<()>,
+) -> io::Result<()> {
+    let mut socket = File::from(socket);
+    socket.write_all(request)?;
     let mut buffer = vec![0u8; 256 << 10];
     loop {
         let count = socket.read(&mut buffer)?;
@@ -50,15 +95,12 @@ fn dump(socket: OwnedFd) -> io::Result<BTreeMap<u32, UnixSocket>> {
             let (kind, body, tail) = message(rest).ok_or_else(malformed)?;
             rest = tail;
             match kind {
-                NLMSG_DONE => return Ok(sockets),
+                NLMSG_DONE => return Ok(()),
                 NLMSG_ERROR => {
                     let errno = word(body, 0).ok_or_else(malformed)?.cast_signed();
                     return Err(io::Error::from_raw_os_error(-errno));
                 }
-                _ => {
-                    let (inode, found) = socket_of(body).ok_or_else(malformed)?;
-                    sockets.insert(inode, found);
-                }
+                _ => take(body).ok_or_else(malformed)?,
             }
         }
     }
@@ -67,6 +109,8 @@ fn dump(socket: OwnedFd) -> io::Result<BTreeMap<u32, UnixSocket>> {
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const HEADER_BYTES: usize = 16;
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
+const REQUEST_DUMP: u16 = 0x301;
 
 fn diagnostics_socket() -> io::Result<OwnedFd> {
     const NETLINK_SOCK_DIAG: libc::c_int = 4;
@@ -81,8 +125,6 @@ fn diagnostics_socket() -> io::Result<OwnedFd> {
 
 /// `struct nlmsghdr` and `struct unix_diag_req` (linux/unix_diag.h), asking for all states, peers and queues.
 fn request() -> Vec<u8> {
-    const SOCK_DIAG_BY_FAMILY: u16 = 20;
-    const REQUEST_DUMP: u16 = 0x301;
     /// `UDIAG_SHOW_PEER`, `UDIAG_SHOW_ICONS`, `UDIAG_SHOW_RQLEN`.
     const SHOW: u32 = 4 | 8 | 0x10;
     let mut bytes = Vec::new();
@@ -96,6 +138,41 @@ fn request() -> Vec<u8> {
     bytes.extend(SHOW.to_le_bytes());
     bytes.extend([0; 8]);
     bytes
+}
+
+/// `struct nlmsghdr` and `struct inet_diag_req_v2` (linux/inet_diag.h), asking for all states.
+fn tcp_request(family: u8) -> Vec<u8> {
+    const TCP: u8 = 6;
+    let mut bytes = Vec::new();
+    bytes.extend(72u32.to_le_bytes());
+    bytes.extend(SOCK_DIAG_BY_FAMILY.to_le_bytes());
+    bytes.extend(REQUEST_DUMP.to_le_bytes());
+    bytes.extend([0; 8]);
+    bytes.extend([family, TCP, 0, 0]);
+    bytes.extend(u32::MAX.to_le_bytes());
+    bytes.extend([0; 48]);
+    bytes
+}
+
+/// `struct inet_diag_msg`.
+fn tcp_socket_of(body: &[u8]) -> Option<TcpSocket> {
+    let [family, state] = body.get(..2)?.try_into().ok()?;
+    let address = |ip: usize, port: usize| -> Option<SocketAddr> {
+        let port = u16::from_be_bytes(body.get(port..port + 2)?.try_into().ok()?);
+        let bytes: [u8; 16] = body.get(ip..ip + 16)?.try_into().ok()?;
+        if i32::from(family) == libc::AF_INET6 {
+            return Some((bytes, port).into());
+        }
+        let [a, b, c, d, ..] = bytes;
+        Some(([a, b, c, d], port).into())
+    };
+    Some(TcpSocket {
+        state,
+        local: address(8, 4)?,
+        remote: address(24, 6)?,
+        unread: word(body, 56)?,
+        inode: word(body, 68)?,
+    })
 }
 
 /// Splits off one message: its type, its body, and what follows.
@@ -166,6 +243,26 @@ mod tests {
     use super::*;
     use std::os::fd::AsRawFd;
     use std::os::unix::net::UnixStream;
+
+    /// A connection whose other end is not found would be reset by a move.
+    #[test]
+    fn finds_both_ends_of_a_connection() {
+        use std::net::{TcpListener, TcpStream};
+        let own = i32::try_from(std::process::id()).expect("a pid");
+        for ip in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = TcpListener::bind(ip).expect("listen");
+            let near = TcpStream::connect(listener.local_addr().expect("bound")).expect("connect");
+            let (here, there) =
+                (near.local_addr().expect("bound"), near.peer_addr().expect("peer"));
+            let all = tcp_sockets(own).expect("sock_diag");
+            let find = |local, remote| {
+                let found = all.iter().find(|s| s.local == local && s.remote == remote);
+                *found.expect("listed")
+            };
+            assert_ne!(find(here, there).inode, 0);
+            assert_eq!(find(there, here).inode, 0, "nobody has accepted it");
+        }
+    }
 
     /// A peer that is not found would cut a restored connection in two.
     #[test]

@@ -11,6 +11,8 @@ use libcontainer::error::LibcontainerError;
 use libcontainer::syscall::syscall::SyscallType;
 use oci_spec::runtime::{LinuxNamespaceType, Process};
 use samara_engine::phase::{self, Phase};
+use samara_kernel::netdevice;
+use samara_kernel::setns::{Namespace, inside};
 use samara_store::Location;
 
 use crate::address::{self, Address, Node, RestorePolicy};
@@ -165,6 +167,10 @@ pub fn create(request: &CreateRequest<'_>) -> Result<Created, CreateError> {
     let (init_pid, ready, elsewhere) =
         build(request, &init, &dir, &bundle, confinement.clone(), &cgroup_path, &cause)?;
     undo.init = Some(init_pid);
+    if makes_network(bundle.linux()?) {
+        inside(init_pid, Namespace::Network, netdevice::bring_up_loopback)
+            .map_err(|source| io("bring up the loopback", source))?;
+    }
     let record = Record {
         version: record_version(),
         id: request.id.to_string(),
@@ -386,6 +392,13 @@ pub(crate) fn shares_pid_namespace(linux: &oci_spec::runtime::Linux) -> bool {
         .flatten()
         .find(|namespace| namespace.typ() == LinuxNamespaceType::Pid)
         .is_none_or(|namespace| namespace.path().is_some())
+}
+
+/// Whether the container gets a network namespace that nobody else has prepared.
+fn makes_network(linux: &oci_spec::runtime::Linux) -> bool {
+    linux.namespaces().iter().flatten().any(|namespace| {
+        namespace.typ() == LinuxNamespaceType::Network && namespace.path().is_none()
+    })
 }
 
 /// Takes back what was made when `create` fails.

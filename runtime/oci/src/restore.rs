@@ -651,6 +651,7 @@ mod tests {
             shared_memory: Vec::new(),
             unlinked_files: Vec::new(),
             unix_sockets: Vec::new(),
+            addresses: Vec::new(),
             vdso_sha256: Default::default(),
             system_v: Default::default(),
             posix_queues: Vec::new(),
