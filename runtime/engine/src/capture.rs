@@ -21,7 +21,10 @@ use crate::phase::{self, Phase};
 use crate::root::Root;
 use crate::tracee::TraceeError;
 use crate::unsupported::{Place, Unsupported, UnsupportedList};
-use crate::{clocks, datagrams, descriptors, epoll, internet, memory, posix_queues, process, system_v, tcp, unix_sockets};
+use crate::{
+    clocks, datagrams, descriptors, epoll, internet, memory, posix_queues, process, system_v, tcp,
+    unix_sockets,
+};
 
 /// Why no capsule came of a capture. The container runs on in every case.
 #[derive(Debug, thiserror::Error)]
