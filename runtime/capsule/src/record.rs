@@ -59,13 +59,22 @@ pub struct Process {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ProcessState {
     Alive(Box<Alive>),
-    /// The status that `wait` will return.
+    /// The status that `wait` will return, the signal that its parent has got for the end, and whose process it was.
     Zombie {
         exit_status: i32,
+        #[serde(default = "child_signal")]
+        exit_signal: i32,
+        #[serde(default)]
+        uid: u32,
     },
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// SIGCHLD: what the end of a process that `fork` has made is told by.
+fn child_signal() -> i32 {
+    17
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Alive {
     /// The page space of its private memory: page numbers are addresses.
     pub space: u32,
@@ -100,6 +109,46 @@ pub struct Alive {
     pub exit_signal: i32,
     /// The process's leader first.
     pub threads: Vec<Thread>,
+    #[serde(default)]
+    pub sharing: Sharing,
+    /// Empty for the container's own root.
+    #[serde(default)]
+    pub root_directory: Path,
+    /// The working directory has been removed; `working_directory` is where it was.
+    #[serde(default)]
+    pub removed_directory: Option<RemovedDirectory>,
+    /// Set where `executable` leads nowhere.
+    #[serde(default)]
+    pub nameless_executable: Option<NamelessExecutable>,
+}
+
+/// A directory that is in use and has no name any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RemovedDirectory {
+    pub mode: u32,
+    pub owner: (u32, u32),
+}
+
+/// A program that runs and whose file has no name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NamelessExecutable {
+    /// Index into [`Container::unlinked_files`].
+    Unlinked { file: u32 },
+    /// A memfd: index into [`Container::shared_memory`].
+    SharedMemory { memory: u32 },
+}
+
+/// What a process shares with others by `clone`: each time the first process that has it, which has the rest of its record.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sharing {
+    /// `CLONE_VM`: the mappings.
+    pub memory: Option<i32>,
+    /// `CLONE_FILES`: the descriptors, and locks that belong to a process.
+    pub descriptors: Option<i32>,
+    /// `CLONE_FS`: working directory, root and umask.
+    pub directory: Option<i32>,
+    /// `CLONE_SIGHAND`: the actions of signals.
+    pub actions: Option<i32>,
 }
 
 /// What holds for an address space as a whole.
@@ -137,7 +186,7 @@ pub struct PosixTimer {
 }
 
 /// The boundaries that `prctl(PR_SET_MM_MAP)` takes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layout {
     pub start_code: u64,
     pub end_code: u64,

@@ -18,6 +18,7 @@ use sha2::{Digest, Sha256};
 
 use crate::freeze::{FreezeError, FrozenTree};
 use crate::phase::{self, Phase};
+use crate::plan::{self, PlanError};
 use crate::root::Root;
 use crate::tracee::TraceeError;
 use crate::unsupported::{Place, Unsupported, UnsupportedList};
@@ -35,6 +36,8 @@ pub enum CaptureError {
     Tracee(#[from] TraceeError),
     #[error("the container holds state that Samara can't save: {0}")]
     Unsupported(UnsupportedList),
+    #[error("the container's processes can't be made again")]
+    Plan(#[source] PlanError),
     #[error("could not read {what}")]
     Read { what: String, source: io::Error },
     #[error("could not copy the memory of process {pid} at {start:#x}-{end:#x}")]
@@ -153,20 +156,29 @@ fn collect(
     descriptors::make_room().map_err(read("room for the container's descriptors"))?;
     posix_queues::list(tables)?;
     system_v::list(frozen, tables)?;
-    process::refuse_shared(&frozen.processes.keys().copied().collect::<Vec<Pid>>(), tables);
+    descriptors::make_room().map_err(read("room for the container's descriptors"))?;
+    let sharing = process::sharing(&frozen.processes, tables);
+    part_scratch(frozen, &sharing);
     let mut looked_at = Vec::new();
     let mut vdso = Bytes::new();
     for (pid, process) in &mut frozen.processes {
         // Before the engine maps anything, so that the list is the program's.
         let mappings = memory::own_mappings(*pid).map_err(read("the mappings"))?;
         process.set_vdso(&mappings);
-        let described = memory::describe(*pid, &mappings, tables)?;
+        let shares = sharing.get(pid).copied().unwrap_or_default();
+        let described = match shares.memory {
+            None => memory::describe(*pid, &mappings, tables)?,
+            Some(_) => Vec::new(),
+        };
         if vdso.is_empty()
             && let Some(code) = mappings.iter().find(|mapping| mapping.name == "[vdso]")
         {
             vdso = vdso_digest(process, code.start, code.end)?;
         }
-        let descriptors = descriptors::collect(*pid, tables)?;
+        let descriptors = match shares.descriptors {
+            None => descriptors::collect(*pid, tables)?,
+            Some(_) => descriptors::Descriptors::default(),
+        };
         looked_at.push((described, descriptors, process::examine(process, tables)?));
     }
     unix_sockets::collect(tables)?;
@@ -186,7 +198,9 @@ fn collect(
         frozen.processes.iter_mut().zip(looked_at)
     {
         let space = tables.new_space();
-        let record = process::collect(process, &examined, mappings, descriptors, space, &elapsed)?;
+        let shares = sharing.get(pid).copied().unwrap_or_default();
+        let record =
+            process::collect(process, &examined, mappings, descriptors, space, shares, &elapsed)?;
         records.push((*pid, record));
     }
     unix_sockets::ask(&mut frozen.processes, tables)?;
@@ -200,7 +214,22 @@ fn collect(
     for zombie in &frozen.zombies {
         records.push((zombie.pid, process::collect_zombie(zombie.pid)?));
     }
+    // Another init can be its session's leader, but not cease to be.
+    let leads = records.iter().any(|(_, record)| record.pid == 1 && record.session == 1);
+    plan::tree(records.iter().map(|(_, record)| record), leads).map_err(CaptureError::Plan)?;
     Ok((records, vdso))
+}
+
+/// Lets processes with the same memory put their timespecs into different places.
+fn part_scratch(frozen: &mut FrozenTree, sharing: &BTreeMap<Pid, record::Sharing>) {
+    let mut taken: BTreeMap<i32, usize> = BTreeMap::new();
+    for (pid, process) in &mut frozen.processes {
+        let first = sharing.get(pid).and_then(|sharing| sharing.memory);
+        let Ok(first) = first.map_or_else(|| inner_pid(*pid), Ok) else { continue };
+        let taken = taken.entry(first).or_default();
+        process.scratch_taken = *taken;
+        *taken += process.threads.len();
+    }
 }
 
 /// Completes the records of processes that a signal has stopped by whether their parents know.

@@ -33,6 +33,10 @@ pub enum FreezeError {
         "the container has no pid namespace of its own, so its processes can't be told from others (process {pid}): start it without sharing one (docker's --pid)"
     )]
     SharedPidNamespace { pid: Pid },
+    #[error(
+        "the first thread of process {pid} ({name}) has ended while others go on, which is not supported"
+    )]
+    LeaderEnded { pid: Pid, name: String },
     #[error("could not seize thread {tid} of process {pid}")]
     Seize { pid: Pid, tid: Pid, source: io::Error },
     #[error(
@@ -448,6 +452,13 @@ impl Freezer {
     }
 
     fn into_tree(mut self) -> Result<FrozenTree, FreezeError> {
+        // Before anything is taken out of the freezer, which lets go of what it holds.
+        let leaderless =
+            self.stopped.values().map(|(pid, _)| *pid).find(|pid| self.zombies.contains(pid));
+        if let Some(pid) = leaderless {
+            let name = proc::stat(pid).map(|stat| stat.comm).unwrap_or_default();
+            return Err(FreezeError::LeaderEnded { pid, name });
+        }
         let mut threads: BTreeMap<Pid, Vec<Thread>> = BTreeMap::new();
         for (pid, thread) in std::mem::take(&mut self.stopped).into_values() {
             let list = threads.entry(pid).or_default();

@@ -20,7 +20,8 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use samara_capsule::record::{
-    self, Advice, Alive, Backing, Bytes, Container, FileCheck, ProcessState, SharedMemoryKind,
+    self, Advice, Alive, Backing, Bytes, Container, FileCheck, NamelessExecutable, ProcessState,
+    SharedMemoryKind,
 };
 use samara_capsule::transfer::{
     BATCH_BYTES_MAX, PAGE_BYTES, PageBatch, PageRun, Sink, Source, SpaceId,
@@ -574,6 +575,25 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
+    /// Keeps what somebody runs as a handle only: a file that is open to be written is no program.
+    fn stop_writing_programs(&mut self, container: &Container) -> Result<(), RestoreError> {
+        for record in &container.processes {
+            let ProcessState::Alive(alive) = &record.state else { continue };
+            let file = match alive.nameless_executable {
+                None => None,
+                Some(NamelessExecutable::Unlinked { file }) => self.unlinked.get_mut(file as usize),
+                Some(NamelessExecutable::SharedMemory { memory }) => {
+                    self.memory.get_mut(memory as usize)
+                }
+            };
+            if let Some(file) = file {
+                *file =
+                    Shared::reopen(file, libc::O_PATH).map_err(make("the file of a program"))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Opens an object once more, with a description and flags of its own.
     pub(crate) fn reopen(file: &File, flags: i32) -> io::Result<File> {
         use std::os::fd::AsRawFd;
@@ -623,6 +643,7 @@ pub(crate) fn make_shared(
         set_modified(&file, unlinked.modified_ns).map_err(make("the times of an unlinked file"))?;
         shared.unlinked.push(file);
     }
+    shared.stop_writing_programs(container)?;
     Ok(shared)
 }
 
@@ -968,6 +989,7 @@ pub(crate) fn fill(
     for record in &container.processes {
         if let (ProcessState::Alive(alive), Some(process)) =
             (&record.state, tree.processes.get(&record.pid))
+            && alive.sharing.memory.is_none()
         {
             targets.insert(SpaceId(alive.space), process.pid);
         }

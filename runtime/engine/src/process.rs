@@ -1,12 +1,18 @@
 //! Processes and threads: ids, registers, signals, credentials, scheduling, limits.
 
 use std::collections::BTreeMap;
-use std::os::fd::AsFd;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use samara_capsule::record::{
-    self, Alive, AlternateStack, Bytes, Credentials, IntervalTimer, PosixTimer, ProcessState,
-    Restart, Scheduling, Seccomp, SeccompFilter, SignalAction,
+    self, Alive, AlternateStack, Bytes, Credentials, IntervalTimer, NamelessExecutable, PosixTimer,
+    ProcessState, RemovedDirectory, Restart, Scheduling, Seccomp, SeccompFilter, Sharing,
+    SignalAction,
 };
 use samara_capsule::transfer::SpaceId;
 use samara_kernel::kcmp::{self, Resource};
@@ -17,6 +23,7 @@ use samara_kernel::{Pid, proc, sched};
 
 use crate::capture::{CaptureError, Tables, attribute, inner_pid, link, name, read};
 use crate::descriptors::{Channel, Descriptors};
+use crate::memory::Shared;
 use crate::restart::{self, Goal, Slept};
 use crate::restore::{RestoreError, make, open_below};
 use crate::root::Root;
@@ -65,6 +72,17 @@ pub(crate) struct Examined {
     posix_timers: Vec<PosixTimer>,
     /// For each thread.
     threads: Vec<ExaminedThread>,
+    paths: Paths,
+}
+
+/// Where a process is, and what it runs.
+#[derive(Debug)]
+struct Paths {
+    executable: record::Path,
+    nameless_executable: Option<record::NamelessExecutable>,
+    root_directory: record::Path,
+    working_directory: record::Path,
+    removed_directory: Option<RemovedDirectory>,
 }
 
 #[derive(Debug)]
@@ -84,6 +102,7 @@ pub(crate) fn examine(
     let stat = proc::stat(pid).map_err(what())?;
     let status = proc::status(pid).map_err(what())?;
     check(pid, &status, tables)?;
+    let paths = paths(pid, tables)?;
     let mut threads = Vec::with_capacity(process.threads.len());
     for thread in &process.threads {
         // Code segments of 64-bit programs (USER_CS of arch/x86/include/asm/segment.h).
@@ -109,7 +128,7 @@ pub(crate) fn examine(
         let why = "a POSIX timer on the processor clock of a certain process, or for a thread that has ended, is not supported";
         tables.refuse(pid, Place::Process, why);
     }
-    Ok(Examined { stat, status, posix_timers: timers.unwrap_or_default(), threads })
+    Ok(Examined { stat, status, posix_timers: timers.unwrap_or_default(), threads, paths })
 }
 
 /// Whether an XSAVE area says that the tile data is in use (Intel SDM volume 1, 13.4.2: XSTATE_BV).
@@ -119,27 +138,47 @@ fn uses_tiles(state: &[u8]) -> bool {
     present >> TILE_DATA & 1 == 1
 }
 
-/// Notes processes that share what only the threads of one process may.
-pub(crate) fn refuse_shared(pids: &[Pid], tables: &mut Tables<'_>) {
-    let kinds = [
-        (Resource::Vm, "its memory"),
-        (Resource::Files, "its table of descriptors"),
-        (Resource::Fs, "its working directory and umask"),
+/// What each process shares with others. Notes threads that do not share what the threads of a process do.
+pub(crate) fn sharing(
+    processes: &BTreeMap<Pid, Process>,
+    tables: &mut Tables<'_>,
+) -> BTreeMap<Pid, Sharing> {
+    let mut found: BTreeMap<Pid, Sharing> = BTreeMap::new();
+    type Field = fn(&mut Sharing) -> &mut Option<i32>;
+    let kinds: [(Resource, Field); 4] = [
+        (Resource::Vm, |sharing| &mut sharing.memory),
+        (Resource::Files, |sharing| &mut sharing.descriptors),
+        (Resource::Fs, |sharing| &mut sharing.directory),
+        (Resource::Sighand, |sharing| &mut sharing.actions),
     ];
-    for (kind, what) in kinds {
+    for (kind, field) in kinds {
         let order = |a: &Pid, b: &Pid| kcmp::resource(*a, *b, kind).unwrap_or_else(|_| a.cmp(b));
-        let mut pids = pids.to_vec();
+        let mut pids: Vec<Pid> = processes.keys().copied().collect();
         pids.sort_by(order);
-        for pair in pids.windows(2) {
-            if let [a, b] = *pair
-                && order(&a, &b).is_eq()
-            {
-                let other = inner_pid(a).unwrap_or(a);
-                let what = format!("it shares {what} with process {other}, which is not supported");
-                tables.refuse(b, Place::Process, what);
+        for sharers in pids.chunk_by(|a, b| order(a, b).is_eq()).filter(|some| some.len() > 1) {
+            let numbers = |pid: &Pid| (inner_pid(*pid).unwrap_or(*pid), *pid);
+            let Some((first, first_here)) = sharers.iter().map(numbers).min() else { continue };
+            for pid in sharers.iter().filter(|pid| **pid != first_here) {
+                *field(found.entry(*pid).or_default()) = Some(first);
             }
         }
     }
+    let own = [
+        (Resource::Files, "a table of descriptors"),
+        (Resource::Fs, "a working directory and umask"),
+    ];
+    for process in processes.values() {
+        let [leader, others @ ..] = process.threads.as_slice() else { continue };
+        for thread in others {
+            for (kind, what) in own {
+                if kcmp::resource(leader.tid, thread.tid, kind).is_ok_and(|order| order.is_ne()) {
+                    let what = format!("it has {what} of its own, which is not supported");
+                    tables.refuse(process.pid, Place::Thread(thread.tid), what);
+                }
+            }
+        }
+    }
+    found
 }
 
 /// Describes a stopped process. Its memory has been described already, since this maps the engine's own.
@@ -151,11 +190,12 @@ pub(crate) fn collect(
     mut mappings: Vec<record::Mapping>,
     descriptors: Descriptors,
     space: SpaceId,
+    sharing: Sharing,
     elapsed: &BTreeMap<Pid, Slept>,
 ) -> Result<record::Process, CaptureError> {
     let pid = process.pid;
     let what = || read(format!("process {pid} in /proc"));
-    let Examined { stat, status, posix_timers, threads: looks } = examined;
+    let Examined { stat, status, posix_timers, threads: looks, paths } = examined;
     leave_critical_sections(process)?;
     // What the capsule gets is decided before the corrections for the thaw change the registers.
     let restored: Vec<(Registers, Restart)> = process
@@ -191,9 +231,9 @@ pub(crate) fn collect(
             env_start: layout.env_start,
             env_end: layout.env_end,
         },
-        executable: link(pid, "exe")?,
+        executable: paths.executable.clone(),
         auxiliary_vector: Bytes::from(proc::auxiliary_vector(pid).map_err(what())?),
-        working_directory: link(pid, "cwd")?,
+        working_directory: paths.working_directory.clone(),
         umask: status.umask.unwrap_or(0o022),
         descriptors: descriptors.list,
         locks: descriptors.locks,
@@ -217,6 +257,10 @@ pub(crate) fn collect(
         personality: u32::from_str_radix(&attribute(pid, "personality")?, 16).unwrap_or(0),
         exit_signal: stat.exit_signal.unwrap_or(libc::SIGCHLD),
         threads,
+        sharing,
+        root_directory: paths.root_directory.clone(),
+        removed_directory: paths.removed_directory,
+        nameless_executable: paths.nameless_executable,
     };
     Ok(record::Process { state: ProcessState::Alive(Box::new(alive)), ..identity(pid, status)? })
 }
@@ -255,8 +299,13 @@ fn wait_for_stop(child: i32, information: u64, flags: i32) -> [u64; 6] {
 pub(crate) fn collect_zombie(pid: Pid) -> Result<record::Process, CaptureError> {
     let what = || read(format!("process {pid} in /proc"));
     let status = proc::status(pid).map_err(what())?;
-    let exit_status = proc::stat(pid).map_err(what())?.exit_code.unwrap_or(0);
-    Ok(record::Process { state: ProcessState::Zombie { exit_status }, ..identity(pid, &status)? })
+    let stat = proc::stat(pid).map_err(what())?;
+    let state = ProcessState::Zombie {
+        exit_status: stat.exit_code.unwrap_or(0),
+        exit_signal: stat.exit_signal.unwrap_or(libc::SIGCHLD),
+        uid: status.ruid,
+    };
+    Ok(record::Process { state, ..identity(pid, &status)? })
 }
 
 /// The ids of a process in the innermost namespace; the state is the caller's to set.
@@ -272,7 +321,7 @@ fn identity(pid: Pid, status: &proc::Status) -> Result<record::Process, CaptureE
         group: last(&status.nspgid),
         session: last(&status.nssid),
         name: Bytes::from(name(pid).into_bytes()),
-        state: ProcessState::Zombie { exit_status: 0 },
+        state: ProcessState::Zombie { exit_status: 0, exit_signal: 0, uid: 0 },
     })
 }
 
@@ -311,21 +360,6 @@ fn check(pid: Pid, status: &proc::Status, tables: &mut Tables<'_>) -> Result<(),
             );
         }
     }
-    let executable = link(pid, "exe")?;
-    let identity = std::fs::metadata(format!("/proc/{pid}/exe"))
-        .map(|metadata| (metadata.dev(), metadata.ino()));
-    if tables.root.identity(&executable).ok() != identity.ok() {
-        let path = String::from_utf8_lossy(&executable).into_owned();
-        tables.refuse(pid, Place::Process, format!("its program {path} is no longer at its path"));
-    }
-    let root = link(pid, "root")?;
-    if root.as_slice() != b"/" {
-        tables.refuse(
-            pid,
-            Place::Process,
-            format!("its root directory is {}", String::from_utf8_lossy(&root)),
-        );
-    }
     let layers = status.nspid.as_ref().map_or(0, Vec::len);
     let inits = proc::status(tables.request.init)
         .ok()
@@ -335,6 +369,85 @@ fn check(pid: Pid, status: &proc::Status, tables: &mut Tables<'_>) -> Result<(),
         tables.refuse(pid, Place::Process, "it is in a nested pid namespace");
     }
     Ok(())
+}
+
+/// What `/proc` appends to the path of what has been removed.
+const REMOVED: &[u8] = b" (deleted)";
+
+/// Finds the program and the directories of a process, and notes which of them can't be found again.
+fn paths(pid: Pid, tables: &mut Tables<'_>) -> Result<Paths, CaptureError> {
+    let look = |file: &str| {
+        let path = format!("/proc/{pid}/{file}");
+        let metadata = std::fs::metadata(&path).map_err(read(path))?;
+        Ok::<_, CaptureError>((link(pid, file)?, (metadata.dev(), metadata.ino()), metadata))
+    };
+    let (mut executable, identity, metadata) = look("exe")?;
+    let mut nameless_executable = None;
+    if tables.root.identity(&executable).ok() != Some(identity) {
+        let file = format!("/proc/{pid}/exe");
+        let without = executable.strip_suffix(REMOVED).map(<[u8]>::to_vec);
+        match without {
+            Some(path) if metadata.nlink() == 0 && path.starts_with(b"/memfd:") => {
+                let name = path.strip_prefix(b"/memfd:").unwrap_or_default();
+                let memory = tables.shared_memory(identity, &file, Some(name))?;
+                nameless_executable = Some(NamelessExecutable::SharedMemory { memory });
+            }
+            Some(path) if metadata.nlink() == 0 => {
+                let place = Path::new(OsStr::from_bytes(&executable));
+                let file = tables.unlinked(identity, &file, place, &metadata)?;
+                nameless_executable = Some(NamelessExecutable::Unlinked { file });
+                executable = Bytes::from(path);
+            }
+            Some(_) | None => {
+                let path = String::from_utf8_lossy(&executable).into_owned();
+                let what = format!("its program {path} is no longer at its path");
+                tables.refuse(pid, Place::Process, what);
+            }
+        }
+    }
+    let (mut root_directory, identity, _) = look("root")?;
+    if root_directory.as_slice() == b"/" {
+        root_directory.clear();
+    } else if pid == tables.request.init {
+        // By its root everything else is found.
+        let path = String::from_utf8_lossy(&root_directory).into_owned();
+        tables.refuse(
+            pid,
+            Place::Process,
+            format!("it is the container's init, and its root directory is {path}"),
+        );
+    } else if tables.root.identity(&root_directory).ok() != Some(identity) {
+        let path = String::from_utf8_lossy(&root_directory).into_owned();
+        let what = format!("its root directory {path} is no longer at its path");
+        tables.refuse(pid, Place::Process, what);
+    }
+    let (mut working_directory, identity, metadata) = look("cwd")?;
+    let mut removed_directory = None;
+    if tables.root.identity(&working_directory).ok() != Some(identity) {
+        match working_directory.strip_suffix(REMOVED).map(<[u8]>::to_vec) {
+            Some(path) if path.starts_with(b"/") => {
+                working_directory = Bytes::from(path);
+                removed_directory = Some(RemovedDirectory {
+                    mode: metadata.mode() & 0o7777,
+                    owner: (metadata.uid(), metadata.gid()),
+                });
+            }
+            Some(_) | None => {
+                let path = String::from_utf8_lossy(&working_directory).into_owned();
+                let what = format!(
+                    "its working directory {path} is no longer at its path, or outside the container"
+                );
+                tables.refuse(pid, Place::Process, what);
+            }
+        }
+    }
+    Ok(Paths {
+        executable,
+        nameless_executable,
+        root_directory,
+        working_directory,
+        removed_directory,
+    })
 }
 
 /// Lets threads that were stopped inside a restartable sequence start it anew, as the kernel does after a preemption.
@@ -447,9 +560,12 @@ impl Answers {
     ) -> Result<Answers, TraceeError> {
         let posix_timers = posix_timers(process, timers)?;
         let mut tape = process.tape()?;
-        // Signals that are neither caught nor ignored have no action worth a call.
+        // Signals that are neither caught nor ignored have no action worth a call, but for what SA_NOCLDWAIT says of children.
+        let child = libc::SIGCHLD.unsigned_abs();
         let interesting: Vec<u32> = (1..=SIGNALS)
-            .filter(|signal| (status.sigcgt | status.sigign) >> (signal - 1) & 1 == 1)
+            .filter(|signal| {
+                (status.sigcgt | status.sigign) >> (signal - 1) & 1 == 1 || *signal == child
+            })
             .collect();
         let actions: Vec<Output> = interesting
             .iter()
@@ -782,9 +898,21 @@ pub(crate) fn set_layout(
     channel: &mut Channel,
     alive: &Alive,
     root: &Root,
+    shared: &Shared,
 ) -> Result<(), RestoreError> {
     const PR_SET_MM_MAP_BYTES: u64 = 104;
-    let executable = open_below(root, &alive.executable, libc::O_RDONLY)?;
+    let executable = match alive.nameless_executable {
+        None => open_below(root, &alive.executable, libc::O_RDONLY)?,
+        Some(nameless) => {
+            let object = match nameless {
+                NamelessExecutable::Unlinked { file } => shared.unlinked.get(file as usize),
+                NamelessExecutable::SharedMemory { memory } => shared.memory.get(memory as usize),
+            };
+            let object = object
+                .ok_or_else(|| RestoreError::Damaged("a program's file is not there".to_owned()))?;
+            Shared::reopen(object, libc::O_RDONLY).map_err(make("the file of a program"))?
+        }
+    };
     let numbers = channel.send(process, &[executable.as_fd()])?;
     let executable = numbers.first().map_or(0, |number| number.unsigned_abs());
     let mut tape = process.tape()?;
@@ -805,12 +933,28 @@ pub(crate) fn furnish(
     alive: &Alive,
     root: &Root,
 ) -> Result<(), RestoreError> {
-    let directory = open_below(root, &alive.working_directory, libc::O_PATH | libc::O_DIRECTORY)?;
-    let numbers = channel.send(process, &[directory.as_fd()])?;
-    let directory = numbers.first().map_or(0, |number| u64::from(number.unsigned_abs()));
+    const DIRECTORY: i32 = libc::O_PATH | libc::O_DIRECTORY;
+    let mut directories = Vec::new();
+    if !alive.root_directory.is_empty() {
+        directories.push(open_below(root, &alive.root_directory, DIRECTORY)?);
+    }
+    directories.push(match alive.removed_directory {
+        None => open_below(root, &alive.working_directory, DIRECTORY)?,
+        Some(removed) => make_removed(root, &alive.working_directory, removed)
+            .map_err(make("a working directory that had been removed"))?,
+    });
+    let directories: Vec<_> = directories.iter().map(AsFd::as_fd).collect();
+    let numbers = channel.send(process, &directories)?;
     let mut tape = process.tape()?;
-    tape.call("change its working directory", libc::SYS_fchdir, [directory, 0, 0, 0, 0, 0]);
-    tape.call("close a descriptor", libc::SYS_close, [directory, 0, 0, 0, 0, 0]);
+    for (directory, left) in numbers.iter().zip((0..numbers.len()).rev()) {
+        let directory = u64::from(directory.unsigned_abs());
+        tape.call("change its working directory", libc::SYS_fchdir, [directory, 0, 0, 0, 0, 0]);
+        if left == 1 {
+            let here = tape.data(b".\0");
+            tape.call("change its root directory", libc::SYS_chroot, [here, 0, 0, 0, 0, 0]);
+        }
+        tape.call("close a descriptor", libc::SYS_close, [directory, 0, 0, 0, 0, 0]);
+    }
     tape.call("set its umask", libc::SYS_umask, [alive.umask.into(), 0, 0, 0, 0, 0]);
     prctl(&mut tape, libc::PR_SET_CHILD_SUBREAPER, alive.subreaper.into());
     for command in (0..u32::BITS).map(|bit| 1 << bit).filter(|bit| alive.membarrier & bit != 0) {
@@ -849,6 +993,74 @@ pub(crate) fn furnish(
     Ok(())
 }
 
+/// Makes a directory and removes it. What of its path is missing is made too, and removed again.
+fn make_removed(root: &Root, path: &[u8], removed: RemovedDirectory) -> io::Result<File> {
+    use nix::errno::Errno;
+    use nix::fcntl::{OFlag, openat};
+    use nix::sys::stat::{Mode, futimens, mkdirat};
+    use nix::sys::time::TimeSpec;
+    use nix::unistd::{UnlinkatFlags, unlinkat};
+    /// Names to try besides the one that it had, which something else may have now.
+    const NAMES_MAX: u32 = 1000;
+    let open = |directory: &OwnedFd, name: &OsStr| {
+        let flags = OFlag::O_DIRECTORY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
+        openat(directory, name, flags, Mode::empty())
+    };
+    let mut names: Vec<&OsStr> = path
+        .split(|byte| *byte == b'/')
+        .filter(|name| !name.is_empty())
+        .map(OsStr::from_bytes)
+        .collect();
+    let last = names.pop().filter(|_| !names.contains(&OsStr::new("..")));
+    let last = last.filter(|name| *name != "..").ok_or(io::ErrorKind::InvalidInput)?;
+    let mut parent = root.open(b"/", libc::O_DIRECTORY | libc::O_RDONLY)?;
+    let mut made: Vec<(OwnedFd, &OsStr)> = Vec::new();
+    let mut oldest = None;
+    for name in names {
+        let next = match open(&parent, name) {
+            Err(Errno::ENOENT) => {
+                if made.is_empty() {
+                    oldest = Some(File::from(parent.try_clone()?));
+                }
+                mkdirat(&parent, name, Mode::S_IRWXU)?;
+                made.push((parent.try_clone()?, name));
+                open(&parent, name)?
+            }
+            other => other?,
+        };
+        parent = next;
+    }
+    let touched = match oldest {
+        Some(oldest) => oldest,
+        None => File::from(parent.try_clone()?),
+    };
+    let before = touched.metadata()?;
+    let mut name = last.to_owned();
+    for number in 1..NAMES_MAX {
+        match mkdirat(&parent, name.as_os_str(), Mode::S_IRWXU) {
+            Err(Errno::EEXIST) => {
+                name = last.to_owned();
+                name.push(format!(".{number}"));
+            }
+            other => {
+                other?;
+                break;
+            }
+        }
+    }
+    let directory = File::from(open(&parent, &name)?);
+    std::os::unix::fs::fchown(&directory, Some(removed.owner.0), Some(removed.owner.1))?;
+    directory.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(removed.mode))?;
+    unlinkat(&parent, name.as_os_str(), UnlinkatFlags::RemoveDir)?;
+    for (parent, name) in made.iter().rev() {
+        unlinkat(parent, *name, UnlinkatFlags::RemoveDir)?;
+    }
+    // Which nobody but the engine has changed.
+    let modified = TimeSpec::new(before.mtime(), before.mtime_nsec());
+    futimens(&touched, &TimeSpec::UTIME_OMIT, &modified)?;
+    Ok(directory)
+}
+
 /// `struct prctl_mm_map` of linux/prctl.h.
 fn layout_words(alive: &Alive, executable: u32, tape: &mut Tape) -> u64 {
     let auxiliary = tape.data(&alive.auxiliary_vector);
@@ -871,19 +1083,43 @@ fn layout_words(alive: &Alive, executable: u32, tape: &mut Tape) -> u64 {
     ])
 }
 
-/// Ends a process so that its parent finds this status.
+/// Ends a process so that its parent finds this status, the name and the user.
 pub(crate) fn bury(
     mut process: Process,
+    channel: &mut Channel,
     name: &[u8],
     exit_status: i32,
+    uid: u32,
 ) -> Result<(), RestoreError> {
+    /// Of a status: a core dump was written (wait(2)).
+    const CORE: i32 = 0x80;
     let (code, signal) = (exit_status >> 8 & 0xff, exit_status & 0x7f);
+    let tid = process.pid;
+    let grave = if exit_status & CORE == 0 {
+        None
+    } else {
+        place_for_core().map_err(make("a place for a core dump"))?
+    };
+    let grave = match &grave {
+        Some(directory) => channel.send(&mut process, &[directory.as_fd()])?,
+        None => Vec::new(),
+    };
     let mut tape = process.tape()?;
     let name = tape.data(&[name, &[0]].concat());
     prctl(&mut tape, libc::PR_SET_NAME, name);
+    if uid != 0 {
+        let uid = u64::from(uid);
+        tape.call("set its user ids", libc::SYS_setresuid, [uid, uid, uid, 0, 0, 0]);
+    }
+    if let Some(directory) = grave.first() {
+        let directory = u64::from(directory.unsigned_abs());
+        tape.call("go where it may dump", libc::SYS_fchdir, [directory, 0, 0, 0, 0, 0]);
+    }
+    // Nobody wants another dump of what has ended elsewhere; where the status says that there was one, it goes to nowhere.
+    prctl(&mut tape, libc::PR_SET_DUMPABLE, u64::from(!grave.is_empty()));
     process.run_all(0, &tape, End::Breakpoint)?;
-    let mut tape = process.tape()?;
     if signal == 0 {
+        let mut tape = process.tape()?;
         tape.call("end", libc::SYS_exit_group, [u64::from(code.unsigned_abs()), 0, 0, 0, 0, 0]);
         return match process.run(0, &tape, End::Breakpoint) {
             Err(TraceeError::Ended { .. }) => Ok(()),
@@ -891,8 +1127,11 @@ pub(crate) fn bury(
             Ok(_) => Err(RestoreError::Damaged("a process did not end".to_owned())),
         };
     }
+    if !grave.is_empty() {
+        proc::set_limit(tid, libc::RLIMIT_CORE, u64::MAX, u64::MAX)
+            .map_err(make("the limits of a process"))?;
+    }
     // It ends by the signal itself: nothing else leaves that status.
-    let tid = process.pid;
     ptrace::set_signal_mask(tid, 0).map_err(failed("set the signal mask of", tid))?;
     let handle = samara_kernel::pidfd::PidFd::open(tid).map_err(make("a handle on a process"))?;
     handle.send_signal(signal).map_err(make("the end of a process"))?;
@@ -909,6 +1148,23 @@ pub(crate) fn bury(
             Status::EventStop(_) | Status::Event(_) | Status::SyscallStop | Status::Continued => 0,
         };
     }
+}
+
+/// A directory that nobody sees and that goes with its last user; none where this kernel writes dumps to a certain place,
+/// or has a program for them.
+fn place_for_core() -> io::Result<Option<OwnedFd>> {
+    use rustix::mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen,
+    };
+    let pattern = std::fs::read("/proc/sys/kernel/core_pattern")?;
+    if pattern.starts_with(b"/") || pattern.starts_with(b"|") {
+        tracing::warn!("a process ended with a core dump; its parent will be told of none");
+        return Ok(None);
+    }
+    let filesystem = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    rustix::mount::fsconfig_set_string(&filesystem, "mode", "1777")?;
+    fsconfig_create(&filesystem)?;
+    Ok(Some(fsmount(&filesystem, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?))
 }
 
 /// Gives the threads of a process their attributes, and takes the engine's privileges from them.

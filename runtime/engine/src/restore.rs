@@ -89,10 +89,12 @@ pub fn restore(
     let root = Root::of(request.init).map_err(make("the container's root directory"))?;
     let mut sockets = unix_sockets::restore(&mut tree, container, &root, &numbers)?;
     for record in &container.processes {
-        if let ProcessState::Zombie { exit_status } = record.state {
-            tree.bury(record.pid, &record.name, exit_status)?;
+        if let ProcessState::Zombie { exit_status, uid, .. } = record.state {
+            tree.bury(record.pid, &record.name, exit_status, uid)?;
         }
     }
+    // After the ends: the last one of a group that could continue its stopped members hangs them up.
+    tree.stop_all(&container.processes)?;
     let spawn = begun.elapsed();
     phase::reached(Phase::Spawned);
 
@@ -105,6 +107,7 @@ pub fn restore(
             tree.map(record.pid, alive, &root, &shared, source)?;
         }
     }
+    tree.note_shared_memory(&container.processes)?;
     let map = begun.elapsed();
     phase::reached(Phase::Mapped);
 
@@ -129,7 +132,21 @@ pub fn restore(
     sockets.end(&mut tree)?;
     for record in &container.processes {
         if let ProcessState::Alive(alive) = &record.state {
-            tree.furnish(record, alive, &root, &files)?;
+            tree.furnish(record, alive, &root)?;
+        }
+    }
+    // Closes the channel, in all that share a table of descriptors.
+    for record in &container.processes {
+        if let ProcessState::Alive(alive) = &record.state
+            && alive.sharing.descriptors.is_none()
+        {
+            tree.install(record.pid, alive, &files)?;
+        }
+    }
+    for record in &container.processes {
+        if let ProcessState::Alive(alive) = &record.state
+            && alive.sharing.memory.is_none()
+        {
             tree.follow_databases(record.pid, alive, &container.files, source)?;
         }
     }
@@ -278,8 +295,8 @@ impl Tree {
             .is_some_and(|session| session == 1);
         for step in plan::tree(records, leads)? {
             match step {
-                Step::Fork { creator, pid, sibling, exit_signal } => {
-                    self.fork(creator, pid, sibling, exit_signal)?
+                Step::Fork { creator, pid, sibling, exit_signal, shared } => {
+                    self.fork(creator, pid, sibling, exit_signal, shared)?
                 }
                 Step::NewSession { pid } => {
                     self.call(pid, "make a session", libc::SYS_setsid, [0; 6])?
@@ -288,9 +305,15 @@ impl Tree {
                     let arguments = [0, u64::from(group.unsigned_abs()), 0, 0, 0, 0];
                     self.call(pid, "join a process group", libc::SYS_setpgid, arguments)?;
                 }
+                Step::Adopt { pid, on } => {
+                    let operation = u64::from(libc::PR_SET_CHILD_SUBREAPER.unsigned_abs());
+                    let arguments = [operation, on.into(), 0, 0, 0, 0];
+                    self.call(pid, "adopt a process", libc::SYS_prctl, arguments)?;
+                }
                 Step::End { pid, reaper } => {
-                    self.bury(pid, b"", 0)?;
-                    let arguments = [u64::from(pid.unsigned_abs()), 0, 0, 0, 0, 0];
+                    self.bury(pid, b"", 0, 0)?;
+                    let all = u64::from(libc::__WALL.unsigned_abs());
+                    let arguments = [u64::from(pid.unsigned_abs()), 0, all, 0, 0, 0];
                     self.call(reaper, "wait for a helper", libc::SYS_wait4, arguments)?;
                 }
             }
@@ -300,6 +323,10 @@ impl Tree {
                 self.make_threads(record.pid, alive)?;
             }
         }
+        Ok(())
+    }
+
+    fn stop_all(&mut self, records: &[Record]) -> Result<(), RestoreError> {
         for record in records {
             if let ProcessState::Alive(alive) = &record.state
                 && let Some(stopped) = alive.stopped
@@ -359,8 +386,10 @@ impl Tree {
         pid: i32,
         sibling: bool,
         exit_signal: i32,
+        shared: i32,
     ) -> Result<(), RestoreError> {
-        let flags = if sibling { u64::try_from(libc::CLONE_PARENT).expect("a flag") } else { 0 };
+        let flags = if sibling { libc::CLONE_PARENT } else { 0 } | shared;
+        let flags = u64::from(flags.unsigned_abs());
         // A sibling inherits its creator's signal; clone3 refuses another one.
         let signal = if sibling { 0 } else { u64::from(exit_signal.unsigned_abs()) };
         let arena = self.arena;
@@ -372,7 +401,7 @@ impl Tree {
         let thread = first_stop(*child)?;
         let mut process = Process::new(*child, vec![thread])?;
         process.arena = Some(arena);
-        process.inherit_vdso(creator);
+        process.set_vdso_at(creator.vdso());
         self.processes.insert(pid, process);
         Ok(())
     }
@@ -410,32 +439,56 @@ impl Tree {
         shared: &memory::Shared,
         source: &dyn Source,
     ) -> Result<(), RestoreError> {
+        if alive.sharing.memory.is_some() {
+            return Ok(());
+        }
         let runs =
             source.runs(SpaceId(alive.space)).map_err(|source| RestoreError::Fill { source })?;
         let process = self
             .processes
             .get_mut(&pid)
             .ok_or_else(|| RestoreError::Damaged(format!("process {pid} is missing")))?;
-        process::set_layout(process, &mut self.channel, alive, root)?;
+        process::set_layout(process, &mut self.channel, alive, root, shared)?;
         memory::map(process, &mut self.channel, alive, root, shared, &runs)
     }
 
-    /// Gives one process all that is not memory and not confinement.
-    fn furnish(
-        &mut self,
-        record: &Record,
-        alive: &Alive,
-        root: &Root,
-        files: &descriptors::Files,
-    ) -> Result<(), RestoreError> {
+    /// Tells processes that share memory where the first of them has put things.
+    fn note_shared_memory(&mut self, records: &[Record]) -> Result<(), RestoreError> {
+        let mut taken: BTreeMap<i32, usize> = BTreeMap::new();
+        for record in records {
+            let ProcessState::Alive(alive) = &record.state else { continue };
+            let first = alive.sharing.memory.unwrap_or(record.pid);
+            let vdso = self.process(first)?.vdso();
+            let taken = taken.entry(first).or_default();
+            let process = self.process(record.pid)?;
+            process.scratch_taken = *taken;
+            *taken += process.threads.len();
+            process.set_vdso_at(vdso);
+        }
+        Ok(())
+    }
+
+    /// Gives one process all that is not memory, not a descriptor and not confinement.
+    fn furnish(&mut self, record: &Record, alive: &Alive, root: &Root) -> Result<(), RestoreError> {
         let process = self
             .processes
             .get_mut(&record.pid)
             .ok_or_else(|| RestoreError::Damaged(format!("process {} is missing", record.pid)))?;
         memory::protect(process, alive)?;
-        process::furnish(process, &mut self.channel, alive, root)?;
-        descriptors::install(process, &mut self.channel, alive, files)?;
-        Ok(())
+        process::furnish(process, &mut self.channel, alive, root)
+    }
+
+    fn install(
+        &mut self,
+        pid: i32,
+        alive: &Alive,
+        files: &descriptors::Files,
+    ) -> Result<(), RestoreError> {
+        let process = self
+            .processes
+            .get_mut(&pid)
+            .ok_or_else(|| RestoreError::Damaged(format!("process {pid} is missing")))?;
+        descriptors::install(process, &mut self.channel, alive, files)
     }
 
     fn follow_databases(
@@ -454,12 +507,18 @@ impl Tree {
     }
 
     /// Ends a process so that its parent can wait for this status.
-    fn bury(&mut self, pid: i32, name: &[u8], exit_status: i32) -> Result<(), RestoreError> {
+    fn bury(
+        &mut self,
+        pid: i32,
+        name: &[u8],
+        exit_status: i32,
+        uid: u32,
+    ) -> Result<(), RestoreError> {
         let process = self
             .processes
             .remove(&pid)
             .ok_or_else(|| RestoreError::Damaged(format!("process {pid} is missing")))?;
-        process::bury(process, name, exit_status)
+        process::bury(process, &mut self.channel, name, exit_status, uid)
     }
 
     fn confine(

@@ -212,6 +212,8 @@ pub(crate) struct Process {
     pub(crate) arena: Option<u64>,
     /// Processes and threads that calls of this one have made since the list was last taken, as the engine numbers them.
     pub(crate) born: Vec<Pid>,
+    /// Places for timespecs that processes with the same memory use.
+    pub(crate) scratch_taken: usize,
 }
 
 impl Process {
@@ -223,7 +225,15 @@ impl Process {
             .write(true)
             .open(path)
             .map_err(|source| TraceeError::Memory { what: "open", pid, address: 0, source })?;
-        Ok(Process { pid, threads, memory, vdso: None, arena: None, born: Vec::new() })
+        Ok(Process {
+            pid,
+            threads,
+            memory,
+            vdso: None,
+            arena: None,
+            born: Vec::new(),
+            scratch_taken: 0,
+        })
     }
 
     /// Stops a process as a signal does, until SIGCONT comes. Its threads stay in ptrace stops, and calls can be made.
@@ -253,9 +263,14 @@ impl Process {
         self.vdso.is_some()
     }
 
-    /// Takes over where the vdso is from the process that made this one.
-    pub(crate) fn inherit_vdso(&mut self, creator: &Process) {
-        self.vdso = creator.vdso;
+    /// Where the vdso is.
+    pub(crate) fn vdso(&self) -> Option<(u64, u64)> {
+        self.vdso
+    }
+
+    /// Says that the vdso is where another process has it, which made this one or has the same memory.
+    pub(crate) fn set_vdso_at(&mut self, place: Option<(u64, u64)>) {
+        self.vdso = place;
     }
 
     /// Says that the vdso has been moved.
@@ -430,7 +445,7 @@ impl Process {
                 continue;
             };
             let address = match slot {
-                None => self.stub_address()? - SLOT,
+                None => self.stub_address()? - SLOT * (self.scratch_taken as u64 + 1),
                 Some(last) => last - SLOT,
             };
             let (_, end) =

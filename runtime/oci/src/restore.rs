@@ -640,7 +640,7 @@ mod tests {
             group: 1,
             session: 1,
             name: Default::default(),
-            state: ProcessState::Zombie { exit_status: 0 },
+            state: ProcessState::Zombie { exit_status: 0, exit_signal: 0, uid: 0 },
         };
         let container = Container {
             clocks: Clocks { monotonic_ns: 0, boottime_ns: 0, realtime_ns: 0 },
