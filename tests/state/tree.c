@@ -641,6 +641,26 @@ static void wide_tree_check(void)
 static void wide_tree_spoil(void) { MUST(waitpid(dead[100], NULL, 0)); }
 STATE(wide_tree)
 
+static void later_numbers_setup(void)
+{
+	for (int i = 0; i < 40; i++)
+		expect_exit(in_child(code_body), 37);
+	dead[0] = in_child(stays);
+}
+static void later_numbers_check(void)
+{
+	dead[1] = in_child(code_body);
+	CHECK(dead[1] > dead[0], "the next number is %d, after %d", dead[1], dead[0]);
+	expect_exit(dead[1], 37);
+	CHECK(kill(dead[0], 0) == 0, "the child is gone");
+}
+static void later_numbers_spoil(void)
+{
+	kill_one(dead[0]);
+	MUST(waitpid(dead[0], NULL, 0));
+}
+STATE(later_numbers)
+
 static pid_t fork_as(pid_t number)
 {
 	struct {
@@ -928,6 +948,44 @@ static void stopped_with_others_dead_check(void)
 }
 static void stopped_with_others_dead_spoil(void) { MUST(kill(dead[0], SIGCONT)); }
 STATE(stopped_with_others_dead)
+
+static void continued_unreported_setup(void)
+{
+	stop_with(SIGSTOP);
+	MUST(waitpid(dead[0], NULL, WUNTRACED));
+	MUST(kill(dead[0], SIGCONT));
+	siginfo_t info;
+	do
+		info.si_pid = 0;
+	while (!waitid(P_PID, (id_t)dead[0], &info, WCONTINUED | WNOHANG | WNOWAIT) && !info.si_pid);
+}
+static void continued_unreported_check(void)
+{
+	int status;
+	CHECK(waitpid(dead[0], &status, WCONTINUED | WNOHANG) == dead[0] && WIFCONTINUED(status), "nobody says that it goes on");
+	CHECK(waitpid(dead[0], &status, WCONTINUED | WNOHANG) == 0, "it is said twice");
+	expect_goes_on();
+}
+static void continued_unreported_spoil(void) { MUST(waitpid(dead[0], NULL, WCONTINUED)); }
+STATE(continued_unreported)
+
+static void continued_reported_setup(void)
+{
+	continued_unreported_setup();
+	MUST(waitpid(dead[0], NULL, WCONTINUED));
+}
+static void continued_reported_check(void)
+{
+	int status;
+	CHECK(waitpid(dead[0], &status, WCONTINUED | WUNTRACED | WNOHANG) == 0, "it is said again that it goes on");
+	expect_goes_on();
+}
+static void continued_reported_spoil(void)
+{
+	MUST(kill(dead[0], SIGSTOP));
+	await_state(dead[0], 'T');
+}
+STATE(continued_reported)
 
 /* --- Threads and the tree --- */
 

@@ -27,6 +27,8 @@ pub struct Container {
     /// The addresses of its network interfaces, each with the interface's name.
     #[serde(default)]
     pub addresses: Vec<(Bytes, Bytes)>,
+    /// What the program has called its machine, where that is not what its creator did.
+    pub names: Option<Names>,
     /// The vdso's code, by digest: addresses inside it are in registers and in the memory of language runtimes.
     pub vdso_sha256: Bytes,
     /// What its IPC namespace holds.
@@ -34,6 +36,13 @@ pub struct Container {
     pub system_v: SystemV,
     #[serde(default)]
     pub posix_queues: Vec<PosixQueue>,
+}
+
+/// Names of a UTS namespace.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Names {
+    pub host: Bytes,
+    pub domain: Bytes,
 }
 
 /// Clocks at the instant of the capture, as the container saw them, in nanoseconds.
@@ -111,6 +120,9 @@ pub struct Alive {
     pub threads: Vec<Thread>,
     #[serde(default)]
     pub sharing: Sharing,
+    /// SIGCONT has ended a stop, and its parent has not waited for that.
+    #[serde(default)]
+    pub continued: bool,
     /// Empty for the container's own root.
     #[serde(default)]
     pub root_directory: Path,
@@ -120,6 +132,15 @@ pub struct Alive {
     /// Set where `executable` leads nowhere.
     #[serde(default)]
     pub nameless_executable: Option<NamelessExecutable>,
+}
+
+/// Where a thread is that has left what its process shares by `CLONE_FS`. The fields are as those of [`Alive`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Directories {
+    pub root_directory: Path,
+    pub working_directory: Path,
+    pub removed_directory: Option<RemovedDirectory>,
+    pub umask: u32,
 }
 
 /// A directory that is in use and has no name any more.
@@ -832,6 +853,9 @@ pub struct Thread {
     pub no_new_privileges: bool,
     /// Calls that were interrupted, with what is left of their time.
     pub restart: Restart,
+    /// Of a thread that does not share them with its process.
+    #[serde(default)]
+    pub own_directories: Option<Directories>,
 }
 
 /// How an interrupted system call goes on.

@@ -17,6 +17,7 @@ use samara_kernel::{Pid, proc};
 use sha2::{Digest, Sha256};
 
 use crate::freeze::{FreezeError, FrozenTree};
+use crate::names::{self, GivenNames};
 use crate::phase::{self, Phase};
 use crate::plan::{self, PlanError};
 use crate::root::Root;
@@ -60,6 +61,8 @@ pub struct CaptureRequest {
     pub init: Pid,
     /// The streams 0, 1 and 2 of the container, as its creator recorded them.
     pub outside: Vec<OutsideStream>,
+    /// The names that the container was given.
+    pub names: GivenNames,
 }
 
 /// A container at one instant, still stopped.
@@ -95,6 +98,7 @@ pub fn capture(
     let begun = Instant::now();
     let mut frozen = FrozenTree::stop(request.init, thaw)?;
     let clocks = clocks::of_container(request.init).map_err(read("the container's clocks"))?;
+    let names = names::changed(request.init, &request.names).map_err(read("the host's name"))?;
     let freeze = begun.elapsed();
     phase::reached(Phase::Stopped);
 
@@ -134,6 +138,7 @@ pub fn capture(
         shared_memory: tables.shared_memory,
         unlinked_files: tables.unlinked,
         addresses: tables.addresses,
+        names,
         vdso_sha256: vdso,
         system_v: tables.system_v.record,
         posix_queues: tables.posix_queues.records,
@@ -232,18 +237,31 @@ fn part_scratch(frozen: &mut FrozenTree, sharing: &BTreeMap<Pid, record::Sharing
     }
 }
 
-/// Completes the records of processes that a signal has stopped by whether their parents know.
+/// Completes the records of processes by what their parents would be told of stops and of their ends.
 fn ask_for_stops(
     frozen: &mut FrozenTree,
     records: &mut [(Pid, record::Process)],
 ) -> Result<(), CaptureError> {
-    for (pid, process) in records {
-        let ProcessState::Alive(alive) = &mut process.state else { continue };
-        let Some(stopped) = &mut alive.stopped else { continue };
+    let mut by_parent: BTreeMap<Pid, Vec<(i32, i32)>> = BTreeMap::new();
+    for (pid, process) in records.iter() {
+        let ProcessState::Alive(alive) = &process.state else { continue };
         let parent = proc::stat(*pid).map_err(read("the parent of a process"))?.ppid;
+        let event = if alive.stopped.is_some() { libc::WSTOPPED } else { libc::WCONTINUED };
+        by_parent.entry(parent).or_default().push((process.pid, event));
+    }
+    let mut reports: BTreeMap<i32, bool> = BTreeMap::new();
+    for (parent, children) in by_parent {
         // Of a parent outside of the container nothing is restored.
-        if let Some(parent) = frozen.processes.get_mut(&parent) {
-            stopped.reported = !process::would_report_stop(parent, process.pid)?;
+        let Some(parent) = frozen.processes.get_mut(&parent) else { continue };
+        let answers = process::would_report(parent, &children)?;
+        reports.extend(children.iter().map(|(child, _)| *child).zip(answers));
+    }
+    for (_, process) in records {
+        let ProcessState::Alive(alive) = &mut process.state else { continue };
+        let Some(report) = reports.get(&process.pid) else { continue };
+        match &mut alive.stopped {
+            Some(stopped) => stopped.reported = !report,
+            None => alive.continued = *report,
         }
     }
     Ok(())

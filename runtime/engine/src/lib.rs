@@ -13,6 +13,7 @@ pub mod host;
 mod internet;
 mod memory;
 mod netlink;
+pub mod names;
 pub mod phase;
 mod pipes;
 mod plan;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -10,9 +10,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use samara_capsule::record::{
-    self, Alive, AlternateStack, Bytes, Credentials, IntervalTimer, NamelessExecutable, PosixTimer,
-    ProcessState, RemovedDirectory, Restart, Scheduling, Seccomp, SeccompFilter, Sharing,
-    SignalAction,
+    self, Alive, AlternateStack, Bytes, Credentials, Directories, IntervalTimer,
+    NamelessExecutable, PosixTimer, ProcessState, RemovedDirectory, Restart, Scheduling, Seccomp,
+    SeccompFilter, Sharing, SignalAction,
 };
 use samara_capsule::transfer::SpaceId;
 use samara_kernel::kcmp::{self, Resource};
@@ -79,10 +79,8 @@ pub(crate) struct Examined {
 #[derive(Debug)]
 struct Paths {
     executable: record::Path,
-    nameless_executable: Option<record::NamelessExecutable>,
-    root_directory: record::Path,
-    working_directory: record::Path,
-    removed_directory: Option<RemovedDirectory>,
+    nameless_executable: Option<NamelessExecutable>,
+    directories: Directories,
 }
 
 #[derive(Debug)]
@@ -90,6 +88,7 @@ struct ExaminedThread {
     stat: proc::Stat,
     /// The XSAVE area.
     vectors: Vec<u8>,
+    own_directories: Option<Directories>,
 }
 
 /// Notes what of a process itself can't be saved.
@@ -120,7 +119,11 @@ pub(crate) fn examine(
         if stat.policy == Some(SCHED_DEADLINE) {
             tables.refuse(pid, Place::Thread(tid), "SCHED_DEADLINE is not supported");
         }
-        threads.push(ExaminedThread { stat, vectors });
+        let own_directories = match is_own(pid, tid, Resource::Fs) {
+            true => Some(directories(pid, tid, tables)?),
+            false => None,
+        };
+        threads.push(ExaminedThread { stat, vectors, own_directories });
     }
     let timers = proc::attribute(pid, "timers").map_err(what())?;
     let timers = timers::parse_posix(&timers, &|tid| inner_pid(tid).ok());
@@ -163,22 +166,30 @@ pub(crate) fn sharing(
             }
         }
     }
-    let own = [
-        (Resource::Files, "a table of descriptors"),
-        (Resource::Fs, "a working directory and umask"),
-    ];
+    let mut own_directories: Vec<Pid> = Vec::new();
     for process in processes.values() {
-        let [leader, others @ ..] = process.threads.as_slice() else { continue };
-        for thread in others {
-            for (kind, what) in own {
-                if kcmp::resource(leader.tid, thread.tid, kind).is_ok_and(|order| order.is_ne()) {
-                    let what = format!("it has {what} of its own, which is not supported");
-                    tables.refuse(process.pid, Place::Thread(thread.tid), what);
+        for thread in process.threads.iter().skip(1) {
+            let (pid, tid) = (process.pid, thread.tid);
+            if is_own(pid, tid, Resource::Files) {
+                let what = "it has a table of descriptors of its own, which is not supported";
+                tables.refuse(pid, Place::Thread(tid), what);
+            }
+            if is_own(pid, tid, Resource::Fs) {
+                let others = processes.keys().chain(&own_directories);
+                if others.into_iter().any(|other| !is_own(*other, tid, Resource::Fs)) {
+                    let what = "it shares a working directory with others than the threads of its process, which is not supported";
+                    tables.refuse(pid, Place::Thread(tid), what);
                 }
+                own_directories.push(tid);
             }
         }
     }
     found
+}
+
+/// Whether a thread does not share something with another one.
+fn is_own(other: Pid, tid: Pid, kind: Resource) -> bool {
+    kcmp::resource(other, tid, kind).is_ok_and(|order| order.is_ne())
 }
 
 /// Describes a stopped process. Its memory has been described already, since this maps the engine's own.
@@ -233,8 +244,8 @@ pub(crate) fn collect(
         },
         executable: paths.executable.clone(),
         auxiliary_vector: Bytes::from(proc::auxiliary_vector(pid).map_err(what())?),
-        working_directory: paths.working_directory.clone(),
-        umask: status.umask.unwrap_or(0o022),
+        working_directory: paths.directories.working_directory.clone(),
+        umask: paths.directories.umask,
         descriptors: descriptors.list,
         locks: descriptors.locks,
         limits: proc::limits(pid).map_err(what())?,
@@ -258,38 +269,54 @@ pub(crate) fn collect(
         exit_signal: stat.exit_signal.unwrap_or(libc::SIGCHLD),
         threads,
         sharing,
-        root_directory: paths.root_directory.clone(),
-        removed_directory: paths.removed_directory,
+        continued: false,
+        root_directory: paths.directories.root_directory.clone(),
+        removed_directory: paths.directories.removed_directory,
         nameless_executable: paths.nameless_executable,
     };
     Ok(record::Process { state: ProcessState::Alive(Box::new(alive)), ..identity(pid, status)? })
 }
 
-/// Whether a wait of `parent` would report that its child, which it numbers `child`, has stopped. The wait is not used up.
-pub(crate) fn would_report_stop(parent: &mut Process, child: i32) -> Result<bool, TraceeError> {
+/// For each child, as `parent` numbers it, whether a wait for such an event (`WSTOPPED`, `WCONTINUED`) would report one. No wait is
+/// used up.
+pub(crate) fn would_report(
+    parent: &mut Process,
+    children: &[(i32, i32)],
+) -> Result<Vec<bool>, TraceeError> {
+    /// What fits on a tape with room to spare.
+    const AT_ONCE: usize = 512;
     parent.map_arena(None)?;
-    let mut tape = parent.tape()?;
-    let information = tape.output(SIGINFO_BYTES);
-    let flags = libc::WSTOPPED | libc::WNOHANG | libc::WNOWAIT;
-    let arguments = wait_for_stop(child, information.address, flags);
-    tape.call("ask for a stopped child", libc::SYS_waitid, arguments);
-    parent.run_all(0, &tape, End::Call)?;
-    let information = parent.output(information)?;
+    let mut reports = Vec::with_capacity(children.len());
+    for children in children.chunks(AT_ONCE) {
+        let mut tape = parent.tape()?;
+        let mut answers = Vec::new();
+        for (child, event) in children {
+            let information = tape.output(SIGINFO_BYTES);
+            let arguments =
+                wait_for(*child, information.address, event | libc::WNOHANG | libc::WNOWAIT);
+            tape.call("ask for events of a child", libc::SYS_waitid, arguments);
+            answers.push(information);
+        }
+        parent.run_all(0, &tape, End::Call)?;
+        for answer in answers {
+            // `si_signo`, which stays 0 where there is nothing to report.
+            reports.push(parent.output(answer)?.starts_with(&libc::SIGCHLD.to_le_bytes()));
+        }
+    }
     parent.unmap_arena()?;
-    // `si_signo`, which stays 0 where there is nothing to report.
-    Ok(information.starts_with(&libc::SIGCHLD.to_le_bytes()))
+    Ok(reports)
 }
 
 /// Uses up the report that a child has stopped.
 pub(crate) fn take_stop_report(parent: &mut Process, child: i32) -> Result<(), TraceeError> {
     let mut tape = parent.tape()?;
-    let arguments = wait_for_stop(child, 0, libc::WSTOPPED | libc::WNOHANG);
+    let arguments = wait_for(child, 0, libc::WSTOPPED | libc::WNOHANG);
     tape.call("take note of a stopped child", libc::SYS_waitid, arguments);
     parent.run_all(0, &tape, End::Breakpoint)?;
     Ok(())
 }
 
-fn wait_for_stop(child: i32, information: u64, flags: i32) -> [u64; 6] {
+fn wait_for(child: i32, information: u64, flags: i32) -> [u64; 6] {
     let (kind, child) = (u64::from(libc::P_PID), u64::from(child.unsigned_abs()));
     // A child counts whatever signal its end will send.
     let flags = flags | libc::__WALL;
@@ -360,6 +387,21 @@ fn check(pid: Pid, status: &proc::Status, tables: &mut Tables<'_>) -> Result<(),
             );
         }
     }
+    for kind in ["pid", "time"] {
+        let own = proc::namespace(pid, kind).ok();
+        let children = proc::namespace(pid, &format!("{kind}_for_children")).ok();
+        // A pid namespace without a process does not show.
+        if own != children {
+            let what =
+                format!("it has a {kind} namespace for its children, which is not supported");
+            tables.refuse(pid, Place::Process, what);
+        }
+    }
+    let cgroups = |pid| proc::attribute(pid, "cgroup").ok();
+    if cgroups(pid) != cgroups(tables.request.init) {
+        let what = "it is in another cgroup than the container's init, which is not supported";
+        tables.refuse(pid, Place::Process, what);
+    }
     let layers = status.nspid.as_ref().map_or(0, Vec::len);
     let inits = proc::status(tables.request.init)
         .ok()
@@ -376,78 +418,80 @@ const REMOVED: &[u8] = b" (deleted)";
 
 /// Finds the program and the directories of a process, and notes which of them can't be found again.
 fn paths(pid: Pid, tables: &mut Tables<'_>) -> Result<Paths, CaptureError> {
-    let look = |file: &str| {
-        let path = format!("/proc/{pid}/{file}");
-        let metadata = std::fs::metadata(&path).map_err(read(path))?;
-        Ok::<_, CaptureError>((link(pid, file)?, (metadata.dev(), metadata.ino()), metadata))
-    };
-    let (mut executable, identity, metadata) = look("exe")?;
+    let (mut executable, identity, metadata) = look(pid, "exe")?;
     let mut nameless_executable = None;
     if tables.root.identity(&executable).ok() != Some(identity) {
         let file = format!("/proc/{pid}/exe");
-        let without = executable.strip_suffix(REMOVED).map(<[u8]>::to_vec);
-        match without {
-            Some(path) if metadata.nlink() == 0 && path.starts_with(b"/memfd:") => {
+        let before = executable.strip_suffix(REMOVED).filter(|_| metadata.nlink() == 0);
+        match before.map(<[u8]>::to_vec) {
+            Some(path) if path.starts_with(b"/memfd:") => {
                 let name = path.strip_prefix(b"/memfd:").unwrap_or_default();
                 let memory = tables.shared_memory(identity, &file, Some(name))?;
                 nameless_executable = Some(NamelessExecutable::SharedMemory { memory });
             }
-            Some(path) if metadata.nlink() == 0 => {
+            Some(path) => {
                 let place = Path::new(OsStr::from_bytes(&executable));
                 let file = tables.unlinked(identity, &file, place, &metadata)?;
                 nameless_executable = Some(NamelessExecutable::Unlinked { file });
                 executable = Bytes::from(path);
             }
-            Some(_) | None => {
+            None => {
                 let path = String::from_utf8_lossy(&executable).into_owned();
                 let what = format!("its program {path} is no longer at its path");
                 tables.refuse(pid, Place::Process, what);
             }
         }
     }
-    let (mut root_directory, identity, _) = look("root")?;
+    let directories = directories(pid, pid, tables)?;
+    Ok(Paths { executable, nameless_executable, directories })
+}
+
+/// Finds the directories of a thread, and notes which of them can't be found again.
+fn directories(pid: Pid, tid: Pid, tables: &mut Tables<'_>) -> Result<Directories, CaptureError> {
+    let place = if tid == pid { Place::Process } else { Place::Thread(tid) };
+    let (mut root_directory, identity, _) = look(tid, "root")?;
+    let shown = String::from_utf8_lossy(&root_directory).into_owned();
     if root_directory.as_slice() == b"/" {
         root_directory.clear();
-    } else if pid == tables.request.init {
+    } else if tid == tables.request.init {
         // By its root everything else is found.
-        let path = String::from_utf8_lossy(&root_directory).into_owned();
-        tables.refuse(
-            pid,
-            Place::Process,
-            format!("it is the container's init, and its root directory is {path}"),
-        );
+        let what = format!("its root directory is {shown}, which is not supported of an init");
+        tables.refuse(pid, place, what);
     } else if tables.root.identity(&root_directory).ok() != Some(identity) {
-        let path = String::from_utf8_lossy(&root_directory).into_owned();
-        let what = format!("its root directory {path} is no longer at its path");
-        tables.refuse(pid, Place::Process, what);
+        let what = format!("its root directory {shown} is no longer at its path");
+        tables.refuse(pid, place, what);
     }
-    let (mut working_directory, identity, metadata) = look("cwd")?;
+    let (mut working_directory, identity, metadata) = look(tid, "cwd")?;
     let mut removed_directory = None;
     if tables.root.identity(&working_directory).ok() != Some(identity) {
-        match working_directory.strip_suffix(REMOVED).map(<[u8]>::to_vec) {
-            Some(path) if path.starts_with(b"/") => {
+        let before = working_directory.strip_suffix(REMOVED).map(<[u8]>::to_vec);
+        match before.filter(|path| path.starts_with(b"/")) {
+            Some(path) => {
                 working_directory = Bytes::from(path);
                 removed_directory = Some(RemovedDirectory {
                     mode: metadata.mode() & 0o7777,
                     owner: (metadata.uid(), metadata.gid()),
                 });
             }
-            Some(_) | None => {
+            None => {
                 let path = String::from_utf8_lossy(&working_directory).into_owned();
                 let what = format!(
                     "its working directory {path} is no longer at its path, or outside the container"
                 );
-                tables.refuse(pid, Place::Process, what);
+                tables.refuse(pid, place, what);
             }
         }
     }
-    Ok(Paths {
-        executable,
-        nameless_executable,
-        root_directory,
-        working_directory,
-        removed_directory,
-    })
+    let status = proc::status(tid).map_err(read(format!("thread {tid} in /proc")))?;
+    let umask = status.umask.unwrap_or(0o022);
+    Ok(Directories { root_directory, working_directory, removed_directory, umask })
+}
+
+/// The target of a link in `/proc/TID`, device and inode of it, and the rest.
+fn look(tid: Pid, file: &str) -> Result<(record::Path, (u64, u64), Metadata), CaptureError> {
+    let path = format!("/proc/{tid}/{file}");
+    let metadata = std::fs::metadata(&path).map_err(read(path))?;
+    Ok((link(tid, file)?, (metadata.dev(), metadata.ino()), metadata))
 }
 
 /// Lets threads that were stopped inside a restartable sequence start it anew, as the kernel does after a preemption.
@@ -778,6 +822,7 @@ fn collect_thread(
         seccomp: seccomp(tid, &status)?,
         no_new_privileges: status.nonewprivs == Some(1),
         restart,
+        own_directories: look.own_directories.clone(),
     })
 }
 
@@ -933,29 +978,20 @@ pub(crate) fn furnish(
     alive: &Alive,
     root: &Root,
 ) -> Result<(), RestoreError> {
-    const DIRECTORY: i32 = libc::O_PATH | libc::O_DIRECTORY;
-    let mut directories = Vec::new();
-    if !alive.root_directory.is_empty() {
-        directories.push(open_below(root, &alive.root_directory, DIRECTORY)?);
-    }
-    directories.push(match alive.removed_directory {
-        None => open_below(root, &alive.working_directory, DIRECTORY)?,
-        Some(removed) => make_removed(root, &alive.working_directory, removed)
-            .map_err(make("a working directory that had been removed"))?,
-    });
-    let directories: Vec<_> = directories.iter().map(AsFd::as_fd).collect();
-    let numbers = channel.send(process, &directories)?;
-    let mut tape = process.tape()?;
-    for (directory, left) in numbers.iter().zip((0..numbers.len()).rev()) {
-        let directory = u64::from(directory.unsigned_abs());
-        tape.call("change its working directory", libc::SYS_fchdir, [directory, 0, 0, 0, 0, 0]);
-        if left == 1 {
-            let here = tape.data(b".\0");
-            tape.call("change its root directory", libc::SYS_chroot, [here, 0, 0, 0, 0, 0]);
+    let directories = Directories {
+        root_directory: alive.root_directory.clone(),
+        working_directory: alive.working_directory.clone(),
+        removed_directory: alive.removed_directory,
+        umask: alive.umask,
+    };
+    // Threads that share nothing with the process there have to part from it first.
+    for (index, thread) in alive.threads.iter().enumerate().skip(1) {
+        if let Some(directories) = &thread.own_directories {
+            go_to(process, channel, index, directories, root)?;
         }
-        tape.call("close a descriptor", libc::SYS_close, [directory, 0, 0, 0, 0, 0]);
     }
-    tape.call("set its umask", libc::SYS_umask, [alive.umask.into(), 0, 0, 0, 0, 0]);
+    go_to(process, channel, 0, &directories, root)?;
+    let mut tape = process.tape()?;
     prctl(&mut tape, libc::PR_SET_CHILD_SUBREAPER, alive.subreaper.into());
     for command in (0..u32::BITS).map(|bit| 1 << bit).filter(|bit| alive.membarrier & bit != 0) {
         let arguments = [u64::from(command), 0, 0, 0, 0, 0];
@@ -990,6 +1026,46 @@ pub(crate) fn furnish(
             tracing::warn!(%error, pid, "the OOM score of a process stays that of the new container");
         }
     }
+    Ok(())
+}
+
+/// Gives a process its root, working directory and umask, or (`index` > 0) a thread its own.
+fn go_to(
+    process: &mut Process,
+    channel: &mut Channel,
+    index: usize,
+    to: &Directories,
+    root: &Root,
+) -> Result<(), RestoreError> {
+    const DIRECTORY: i32 = libc::O_PATH | libc::O_DIRECTORY;
+    let working = match to.removed_directory {
+        None => open_below(root, &to.working_directory, DIRECTORY)?,
+        Some(removed) => make_removed(root, &to.working_directory, removed)
+            .map_err(make("a working directory that had been removed"))?,
+    };
+    let other_root = match to.root_directory.as_slice() {
+        b"" => None,
+        path => Some(open_below(root, path, DIRECTORY)?),
+    };
+    let files: Vec<_> = other_root.iter().chain([&working]).map(AsFd::as_fd).collect();
+    let numbers = channel.send(process, &files)?;
+    let mut tape = process.tape()?;
+    if index > 0 {
+        let directories = u64::from(libc::CLONE_FS.unsigned_abs());
+        tape.call("part from its process", libc::SYS_unshare, [directories, 0, 0, 0, 0, 0]);
+    }
+    let mut is_root = other_root.is_some();
+    for directory in numbers {
+        let directory = u64::from(directory.unsigned_abs());
+        tape.call("change its working directory", libc::SYS_fchdir, [directory, 0, 0, 0, 0, 0]);
+        if std::mem::take(&mut is_root) {
+            let here = tape.data(b".\0");
+            tape.call("change its root directory", libc::SYS_chroot, [here, 0, 0, 0, 0, 0]);
+        }
+        tape.call("close a descriptor", libc::SYS_close, [directory, 0, 0, 0, 0, 0]);
+    }
+    tape.call("set its umask", libc::SYS_umask, [to.umask.into(), 0, 0, 0, 0, 0]);
+    process.run_all(index, &tape, End::Breakpoint)?;
     Ok(())
 }
 

@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, Metadata};
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use samara_capsule::record::{
@@ -30,7 +30,7 @@ use crate::plan::{self, PlanError, Step};
 use crate::process::Confinement;
 use crate::root::Root;
 use crate::tracee::{self, ARENA_BYTES, Process, Thread, TraceeError, failed};
-use crate::{descriptors, internet, memory, posix_queues, process, sqlite, system_v, unix_sockets};
+use crate::{descriptors, internet, memory, names, posix_queues, process, sqlite, system_v, unix_sockets};
 
 /// Why a container could not be restored. Nothing of it is left but the blank init, if that still lives, for the caller to remove.
 #[derive(Debug, thiserror::Error)]
@@ -82,6 +82,9 @@ pub fn restore(
     let container = request.container;
     let begun = Instant::now();
     let mut tree = Tree::begin(request)?;
+    if let Some(names) = &container.names {
+        names::restore(request.init, names).map_err(make("the host's name"))?;
+    }
     phase::reached(Phase::Begun);
     tree.spawn(&container.processes)?;
     // The dead too: somebody may hold a descriptor of them.
@@ -323,6 +326,41 @@ impl Tree {
                 self.make_threads(record.pid, alive)?;
             }
         }
+        self.number_on(records)
+    }
+
+    /// Lets the numbers of what is forked later follow those that mean something already: a program may remember them.
+    fn number_on(&mut self, records: &[Record]) -> Result<(), RestoreError> {
+        const LAST: &str = "/proc/sys/kernel/ns_last_pid";
+        let threads = |record: &Record| match &record.state {
+            ProcessState::Alive(alive) => alive.threads.iter().map(|thread| thread.tid).max(),
+            ProcessState::Zombie { .. } => None,
+        };
+        let highest = records
+            .iter()
+            .flat_map(|record| {
+                [record.pid, record.group, record.session].into_iter().chain(threads(record))
+            })
+            .max()
+            .unwrap_or(1);
+        let file = match File::options().write(true).open(LAST) {
+            // A kernel without CONFIG_CHECKPOINT_RESTORE can't be told.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            other => other.map_err(make("the number of the last process"))?,
+        };
+        // It counts for the namespace of whoever writes.
+        let numbers = self.send(1, &[file.as_fd()])?;
+        let init = self.process(1)?;
+        let mut tape = init.tape()?;
+        let text = highest.to_string();
+        let data = tape.data(text.as_bytes());
+        for number in numbers {
+            let number = u64::from(number.unsigned_abs());
+            let arguments = [number, data, text.len() as u64, 0, 0, 0];
+            tape.call("say which number was the last", libc::SYS_write, arguments);
+            tape.call("close a descriptor", libc::SYS_close, [number, 0, 0, 0, 0, 0]);
+        }
+        init.run_all(0, &tape, End::Breakpoint)?;
         Ok(())
     }
 
@@ -332,6 +370,12 @@ impl Tree {
                 && let Some(stopped) = alive.stopped
             {
                 self.stop(record, stopped)?;
+            } else if let ProcessState::Alive(alive) = &record.state
+                && alive.continued
+            {
+                let process = self.process(record.pid)?;
+                process.stop(libc::SIGSTOP)?;
+                process.cont()?;
             }
         }
         Ok(())

@@ -251,6 +251,18 @@ impl Process {
         others.iter_mut().try_for_each(Thread::join_group_stop)
     }
 
+    /// Lets a process go on that [`Process::stop`] has stopped, as SIGCONT does; its threads stay in ptrace stops.
+    pub(crate) fn cont(&mut self) -> Result<(), TraceeError> {
+        let pid = self.pid;
+        let handle = PidFd::open(pid).map_err(failed("open", pid))?;
+        // Ends the group stop at once; the signal itself stays pending and goes with the actions that are set later.
+        handle.send_signal(libc::SIGCONT).map_err(failed("continue", pid))?;
+        for thread in &mut self.threads {
+            thread.group_stop = 0;
+        }
+        Ok(())
+    }
+
     /// Says where the vdso is, which [`Process::map_arena`] needs.
     pub(crate) fn set_vdso(&mut self, mappings: &[proc::Mapping]) {
         self.vdso = mappings

@@ -16,6 +16,7 @@ use samara_capsule::transfer::{
     PAGE_BYTES, PageBatch, PageRun, Place, Sink, Source, SpaceId, StreamName,
 };
 use samara_engine::capture::{CaptureRequest, Captured, capture};
+use samara_engine::names::GivenNames;
 use samara_engine::restore::{RestoreRequest, restore};
 use samara_engine::{Confinement, SeccompPolicy};
 
@@ -164,7 +165,7 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 fn snapshot(init: i32) -> (Memory, Captured) {
     let mut memory = Memory::default();
-    let request = CaptureRequest { init, outside: Vec::new() };
+    let request = CaptureRequest { init, outside: Vec::new(), names: GivenNames::default() };
     let captured = capture(&request, &mut || Ok(()), &mut memory)
         .unwrap_or_else(|error| panic!("{}", chain(&error)));
     (memory, captured)

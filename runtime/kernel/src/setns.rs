@@ -13,6 +13,8 @@ pub enum Namespace {
     Network,
     /// System V objects are listed for the one that asks.
     Ipc,
+    /// Host name and domain name.
+    Uts,
 }
 
 /// Runs `act` in a namespace of process `pid`.
@@ -27,6 +29,7 @@ pub fn inside<T: Send>(
     let (name, kind) = match namespace {
         Namespace::Network => ("net", libc::CLONE_NEWNET),
         Namespace::Ipc => ("ipc", libc::CLONE_NEWIPC),
+        Namespace::Uts => ("uts", libc::CLONE_NEWUTS),
     };
     enter(&File::open(format!("/proc/{pid}/ns/{name}"))?, kind, act)
 }

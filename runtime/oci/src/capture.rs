@@ -6,12 +6,13 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime};
 
 use oci_spec::runtime::LinuxNamespaceType;
+use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use samara_capsule::cbor::{EncodeError, encode_record};
 use samara_capsule::config::{Provenance, Requirements};
 use samara_capsule::digest::Digest;
@@ -19,6 +20,7 @@ use samara_capsule::transfer::{Sink, StreamName};
 use samara_engine::capture::{CaptureError, CaptureRequest, Captured, OutsideStream, capture};
 use samara_engine::files::{self, Fingerprint, FingerprintError, LocateError, RootChanges};
 use samara_engine::freeze::FrozenTree;
+use samara_engine::names::GivenNames;
 use samara_engine::phase::{self, Phase};
 use samara_store::config::ConfigError;
 use samara_store::location::{Location, LocationError};
@@ -63,6 +65,13 @@ pub enum CheckpointError {
     Flag(&'static str),
     #[error("a container with a terminal can't be saved yet; start it without -t")]
     Terminal,
+    #[error(
+        "the container's program has mounted {kind} at {}, which is not supported: unmount it, or let the specification mount it",
+        path.display()
+    )]
+    OwnMount { path: PathBuf, kind: String },
+    #[error("the container's program has unmounted {}, which is not supported", path.display())]
+    NoMount { path: PathBuf },
     #[error(
         "a container in a user namespace can't be saved yet; start it without (docker: --userns host)"
     )]
@@ -359,7 +368,12 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
 
     progress("stopping");
     let paused = record.cgroup.is_frozen();
-    let request = CaptureRequest { init: record.init.pid, outside: outside(&record) };
+    let request = CaptureRequest {
+        init: record.init.pid,
+        outside: outside(&record),
+        names: GivenNames { host: spec.hostname().clone(), domain: spec.domainname().clone() },
+    };
+    refuse_own_mounts(record.init.pid, &spec)?;
     let mut thaw = || match paused {
         true => record.cgroup.thaw().map_err(io::Error::other),
         false => Ok(()),
@@ -380,6 +394,7 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
         }
     };
     // An error from here on drops `frozen`, which lets the container go on.
+    refuse_own_mounts(record.init.pid, &spec)?;
     progress("copying files");
     files::capture_root(&root, &mut StreamWriter::new(&mut writer, ROOT_STREAM))?;
     let trees = capture_trees(record.init.pid, &spec, &mut writer)?;
@@ -551,11 +566,59 @@ fn capture_trees(
     let mut trees = Vec::new();
     for path in travelling_mounts(init, spec)? {
         let stream = format!("tree-{}", trees.len());
-        let folder = open_inside(init, &path).map_err(io("open a mount of the container"))?;
+        let folder =
+            open_folder_inside(init, &path).map_err(io("open a mount of the container"))?;
         files::capture_tree(folder, &mut StreamWriter::new(writer, &stream))?;
         trees.push(SavedTree { path, stream });
     }
     Ok(trees)
+}
+
+/// Refuses mounts that the specification does not have, and the want of those that it has: the program has made them, or removed
+/// them, and a new container would have what the specification says.
+fn refuse_own_mounts(init: i32, spec: &oci_spec::runtime::Spec) -> Result<(), CheckpointError> {
+    let mounts = procfs::process::Process::new(init)
+        .and_then(|process| process.mountinfo())
+        .map_err(|error| CheckpointError::Io {
+            attempt: "read the container's mounts",
+            source: io::Error::other(error),
+        })?;
+    let mut wanted: Vec<(PathBuf, bool)> = Vec::new();
+    for mount in spec.mounts().iter().flatten() {
+        // A mount point is where the links on its path lead to.
+        let place = open_inside(init, mount.destination(), OFlags::PATH)
+            .and_then(|folder| fs::read_link(format!("/proc/self/fd/{}", folder.as_raw_fd())))
+            .unwrap_or_else(|_| mount.destination().clone());
+        // With everything below it, which comes and goes with what is outside.
+        let whole = mount.options().iter().flatten().any(|option| {
+            matches!(option.as_str(), "rbind" | "rslave" | "rshared" | "slave" | "shared")
+        });
+        wanted.push((place, whole || mount.typ().as_deref() == Some("cgroup")));
+    }
+    let present: Vec<&Path> = mounts.0.iter().map(|mount| mount.mount_point.as_path()).collect();
+    let count = |path: &Path| present.iter().filter(|present| **present == path).count();
+    for mount in &mounts.0 {
+        let path = mount.mount_point.as_path();
+        let specified = wanted.iter().filter(|(place, _)| place == path).count();
+        // What is masked and made read-only there is the engine's, and the rest the kernel's.
+        let kernels = ["/", "/proc", "/sys", "/dev/console"].map(Path::new);
+        let engines = path == kernels[0] || kernels.iter().skip(1).any(|of| path.starts_with(of));
+        let masked = spec.linux().iter().any(|linux| {
+            let lists = [linux.masked_paths(), linux.readonly_paths()];
+            lists.into_iter().flatten().flatten().any(|masked| Path::new(masked) == path)
+        });
+        let below = wanted.iter().any(|(place, whole)| *whole && path.starts_with(place));
+        if !engines && !masked && !below && (specified == 0 || count(path) > specified) {
+            return Err(CheckpointError::OwnMount {
+                path: path.to_owned(),
+                kind: mount.fs_type.clone(),
+            });
+        }
+    }
+    match wanted.into_iter().find(|(place, _)| count(place) == 0) {
+        Some((path, _)) => Err(CheckpointError::NoMount { path }),
+        None => Ok(()),
+    }
 }
 
 /// The annotation that says which volumes travel: `PATH=include` or `PATH=external`, separated by commas.
@@ -628,11 +691,13 @@ fn unprotected(spec: &oci_spec::runtime::Spec, travelling: &[String]) -> Vec<Str
 }
 
 /// Opens a folder as the container sees it; no link leads out of its root.
-pub(crate) fn open_inside(init: i32, path: &str) -> io::Result<OwnedFd> {
-    use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
+pub(crate) fn open_folder_inside(init: i32, path: &str) -> io::Result<OwnedFd> {
+    open_inside(init, Path::new(path), OFlags::RDONLY | OFlags::DIRECTORY)
+}
+
+fn open_inside(init: i32, path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
     let root = File::open(format!("/proc/{init}/root"))?;
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    Ok(openat2(&root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT)?)
+    Ok(openat2(&root, path, flags | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::IN_ROOT)?)
 }
 
 fn provenance(saved: &Saved, record: &Record) -> Provenance {

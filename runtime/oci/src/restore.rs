@@ -32,7 +32,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::address::{AddressError, Node, RestorePolicy};
 use crate::bundle::{Bundle, BundleError};
-use crate::capture::{CheckpointError, FINGERPRINT_CACHE, Held, cpu_features, open_inside};
+use crate::capture::{CheckpointError, FINGERPRINT_CACHE, Held, cpu_features, open_folder_inside};
 use crate::confine::ConfineError;
 use crate::container_id::ContainerId;
 use crate::create::{ClockOffset, TimeOffsets};
@@ -535,7 +535,8 @@ fn fill(dir: &StateDir, waiting: &Waiting) -> Result<Restored, RestoreError> {
             .stream(&StreamName(tree.stream.clone()))
             .map_err(io("read the container's files"))?
             .ok_or_else(|| RestoreError::NoStream(tree.stream.clone()))?;
-        let folder = open_inside(init, &tree.path).map_err(io("open a mount of the container"))?;
+        let folder =
+            open_folder_inside(init, &tree.path).map_err(io("open a mount of the container"))?;
         files::apply_tree(folder, &privileges::device_nodes(&spec)?, &mut stream)?;
     }
     let confinement = confinement(&spec, &saved.origin)?;
@@ -652,6 +653,7 @@ mod tests {
             unlinked_files: Vec::new(),
             unix_sockets: Vec::new(),
             addresses: Vec::new(),
+            names: None,
             vdso_sha256: Default::default(),
             system_v: Default::default(),
             posix_queues: Vec::new(),

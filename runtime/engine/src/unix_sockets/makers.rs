@@ -52,7 +52,7 @@ impl Makers {
         if pid <= 1 || self.numbers.contains_key(&pid) {
             return Ok(());
         }
-        match tree.fork(1, pid, false, libc::SIGCHLD) {
+        match tree.fork(1, pid, false, libc::SIGCHLD, 0) {
             Ok(()) => {
                 if let Some(process) = tree.processes.remove(&pid) {
                     self.numbers.insert(pid, process.pid);
@@ -82,7 +82,7 @@ impl Makers {
     /// Ends the processes that were made.
     pub(crate) fn end(self, tree: &mut Tree) -> Result<(), RestoreError> {
         for (pid, process) in self.gone {
-            process::bury(process, b"", 0)?;
+            process::bury(process, &mut tree.channel, b"", 0, 0)?;
             let arguments = [u64::from(pid.unsigned_abs()), 0, 0, 0, 0, 0];
             tree.call(1, "wait for a helper", libc::SYS_wait4, arguments)?;
         }
