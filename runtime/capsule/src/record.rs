@@ -132,6 +132,12 @@ pub struct Alive {
     /// Set where `executable` leads nowhere.
     #[serde(default)]
     pub nameless_executable: Option<NamelessExecutable>,
+    /// What of its memory a dump has, as `/proc/PID/coredump_filter` tells.
+    #[serde(default)]
+    pub dump_filter: Option<u32>,
+    /// The local descriptor table, as `modify_ldt` reads it.
+    #[serde(default)]
+    pub descriptor_table: Bytes,
 }
 
 /// Where a thread is that has left what its process shares by `CLONE_FS`. The fields are as those of [`Alive`].
@@ -856,6 +862,23 @@ pub struct Thread {
     /// Of a thread that does not share them with its process.
     #[serde(default)]
     pub own_directories: Option<Directories>,
+    #[serde(default)]
+    pub attributes: ThreadAttributes,
+}
+
+/// What else `prctl` and its like have set for a thread.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThreadAttributes {
+    /// Threads may have one each. None: that of the process.
+    pub personality: Option<u32>,
+    /// `PR_SET_TSC`: it may not read the time stamp counter.
+    pub no_time_stamps: bool,
+    /// `ARCH_SET_CPUID`: it may not ask what the processor is.
+    pub no_cpuid: bool,
+    /// `PR_MCE_KILL_GET`; none for the system's policy.
+    pub machine_check: Option<u32>,
+    /// Kinds of speculation and what `PR_SET_SPECULATION_CTRL` has been told of them.
+    pub speculation: Vec<(u32, u32)>,
 }
 
 /// How an interrupted system call goes on.

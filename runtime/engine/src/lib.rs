@@ -2,6 +2,7 @@
 //!
 //! This crate knows no OCI types and no network: data leaves and enters through [`samara_capsule::transfer`].
 
+mod attributes;
 pub mod capture;
 pub mod clocks;
 mod datagrams;
@@ -12,8 +13,8 @@ pub mod freeze;
 pub mod host;
 mod internet;
 mod memory;
-mod netlink;
 pub mod names;
+mod netlink;
 pub mod phase;
 mod pipes;
 mod plan;

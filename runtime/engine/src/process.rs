@@ -1,6 +1,6 @@
 //! Processes and threads: ids, registers, signals, credentials, scheduling, limits.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fs::{File, Metadata};
 use std::io;
@@ -10,7 +10,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use samara_capsule::record::{
-    self, Alive, AlternateStack, Bytes, Credentials, Directories, IntervalTimer,
+    self, Alive, AlternateStack, Bytes, Clocks, Credentials, Directories, IntervalTimer,
     NamelessExecutable, PosixTimer, ProcessState, RemovedDirectory, Restart, Scheduling, Seccomp,
     SeccompFilter, Sharing, SignalAction,
 };
@@ -21,7 +21,7 @@ use samara_kernel::tape::{Call, End};
 use samara_kernel::wait::{self, Status};
 use samara_kernel::{Pid, proc, sched};
 
-use crate::capture::{CaptureError, Tables, attribute, inner_pid, link, name, read};
+use crate::capture::{CaptureError, Tables, attribute, inner_pid, link, read};
 use crate::descriptors::{Channel, Descriptors};
 use crate::memory::Shared;
 use crate::restart::{self, Goal, Slept};
@@ -29,7 +29,7 @@ use crate::restore::{RestoreError, make, open_below};
 use crate::root::Root;
 use crate::tracee::{Output, Process, Tape, Thread, TraceeError, failed};
 use crate::unsupported::Place;
-use crate::{memory, sockets, timers};
+use crate::{attributes, memory, sockets, timers};
 
 /// Signals are numbered from 1 to this.
 pub(crate) const SIGNALS: u32 = 64;
@@ -116,6 +116,13 @@ pub(crate) fn examine(
             // The kernel takes them only from a thread that has used the unit before.
             tables.refuse(pid, Place::Thread(tid), "tile registers (AMX) are not supported");
         }
+        if ptrace::dispatches_calls(tid).map_err(failed("read the dispatch of calls of", tid))? {
+            let what = "dispatch of its system calls to itself (PR_SET_SYSCALL_USER_DISPATCH) is not supported";
+            tables.refuse(pid, Place::Thread(tid), what);
+        }
+        if ptrace::uses_ports(tid).map_err(failed("read the I/O permissions of", tid))? {
+            tables.refuse(pid, Place::Thread(tid), "use of I/O ports (ioperm) is not supported");
+        }
         if stat.policy == Some(SCHED_DEADLINE) {
             tables.refuse(pid, Place::Thread(tid), "SCHED_DEADLINE is not supported");
         }
@@ -126,12 +133,27 @@ pub(crate) fn examine(
         threads.push(ExaminedThread { stat, vectors, own_directories });
     }
     let timers = proc::attribute(pid, "timers").map_err(what())?;
-    let timers = timers::parse_posix(&timers, &|tid| inner_pid(tid).ok());
+    let timers = timers::parse_posix(
+        &timers,
+        &|tid| inner_pid(tid).ok().filter(|number| *number != 0),
+        &|number| lives(tables.request.init, number),
+    );
     if timers.is_none() {
-        let why = "a POSIX timer on the processor clock of a certain process, or for a thread that has ended, is not supported";
+        let why = "a POSIX timer on the processor clock of a process that has ended, or for a thread that has ended, is not supported";
         tables.refuse(pid, Place::Process, why);
     }
     Ok(Examined { stat, status, posix_timers: timers.unwrap_or_default(), threads, paths })
+}
+
+/// Whether the container of `init` has a thread of this number. Only for what is rare: all threads are asked.
+fn lives(init: Pid, number: i32) -> bool {
+    let namespace = |pid: Pid| proc::namespace(pid, "pid").ok();
+    let wanted = namespace(init);
+    let processes = proc::processes().unwrap_or_default();
+    let members = processes.into_iter().filter(|pid| wanted.is_some() && namespace(*pid) == wanted);
+    members
+        .flat_map(|pid| proc::threads(pid).unwrap_or_default())
+        .any(|tid| inner_pid(tid).is_ok_and(|found| found == number))
 }
 
 /// Whether an XSAVE area says that the tile data is in use (Intel SDM volume 1, 13.4.2: XSTATE_BV).
@@ -219,6 +241,7 @@ pub(crate) fn collect(
     let lock_future = memory::lock_future(process, status)?;
     let answers = Answers::ask(process, status, posix_timers)?;
     memory::ask_policies(process, &mut mappings)?;
+    let descriptor_table = attributes::descriptor_table(process)?;
     let mut threads = Vec::new();
     for (index, ((registers, restart), look)) in restored.into_iter().zip(looks).enumerate() {
         threads.push(collect_thread(process, index, registers, restart, look)?);
@@ -273,6 +296,8 @@ pub(crate) fn collect(
         root_directory: paths.directories.root_directory.clone(),
         removed_directory: paths.directories.removed_directory,
         nameless_executable: paths.nameless_executable,
+        dump_filter: attributes::dump_filter(pid),
+        descriptor_table,
     };
     Ok(record::Process { state: ProcessState::Alive(Box::new(alive)), ..identity(pid, status)? })
 }
@@ -347,7 +372,7 @@ fn identity(pid: Pid, status: &proc::Status) -> Result<record::Process, CaptureE
         parent,
         group: last(&status.nspgid),
         session: last(&status.nssid),
-        name: Bytes::from(name(pid).into_bytes()),
+        name: Bytes::from(proc::comm(pid).unwrap_or_default()),
         state: ProcessState::Zombie { exit_status: 0, exit_signal: 0, uid: 0 },
     })
 }
@@ -760,8 +785,10 @@ fn collect_thread(
     let query = [mode.address, nodes.address, NODES_MAX, 0, 0, 0];
     // A kernel without NUMA has no such call.
     tape.try_call("ask for its memory policy", libc::SYS_get_mempolicy, query);
+    let questions = attributes::Questions::ask(&mut tape);
     let results = process.run_all(index, &tape, End::Call)?;
     let result = |index: usize| results.get(index).copied().unwrap_or(0);
+    let answers = questions.answers(process, &results)?;
     let [address, flags, bytes] = words(&process.output(stack)?);
     let [clear_child_tid] = words(&process.output(clear)?);
     let [death] = words(&process.output(death)?);
@@ -782,7 +809,7 @@ fn collect_thread(
     let policy = stat.policy.unwrap_or(0);
     Ok(record::Thread {
         tid: inner_pid(tid).map_err(what())?,
-        name: Bytes::from(attribute(tid, "comm")?.into_bytes()),
+        name: Bytes::from(proc::comm(tid).map_err(what())?),
         registers: to_record(&registers),
         xstate: Bytes::from(look.vectors.clone()),
         signal_mask: thread.mask,
@@ -823,6 +850,7 @@ fn collect_thread(
         no_new_privileges: status.nonewprivs == Some(1),
         restart,
         own_directories: look.own_directories.clone(),
+        attributes: attributes::complete(tid, answers)?,
     })
 }
 
@@ -869,7 +897,7 @@ pub(crate) fn words<const N: usize>(bytes: &[u8]) -> [u64; N] {
 }
 
 /// The `int` in the low half of a word.
-fn low_int(word: u64) -> i32 {
+pub(crate) fn low_int(word: u64) -> i32 {
     let [a, b, c, d, ..] = word.to_le_bytes();
     i32::from_le_bytes([a, b, c, d])
 }
@@ -1026,7 +1054,7 @@ pub(crate) fn furnish(
             tracing::warn!(%error, pid, "the OOM score of a process stays that of the new container");
         }
     }
-    Ok(())
+    attributes::restore_process(process, alive)
 }
 
 /// Gives a process its root, working directory and umask, or (`index` > 0) a thread its own.
@@ -1243,34 +1271,52 @@ fn place_for_core() -> io::Result<Option<OwnedFd>> {
     Ok(Some(fsmount(&filesystem, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?))
 }
 
-/// Gives the threads of a process their attributes, and takes the engine's privileges from them.
+/// Gives the threads of a process their attributes, and takes the engine's privileges from them. `then` are the clocks at the
+/// capture.
 pub(crate) fn confine(
     process: &mut Process,
     alive: &Alive,
     confinement: &Confinement,
+    then: &Clocks,
 ) -> Result<(), RestoreError> {
     if process.threads.len() != alive.threads.len() {
         return Err(RestoreError::Damaged("a process has other threads than were made".to_owned()));
     }
+    let mut due = BTreeSet::new();
+    for (index, thread) in alive.threads.iter().enumerate() {
+        let mut tape = process.tape()?;
+        // Threads have a personality each, and most share this one.
+        let personality = thread.attributes.personality.unwrap_or(alive.personality);
+        let arguments = [personality.into(), 0, 0, 0, 0, 0];
+        tape.call("set its personality", libc::SYS_personality, arguments);
+        attributes(&mut tape, thread);
+        attributes::restore_thread(&mut tape, &thread.attributes);
+        process.run_all(index, &tape, End::Breakpoint)?;
+        let own = thread.pending.iter().map(|info| (Some(thread.tid), info));
+        let common = alive.pending.iter().map(|info| (None, info)).filter(|_| index == 0);
+        let mut tape = process.tape()?;
+        for (tid, info) in own.chain(common) {
+            if timers::comes_again(info, &alive.posix_timers) {
+                due.extend(timers::sender(info));
+                continue;
+            }
+            if !tape.has_room(1, info.len()) {
+                process.run_all(index, &tape, End::Breakpoint)?;
+                tape = process.tape()?;
+            }
+            queue_signal(&mut tape, alive, tid, info);
+        }
+        process.run_all(index, &tape, End::Breakpoint)?;
+    }
+    // Each takes a place in the queue of signals, as a pending signal does, and there may be as many as the limit allows.
+    timers::restore_posix(process, &alive.posix_timers, &due, then)?;
     limits(process.pid, &alive.limits)?;
+    let permitted =
+        proc::status(process.pid).map_err(make("the capabilities of a process"))?.capprm;
     // The leader last: timers and the dumpable flag belong to the process, and changing ids resets the latter.
     for (index, thread) in alive.threads.iter().enumerate().rev() {
         let mut tape = process.tape()?;
-        // Threads have a personality each, and share this one.
-        let personality = u64::from(alive.personality);
-        tape.call("set its personality", libc::SYS_personality, [personality, 0, 0, 0, 0, 0]);
-        attributes(&mut tape, thread);
-        for info in &thread.pending {
-            queue_signal(&mut tape, alive, Some(thread.tid), info);
-        }
-        if index == 0 {
-            for info in &alive.pending {
-                queue_signal(&mut tape, alive, None, info);
-            }
-        }
-        process.run_all(index, &tape, End::Breakpoint)?;
-        let mut tape = process.tape()?;
-        credentials(&mut tape, thread, confinement);
+        credentials(&mut tape, thread, confinement, permitted);
         process.run_all(index, &tape, End::Breakpoint)?;
         for program in filters(thread, confinement) {
             install_filter(process, index, program)?;
@@ -1282,9 +1328,12 @@ pub(crate) fn confine(
         if index == 0 {
             prctl(&mut tape, libc::PR_SET_DUMPABLE, alive.dumpable.into());
             for (which, timer) in (0u64..).zip(alive.interval_timers) {
-                if timer.rest_us != 0 {
+                // A periodic timer of real time stands while its signal is pending, and shows no rest: taking that winds it up.
+                let stands = which == 0 && timer.interval_us != 0;
+                let rest_us = if stands { timer.rest_us.max(1) } else { timer.rest_us };
+                if rest_us != 0 {
                     let split = |us: u64| [us / 1_000_000, us % 1_000_000];
-                    let [interval, rest] = [split(timer.interval_us), split(timer.rest_us)];
+                    let [interval, rest] = [split(timer.interval_us), split(rest_us)];
                     let address = tape.words(&[interval, rest].concat());
                     tape.call(
                         "set an interval timer",
@@ -1296,7 +1345,7 @@ pub(crate) fn confine(
         }
         process.run_all(index, &tape, End::Breakpoint)?;
     }
-    timers::restore_posix(process, &alive.posix_timers)
+    Ok(())
 }
 
 /// Soft and hard limits. A hard limit that may not be raised stays as the new container has it.
@@ -1305,6 +1354,13 @@ fn limits(pid: Pid, limits: &[(u64, u64)]) -> Result<(), RestoreError> {
     for (resource, ((soft, hard), (_, hard_now))) in (0u32..).zip(limits.iter().zip(current)) {
         let set = match proc::set_limit(pid, resource, *soft, *hard) {
             Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+                tracing::warn!(
+                    pid,
+                    resource,
+                    hard,
+                    hard_now,
+                    "a limit of a process stays lower than it was"
+                );
                 proc::set_limit(pid, resource, (*soft).min(hard_now), (*hard).min(hard_now))
             }
             other => other,
@@ -1395,9 +1451,17 @@ fn queue_signal(tape: &mut Tape, alive: &Alive, tid: Option<i32>, info: &[u8]) {
 /// `SECBIT_NO_SETUID_FIXUP`: changing ids leaves capabilities alone.
 const NO_SETUID_FIXUP: u64 = 1 << 2;
 
-fn credentials(tape: &mut Tape, thread: &record::Thread, confinement: &Confinement) {
+/// `permitted` are the capabilities that the thread has.
+fn credentials(
+    tape: &mut Tape,
+    thread: &record::Thread,
+    confinement: &Confinement,
+    permitted: u64,
+) {
     let saved = &thread.credentials;
     prctl(tape, libc::PR_SET_SECUREBITS, NO_SETUID_FIXUP);
+    // A capability may be inheritable that is bounded no more; only before it is bounded the kernel makes it so.
+    set_capabilities(tape, [permitted, permitted, saved.inheritable & confinement.bounding]);
     let bounding = saved.bounding & confinement.bounding;
     for capability in (0..64).filter(|capability| bounding >> capability & 1 == 0) {
         // Numbers that this kernel does not know are not there to be dropped.
@@ -1465,7 +1529,6 @@ fn install_filter(
 }
 
 fn capabilities(tape: &mut Tape, thread: &record::Thread, confinement: &Confinement) {
-    const VERSION_3: u64 = 0x2008_0522;
     let saved = &thread.credentials;
     if thread.seccomp == Seccomp::Strict {
         const SECCOMP_SET_MODE_STRICT: u64 = 0;
@@ -1475,9 +1538,21 @@ fn capabilities(tape: &mut Tape, thread: &record::Thread, confinement: &Confinem
             [SECCOMP_SET_MODE_STRICT, 0, 0, 0, 0, 0],
         );
     }
-    prctl(tape, libc::PR_SET_SECUREBITS, saved.secure_bits.into());
     let allowed = |set: u64| set & confinement.bounding;
-    let sets = [saved.effective, saved.permitted, saved.inheritable].map(allowed);
+    // Before the bits, of which one forbids it, and before the sets lose what it takes to set the bits.
+    for capability in (0..64).filter(|capability| allowed(saved.ambient) >> capability & 1 == 1) {
+        const PR_CAP_AMBIENT_RAISE: u64 = 2;
+        let operation = u64::from(libc::PR_CAP_AMBIENT.unsigned_abs());
+        let arguments = [operation, PR_CAP_AMBIENT_RAISE, capability, 0, 0, 0];
+        tape.call("raise an ambient capability", libc::SYS_prctl, arguments);
+    }
+    prctl(tape, libc::PR_SET_SECUREBITS, saved.secure_bits.into());
+    set_capabilities(tape, [saved.effective, saved.permitted, saved.inheritable].map(allowed));
+}
+
+/// Effective, permitted, inheritable.
+fn set_capabilities(tape: &mut Tape, sets: [u64; 3]) {
+    const VERSION_3: u64 = 0x2008_0522;
     let half = |shift: u32| sets.map(|set| (set >> shift & 0xffff_ffff).to_le_bytes());
     let data: Vec<u8> = [half(0), half(32)]
         .iter()
@@ -1487,12 +1562,6 @@ fn capabilities(tape: &mut Tape, thread: &record::Thread, confinement: &Confinem
     let data = tape.data(&data);
     let header = tape.words(&[VERSION_3]);
     tape.call("set its capabilities", libc::SYS_capset, [header, data, 0, 0, 0, 0]);
-    for capability in (0..64).filter(|capability| allowed(saved.ambient) >> capability & 1 == 1) {
-        const PR_CAP_AMBIENT_RAISE: u64 = 2;
-        let operation = u64::from(libc::PR_CAP_AMBIENT.unsigned_abs());
-        let arguments = [operation, PR_CAP_AMBIENT_RAISE, capability, 0, 0, 0];
-        tape.call("raise an ambient capability", libc::SYS_prctl, arguments);
-    }
 }
 
 /// Gives every thread the registers and the signal mask that it goes on with. Nothing may run in the process after this.

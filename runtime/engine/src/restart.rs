@@ -299,6 +299,10 @@ pub(crate) fn shorten(
                     None => Restart::AsIs,
                 };
             }
+            if number == libc::SYS_clock_nanosleep && is_processor_time(registers.rdi) {
+                // How much of that time has passed nobody tells: it sleeps the whole again.
+                return Restart::AsIs;
+            }
             let whole_ns = read(*request.of(registers)).and_then(timespec_ns).unwrap_or(0);
             let rest_ms = whole_ns.saturating_sub(elapsed_ns).div_ceil(MS);
             // Without a place for the rest a sleep is the same as polling nothing: both return 0, or EINTR for a handler.
@@ -309,6 +313,13 @@ pub(crate) fn shorten(
             Restart::AsIs
         }
     }
+}
+
+/// Whether a clock counts the time that processes or threads have been running.
+fn is_processor_time(clock: u64) -> bool {
+    // The kernel takes an int.
+    let clock = ((clock & 0xffff_ffff) as u32).cast_signed();
+    clock < 0 || clock == libc::CLOCK_PROCESS_CPUTIME_ID || clock == libc::CLOCK_THREAD_CPUTIME_ID
 }
 
 /// The descriptor and timeout of the socket on which a thread waits, if the stop has made its call fail.
@@ -424,6 +435,18 @@ mod tests {
         let restart = shorten(&mut registers, Goal::Restore, 0, &read);
         assert_eq!(registers.orig_rax, libc::SYS_nanosleep.unsigned_abs());
         assert_eq!(restart, Restart::Timespec { argument: 0, rest_ns: 10_000_000_000 });
+    }
+
+    /// A sleep of processor time that became one of real time would end before its time has been worked.
+    #[test]
+    fn sleeps_of_processor_time_begin_anew() {
+        let mut registers = interrupted(libc::SYS_clock_nanosleep, ERESTART_RESTARTBLOCK);
+        registers.rdi = libc::CLOCK_PROCESS_CPUTIME_ID as u64;
+        registers.rdx = 0x5000;
+        let before = registers;
+        let restart = shorten(&mut registers, Goal::Restore, 4_000_000_000, &|_| Some([1; 16]));
+        assert_eq!(restart, Restart::AsIs);
+        assert_eq!((registers.orig_rax, registers.rdx), (before.orig_rax, before.rdx));
     }
 
     /// A call that really returned EINTR because of a handler must not be issued again.

@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use samara_capsule::record::{
-    Alive, Backing, Container, OpenFile, Process as Record, ProcessState, Stopped,
+    Alive, Backing, Clocks, Container, OpenFile, Process as Record, ProcessState, Stopped,
 };
 use samara_capsule::transfer::{Source, SpaceId};
 use samara_kernel::pidfd::PidFd;
@@ -30,7 +30,9 @@ use crate::plan::{self, PlanError, Step};
 use crate::process::Confinement;
 use crate::root::Root;
 use crate::tracee::{self, ARENA_BYTES, Process, Thread, TraceeError, failed};
-use crate::{descriptors, internet, memory, names, posix_queues, process, sqlite, system_v, unix_sockets};
+use crate::{
+    descriptors, internet, memory, names, posix_queues, process, sqlite, system_v, unix_sockets,
+};
 
 /// Why a container could not be restored. Nothing of it is left but the blank init, if that still lives, for the caller to remove.
 #[derive(Debug, thiserror::Error)]
@@ -158,7 +160,7 @@ pub fn restore(
     phase::reached(Phase::Furnished);
     for record in &container.processes {
         if let ProcessState::Alive(alive) = &record.state {
-            tree.confine(record.pid, alive, &request.confinement)?;
+            tree.confine(record.pid, alive, &request.confinement, &container.clocks)?;
         }
     }
     phase::reached(Phase::Confined);
@@ -570,9 +572,10 @@ impl Tree {
         pid: i32,
         alive: &Alive,
         confinement: &Confinement,
+        then: &Clocks,
     ) -> Result<(), RestoreError> {
         let process = self.process(pid)?;
-        process::confine(process, alive, confinement)
+        process::confine(process, alive, confinement, then)
     }
 
     /// Removes the engine from all processes and lets them go.

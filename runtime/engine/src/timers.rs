@@ -3,9 +3,13 @@
 //! The container's monotonic clocks stand still while it is stored, its wall clock does not: a timer that was set to an instant of
 //! the wall clock expires at that instant, every other one after the rest of its time.
 //!
+//! A periodic timer whose signal is pending expires once more instead, so that it counts what it misses; what it had missed
+//! before is lost.
+//!
 //! Limits: whether a timer that sends signals was set to an instant the kernel does not tell; it expires after the rest of its time.
 //! A periodic timer that has expired and was not read begins its next period at the restore.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
@@ -76,10 +80,11 @@ pub(crate) fn restore(record: &record::TimerFd, then: &Clocks) -> io::Result<Own
 
 /// What `/proc/PID/timers` says; `None` where it is not understood, or a timer is of a kind that is not restored.
 ///
-/// `inside` gives the container's number of a thread.
+/// `inside` gives the container's number of a thread; `lives` says whether the container has a thread of a number.
 pub(crate) fn parse_posix(
     text: &str,
     inside: &dyn Fn(Pid) -> Option<i32>,
+    lives: &dyn Fn(i32) -> bool,
 ) -> Option<Vec<PosixTimer>> {
     let mut timers = Vec::new();
     let mut lines = text.lines();
@@ -87,7 +92,7 @@ pub(crate) fn parse_posix(
         let id = first.strip_prefix("ID: ")?.parse().ok()?;
         let (signal, value) = lines.next()?.strip_prefix("signal: ")?.split_once('/')?;
         let (notify, target) = lines.next()?.strip_prefix("notify: ")?.split_once('/')?;
-        let clock = lines.next()?.strip_prefix("ClockID: ")?.parse().ok()?;
+        let clock: i32 = lines.next()?.strip_prefix("ClockID: ")?.parse().ok()?;
         let notify = match notify {
             "signal" => libc::SIGEV_SIGNAL,
             "none" => libc::SIGEV_NONE,
@@ -99,8 +104,7 @@ pub(crate) fn parse_posix(
             ("pid", _) => None,
             _ => return None,
         };
-        // Negative ones are the processor clocks of certain processes.
-        if clock < 0 {
+        if clock < 0 && !clock_owner(clock).is_some_and(|owner| owner == 0 || lives(owner)) {
             return None;
         }
         timers.push(PosixTimer {
@@ -117,6 +121,35 @@ pub(crate) fn parse_posix(
     Some(timers)
 }
 
+/// The thread or process whose processor time a negative clock counts, as the program numbers it; 0 for who asks.
+///
+/// The number is the clock's but for three bits, of which the low two are 3 where the clock belongs to a descriptor
+/// (linux/posix-timers_types.h).
+fn clock_owner(clock: i32) -> Option<i32> {
+    const CLOCKFD: i32 = 3;
+    (clock & CLOCKFD != CLOCKFD).then_some(!(clock >> 3))
+}
+
+/// The timer that has queued a signal.
+pub(crate) fn sender(info: &[u8]) -> Option<i32> {
+    let int = |at: usize| {
+        let bytes = info.get(at..)?.first_chunk::<4>()?;
+        Some(i32::from_le_bytes(*bytes))
+    };
+    // `si_code` and `si_tid` of `siginfo_t`.
+    (int(8)? == libc::SI_TIMER).then(|| int(16))?
+}
+
+/// Whether a pending signal comes again by itself: its timer is a periodic one, and is made so that it expires at once.
+///
+/// A timer counts what it has missed as long as its own signal is pending; one that another had queued in its place would not
+/// keep it from queueing a second one.
+pub(crate) fn comes_again(info: &[u8], timers: &[PosixTimer]) -> bool {
+    sender(info).is_some_and(|id| {
+        timers.iter().any(|timer| timer.id == id && timer.interval_ns > 0 && timer.rest_ns > 0)
+    })
+}
+
 /// `struct itimerspec`
 pub(crate) const ITIMERSPEC_BYTES: usize = 32;
 
@@ -127,10 +160,13 @@ pub(crate) fn set_times(timer: &mut PosixTimer, [interval_s, interval, rest_s, r
     timer.rest_ns = ns(rest_s, rest);
 }
 
-/// Makes the timers of a process again, under their numbers.
+/// Makes the timers of a process again, under their numbers. `due` are those that have expired, and whose signal is pending;
+/// `then` are the clocks at the capture.
 pub(crate) fn restore_posix(
     process: &mut Process,
     timers: &[PosixTimer],
+    due: &BTreeSet<i32>,
+    then: &Clocks,
 ) -> Result<(), RestoreError> {
     /// linux/prctl.h, since 6.15: `timer_create` takes the number that it is to give.
     const PR_TIMER_CREATE_RESTORE_IDS: u64 = 77;
@@ -157,7 +193,10 @@ pub(crate) fn restore_posix(
         for (place, timer) in group.iter().enumerate() {
             let number = i32::try_from(turn * AT_ONCE + place).expect("fewer than there are turns");
             match timer {
-                Some(timer) => make_posix(&mut tape, timer),
+                Some(timer) => {
+                    let is_due = due.contains(&timer.id) && timer.interval_ns > 0;
+                    make_posix(&mut tape, timer, is_due.then_some(then));
+                }
                 None => {
                     let id = tape.words(&[0]);
                     tape.call("make a timer", libc::SYS_timer_create, [1, 0, id, 0, 0, 0]);
@@ -177,7 +216,8 @@ pub(crate) fn restore_posix(
     Ok(())
 }
 
-fn make_posix(tape: &mut Tape, timer: &PosixTimer) {
+/// `then` is given for one that is to expire at once.
+fn make_posix(tape: &mut Tape, timer: &PosixTimer, then: Option<&Clocks>) {
     let low = |number: i32| u64::from(number.cast_unsigned());
     let notify = timer.notify | if timer.thread.is_some() { libc::SIGEV_THREAD_ID } else { 0 };
     // `struct sigevent`: value, signal and kind, thread, padding.
@@ -196,10 +236,27 @@ fn make_posix(tape: &mut Tape, timer: &PosixTimer) {
     tape.call(what, libc::SYS_timer_create, [low(timer.clock), event, id, 0, 0, 0]);
     if timer.rest_ns > 0 {
         let split = |ns: u64| [ns / 1_000_000_000, ns % 1_000_000_000];
-        let times = tape.words(&[split(timer.interval_ns), split(timer.rest_ns)].concat());
+        let (flags, value_ns) = match then {
+            None => (0, timer.rest_ns),
+            Some(then) => last_expiration(timer, then),
+        };
+        let times = tape.words(&[split(timer.interval_ns), split(value_ns)].concat());
         let what = format!("set the timer {}", timer.id);
-        tape.call(what, libc::SYS_timer_settime, [low(timer.id), 0, times, 0, 0, 0]);
+        tape.call(what, libc::SYS_timer_settime, [low(timer.id), flags, times, 0, 0, 0]);
     }
+}
+
+/// Flags and value of a timer that expires at once, and from then on when it would have.
+fn last_expiration(timer: &PosixTimer, then: &Clocks) -> (u64, u64) {
+    const ABSOLUTE: u64 = libc::TIMER_ABSTIME as u64;
+    let clock_ns = match timer.clock {
+        libc::CLOCK_MONOTONIC => then.monotonic_ns,
+        libc::CLOCK_BOOTTIME | libc::CLOCK_BOOTTIME_ALARM => then.boottime_ns,
+        // Clocks that do not go on from where they were: the period begins anew.
+        _ => return (0, 1),
+    };
+    let next_ns = u64::try_from(clock_ns).unwrap_or(0).saturating_add(timer.rest_ns);
+    (ABSOLUTE, next_ns.saturating_sub(timer.interval_ns).max(1))
 }
 
 #[cfg(test)]
@@ -273,8 +330,16 @@ mod tests {
             thread: None,
             ..timer
         };
-        assert_eq!(parse_posix(text, &|tid| (tid == 77).then_some(7)), Some(vec![timer, other]));
-        assert_eq!(parse_posix(text, &|_| None), None);
-        assert_eq!(parse_posix("", &|_| None), Some(Vec::new()));
+        assert_eq!(
+            parse_posix(text, &|tid| (tid == 77).then_some(7), &|_| false),
+            Some(vec![timer, other])
+        );
+        assert_eq!(parse_posix(text, &|_| None, &|_| false), None);
+        // The processor time of thread 9 (6: of a thread, not a process), of who asks, and of a descriptor's clock.
+        for (clock, known) in [(!9 << 3 | 6, true), (!8 << 3 | 2, false), (-6, true), (-5, false)] {
+            let text = format!("ID: 0\nsignal: 14/0\nnotify: none/pid.70\nClockID: {clock}\n");
+            assert_eq!(parse_posix(&text, &|_| None, &|tid| tid == 9).is_some(), known, "{clock}");
+        }
+        assert_eq!(parse_posix("", &|_| None, &|_| false), Some(Vec::new()));
     }
 }

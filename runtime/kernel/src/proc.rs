@@ -10,6 +10,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use procfs::FromBufRead;
 use procfs::process::Process;
 pub use procfs::process::{Stat, Status};
 
@@ -125,7 +126,20 @@ pub fn stat(pid: Pid) -> io::Result<Stat> {
 
 /// `/proc/PID/status`; for a thread pass its own id.
 pub fn status(tid: Pid) -> io::Result<Status> {
-    Process::new(tid).and_then(|process| process.status()).map_err(into_io)
+    let text = fs::read(format!("/proc/{tid}/status")).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => io::Error::from_raw_os_error(libc::ESRCH),
+        _ => error,
+    })?;
+    // A name may hold any bytes; nothing but the name does.
+    let text = String::from_utf8_lossy(&text);
+    Status::from_buf_read(text.as_bytes()).map_err(into_io)
+}
+
+/// The name of a thread: up to 15 bytes of any kind.
+pub fn comm(tid: Pid) -> io::Result<Vec<u8>> {
+    let mut name = fs::read(format!("/proc/{tid}/comm"))?;
+    name.pop_if(|last| *last == b'\n');
+    Ok(name)
 }
 
 /// The threads of a process.

@@ -239,6 +239,33 @@ pub fn rseq(tid: Pid) -> io::Result<Option<Rseq>> {
     Ok((address != 0).then_some(Rseq { address, bytes, signature, flags }))
 }
 
+/// Whether a stopped thread has its system calls handed back to it (`PR_SET_SYSCALL_USER_DISPATCH`). False before Linux 6.4,
+/// which does not tell.
+pub fn dispatches_calls(tid: Pid) -> io::Result<bool> {
+    const PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG: libc::c_uint = 0x4211;
+    // Mode, address of the selector, start and length of the range that is exempt.
+    let mut configuration = [0u64; 4];
+    let data = configuration.as_mut_ptr().addr();
+    let bytes = size_of_val(&configuration);
+    match request(PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, tid, bytes, data) {
+        Err(error) if error.raw_os_error() == Some(libc::EIO) => Ok(false),
+        other => other.map(|()| configuration[0] != 0),
+    }
+}
+
+/// Whether a stopped thread may use I/O ports (`ioperm`).
+pub fn uses_ports(tid: Pid) -> io::Result<bool> {
+    const NT_386_IOPERM: usize = 0x201;
+    let mut bytes = vec![0u8; XSTATE_BYTES_MAX];
+    let mut vector = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+    let data = (&raw mut vector).addr();
+    match request(libc::PTRACE_GETREGSET, tid, NT_386_IOPERM, data) {
+        // ENXIO: it has none. EINVAL: this kernel gives them to nobody.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENXIO | libc::EINVAL)) => Ok(false),
+        other => other.map(|()| true),
+    }
+}
+
 /// The `index`-th seccomp filter of a stopped thread as an array of `struct sock_filter` (8 bytes each), 0 being the oldest;
 /// `None` past the newest.
 ///

@@ -1,0 +1,210 @@
+//! Small attributes of threads and processes that `prctl(2)`, `arch_prctl(2)`, `modify_ldt(2)` and `/proc` keep.
+//!
+//! What this module does not do: attributes that decide what a process may do, which come last ([`crate::process`]).
+
+use std::fs;
+
+use samara_capsule::record::{Alive, Bytes, ThreadAttributes};
+use samara_kernel::tape::{Call, End};
+use samara_kernel::{Pid, proc};
+
+use crate::capture::{CaptureError, attribute};
+use crate::process::{low_int, prctl, words};
+use crate::restore::{RestoreError, make};
+use crate::tracee::{Output, Process, Tape, TraceeError};
+
+/// linux/prctl.h, asm/prctl.h
+const PR_MCE_KILL_SET: u64 = 1;
+const PR_MCE_KILL_DEFAULT: u32 = 2;
+const PR_GET_SPECULATION_CTRL: u64 = 52;
+const PR_SET_SPECULATION_CTRL: u64 = 53;
+const ARCH_GET_CPUID: u64 = 0x1011;
+const ARCH_SET_CPUID: u64 = 0x1012;
+/// Store bypass, indirect branches, flushing of the first cache.
+const SPECULATIONS: std::ops::Range<u32> = 0..3;
+/// Of an answer: the thread itself decides (`PR_SPEC_PRCTL`).
+const DECIDES: u32 = 1;
+
+/// Bytes of a descriptor in the local table, and of the table.
+const DESCRIPTOR_BYTES: usize = 8;
+const TABLE_BYTES: usize = 8192 * DESCRIPTOR_BYTES;
+
+/// What a thread has been asked by a tape that is yet to run.
+pub(crate) struct Questions {
+    time_stamps: Output,
+    machine_check: usize,
+    cpuid: usize,
+    speculation: usize,
+}
+
+impl Questions {
+    pub(crate) fn ask(tape: &mut Tape) -> Questions {
+        let time_stamps = tape.output(8);
+        prctl(tape, libc::PR_GET_TSC, time_stamps.address);
+        let machine_check = tape.len();
+        prctl(tape, libc::PR_MCE_KILL_GET, 0);
+        let cpuid = tape.len();
+        // A processor that can't withhold it answers ENODEV.
+        let query = [ARCH_GET_CPUID, 0, 0, 0, 0, 0];
+        tape.try_call("ask whether it may use cpuid", libc::SYS_arch_prctl, query);
+        let speculation = tape.len();
+        for kind in SPECULATIONS {
+            let query = [PR_GET_SPECULATION_CTRL, kind.into(), 0, 0, 0, 0];
+            tape.try_call("ask how it speculates", libc::SYS_prctl, query);
+        }
+        Questions { time_stamps, machine_check, cpuid, speculation }
+    }
+
+    /// What the calls of the tape have returned.
+    pub(crate) fn answers(
+        &self,
+        process: &Process,
+        results: &[u64],
+    ) -> Result<ThreadAttributes, TraceeError> {
+        let answer = |index: usize| {
+            let result = Call::outcome(results.get(index).copied().unwrap_or(0)).ok();
+            result.and_then(|value| u32::try_from(value).ok())
+        };
+        let [time_stamps] = words(&process.output(self.time_stamps)?);
+        let speculation = (self.speculation..).zip(SPECULATIONS).filter_map(|(index, kind)| {
+            let state = answer(index).filter(|state| state & DECIDES != 0)?;
+            Some((kind, state & !DECIDES))
+        });
+        Ok(ThreadAttributes {
+            personality: None,
+            no_time_stamps: low_int(time_stamps) == libc::PR_TSC_SIGSEGV,
+            no_cpuid: answer(self.cpuid) == Some(0),
+            machine_check: answer(self.machine_check).filter(|how| *how != PR_MCE_KILL_DEFAULT),
+            speculation: speculation.collect(),
+        })
+    }
+}
+
+/// Adds what is told from outside of a thread.
+pub(crate) fn complete(
+    tid: Pid,
+    answers: ThreadAttributes,
+) -> Result<ThreadAttributes, CaptureError> {
+    let personality = u32::from_str_radix(&attribute(tid, "personality")?, 16).ok();
+    Ok(ThreadAttributes { personality, ..answers })
+}
+
+/// Appends what gives the calling thread its attributes.
+pub(crate) fn restore_thread(tape: &mut Tape, attributes: &ThreadAttributes) {
+    if attributes.no_time_stamps {
+        prctl(tape, libc::PR_SET_TSC, u64::from(libc::PR_TSC_SIGSEGV.unsigned_abs()));
+    }
+    if attributes.no_cpuid {
+        let arguments = [ARCH_SET_CPUID, 0, 0, 0, 0, 0];
+        tape.call("give up cpuid", libc::SYS_arch_prctl, arguments);
+    }
+    if let Some(how) = attributes.machine_check {
+        let kill = u64::from(libc::PR_MCE_KILL.unsigned_abs());
+        let arguments = [kill, PR_MCE_KILL_SET, how.into(), 0, 0, 0];
+        tape.call("choose what a broken page does to it", libc::SYS_prctl, arguments);
+    }
+    for (kind, state) in &attributes.speculation {
+        let arguments = [PR_SET_SPECULATION_CTRL, (*kind).into(), (*state).into(), 0, 0, 0];
+        // A processor that does not have the weakness has no such control either.
+        tape.try_call("choose how it speculates", libc::SYS_prctl, arguments);
+    }
+}
+
+/// What a dump of a process has. `None` on a kernel that makes no dumps.
+pub(crate) fn dump_filter(pid: Pid) -> Option<u32> {
+    let filter = proc::attribute(pid, "coredump_filter").ok()?;
+    u32::from_str_radix(&filter, 16).ok()
+}
+
+/// The local descriptor table of a process, empty where it has none.
+pub(crate) fn descriptor_table(process: &mut Process) -> Result<Bytes, TraceeError> {
+    const READ: u64 = 0;
+    let mut ask = |bytes: usize| {
+        let mut tape = process.tape()?;
+        let table = tape.output(bytes);
+        let arguments = [READ, table.address, bytes as u64, 0, 0, 0];
+        // A kernel may have no such tables.
+        tape.try_call("read its descriptor table", libc::SYS_modify_ldt, arguments);
+        let results = process.run_all(0, &tape, End::Call)?;
+        let result = results.first().copied().unwrap_or(0);
+        let present = Call::outcome(result).is_ok_and(|bytes| bytes > 0);
+        if present { process.output(table) } else { Ok(Vec::new()) }
+    };
+    if ask(DESCRIPTOR_BYTES)?.is_empty() {
+        return Ok(Bytes::new());
+    }
+    let mut table = ask(TABLE_BYTES)?;
+    let used = table.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+    table.truncate(used.next_multiple_of(DESCRIPTOR_BYTES));
+    Ok(Bytes::from(table))
+}
+
+/// Gives a process what its threads have in common.
+pub(crate) fn restore_process(process: &mut Process, alive: &Alive) -> Result<(), RestoreError> {
+    let pid = process.pid;
+    if let Some(filter) = alive.dump_filter
+        && dump_filter(pid).is_some_and(|current| current != filter)
+    {
+        fs::write(format!("/proc/{pid}/coredump_filter"), format!("{filter:#x}"))
+            .map_err(make("the dump filter of a process"))?;
+    }
+    const WRITE: u64 = 0x11;
+    if alive.descriptor_table.len() > TABLE_BYTES {
+        return Err(RestoreError::Damaged("a descriptor table is too long".to_owned()));
+    }
+    let mut tape = process.tape()?;
+    for (number, descriptor) in (0u32..).zip(alive.descriptor_table.chunks_exact(DESCRIPTOR_BYTES))
+    {
+        let [descriptor] = words(descriptor);
+        let Some(description) = describe(number, descriptor) else { continue };
+        if !tape.has_room(1, description.len()) {
+            process.run_all(0, &tape, End::Breakpoint)?;
+            tape = process.tape()?;
+        }
+        let address = tape.data(&description);
+        let arguments = [WRITE, address, description.len() as u64, 0, 0, 0];
+        tape.call("fill its descriptor table", libc::SYS_modify_ldt, arguments);
+    }
+    process.run_all(0, &tape, End::Breakpoint)?;
+    Ok(())
+}
+
+/// `struct user_desc` (asm/ldt.h) of a descriptor as the processor has it (Intel SDM volume 3, 3.4.5). `None`: an empty one.
+fn describe(number: u32, descriptor: u64) -> Option<Vec<u8>> {
+    if descriptor == 0 {
+        return None;
+    }
+    let bits = |from: u32, count: u32| {
+        u32::try_from(descriptor >> from & ((1 << count) - 1)).expect("at most 24 bits")
+    };
+    let base = bits(16, 24) | bits(56, 8) << 24;
+    let limit = bits(0, 16) | bits(48, 4) << 16;
+    let (wide, contents) = (bits(54, 1), bits(42, 2));
+    let (read_or_execute_only, in_pages) = (bits(41, 1) ^ 1, bits(55, 1));
+    let (not_present, usable) = (bits(47, 1) ^ 1, bits(52, 1));
+    let flags = wide
+        | contents << 1
+        | read_or_execute_only << 3
+        | in_pages << 4
+        | not_present << 5
+        | usable << 6;
+    Some([number, base, limit, flags].iter().flat_map(|word| word.to_le_bytes()).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A segment with another base makes a program read the wrong memory.
+    #[test]
+    fn descriptors_are_described_as_the_kernel_takes_them() {
+        // Base 0x12345678, limit 0xabcde pages, 32 bits, data, writable, accessed, present, privilege 3.
+        let descriptor = 0x12ca_f334_5678_bcde;
+        let words: Vec<u8> = [5u32, 0x1234_5678, 0xa_bcde, 0b1_0001]
+            .iter()
+            .flat_map(|word| word.to_le_bytes())
+            .collect();
+        assert_eq!(describe(5, descriptor), Some(words));
+        assert_eq!(describe(5, 0), None);
+    }
+}
