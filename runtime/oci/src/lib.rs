@@ -30,6 +30,7 @@ pub mod monitor;
 pub mod mounts;
 pub mod output;
 mod plain_dev;
+mod preflight;
 mod privileges;
 pub mod process;
 pub mod protocol;

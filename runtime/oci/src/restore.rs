@@ -14,7 +14,6 @@ use oci_spec::runtime::Spec;
 use samara_capsule::cbor::{DecodeError, decode_record};
 use samara_capsule::digest::Digest;
 use samara_capsule::log::LogState;
-use samara_capsule::record::ProcessState;
 use samara_capsule::transfer::{Source, StreamName};
 use samara_engine::clocks::offsets_to_continue;
 use samara_engine::files::{self, ApplyError, FingerprintError, LocateError, RootChanges};
@@ -37,6 +36,7 @@ use crate::confine::ConfineError;
 use crate::container_id::ContainerId;
 use crate::create::{ClockOffset, TimeOffsets};
 use crate::ending::{self, EndingError};
+use crate::preflight::{self, Host, Needs};
 use crate::privileges;
 use crate::saved::{Differs, Origin, ROOT_STREAM, Saved};
 use crate::seccomp::{Program, SeccompError};
@@ -217,7 +217,7 @@ impl Chosen {
         saved.origin.continues_as(&Origin::of(&bundle.spec, 0))?;
         let mountinfo = fs::read("/proc/self/mountinfo").map_err(io("read the mounts"))?;
         let root = RootChanges::locate(&bundle.rootfs, &mountinfo)?;
-        check_host(&reader, &address, &root, &bundle.spec, &saved)?;
+        check_host(&reader, &address, &root, bundle, &saved)?;
         check_records(&saved.container)?;
         Ok(Some(Chosen { manifest: latest.digest, reader, saved, root }))
     }
@@ -331,9 +331,10 @@ fn check_host(
     reader: &CapsuleReader,
     address: &str,
     root: &RootChanges,
-    spec: &Spec,
+    bundle: &Bundle,
     saved: &Saved,
 ) -> Result<(), RestoreError> {
+    let spec = &bundle.spec;
     let wanted = &reader.config().requirements;
     let mut reasons = Vec::new();
     if wanted.architecture != std::env::consts::ARCH {
@@ -379,12 +380,9 @@ fn check_host(
             "it requires the kernel feature {name}, which this version does not know: use a newer samara"
         ));
     }
-    reasons.extend(too_small(
-        spec,
-        saved,
-        reader.config().statistics.pages.saturating_mul(4096),
-        swap_bytes(),
-    ));
+    let host = Host::of(&bundle.rootfs).map_err(io("look at what this host has"))?;
+    let needs = Needs::of(saved, &reader.config().statistics);
+    reasons.extend(preflight::shortages(spec, &needs, &host));
     if let Some(process) = spec.process() {
         reasons.extend(privileges::beyond(process, &saved.container)?);
     }
@@ -398,58 +396,6 @@ fn check_host(
     } else {
         Err(RestoreError::Incompatible { address: address.to_owned(), reasons })
     }
-}
-
-/// Limits of the new container that the saved one would break as soon as it is filled.
-fn too_small(spec: &Spec, saved: &Saved, memory_bytes: u64, swap_bytes: u64) -> Vec<String> {
-    let mut reasons = Vec::new();
-    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-    let memory = resources.and_then(|resources| resources.memory().as_ref());
-    if let Some(limit) = memory.and_then(|memory| u64::try_from(memory.limit()?).ok())
-        && limit > 0
-    {
-        // The limit of both together; none and -1 allow all that the host has.
-        let both = memory.and_then(|memory| u64::try_from(memory.swap()?).ok());
-        let swap = match both.filter(|&both| both > 0) {
-            Some(both) => both.saturating_sub(limit).min(swap_bytes),
-            None => swap_bytes,
-        };
-        if memory_bytes > limit.saturating_add(swap) {
-            let mib = |bytes: u64| bytes.div_ceil(1 << 20);
-            reasons.push(format!(
-                "it holds {} MiB of memory, and the container may have {} MiB: give it more memory",
-                mib(memory_bytes),
-                mib(limit.saturating_add(swap))
-            ));
-        }
-    }
-    let tasks: usize = saved
-        .container
-        .processes
-        .iter()
-        .map(|process| match &process.state {
-            ProcessState::Alive(alive) => alive.threads.len(),
-            ProcessState::Zombie { .. } => 1,
-        })
-        .sum();
-    let pids = resources.and_then(|resources| resources.pids().as_ref());
-    if let Some(limit) = pids.and_then(|pids| usize::try_from(pids.limit()).ok())
-        && limit > 0
-        && tasks > limit
-    {
-        reasons.push(format!(
-            "it has {tasks} threads, and the container may have {limit}: raise its limit of pids"
-        ));
-    }
-    reasons
-}
-
-/// How much swap space the host has.
-fn swap_bytes() -> u64 {
-    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let kib =
-        text.lines().find_map(|line| line.strip_prefix("SwapTotal:")?.split_whitespace().next());
-    kib.and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0).saturating_mul(1024)
 }
 
 /// How long the blank init may take from `start` until it waits: it has some mounts to finish.
@@ -626,60 +572,4 @@ fn unreadable(address: &str) -> impl FnOnce(ReadError) -> RestoreError {
 
 fn io(attempt: &'static str) -> impl FnOnce(io::Error) -> RestoreError {
     move |source| RestoreError::Io { attempt, source }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use samara_capsule::record::{Clocks, Container, Process};
-
-    fn saved(processes: i32) -> Saved {
-        let spec: Spec = serde_json::from_str("{\"ociVersion\": \"1.0.2\"}").unwrap();
-        let zombie = |pid| Process {
-            pid,
-            parent: pid - 1,
-            group: 1,
-            session: 1,
-            name: Default::default(),
-            state: ProcessState::Zombie { exit_status: 0, exit_signal: 0, uid: 0 },
-        };
-        let container = Container {
-            clocks: Clocks { monotonic_ns: 0, boottime_ns: 0, realtime_ns: 0 },
-            processes: (1..=processes).map(zombie).collect(),
-            files: Vec::new(),
-            pipes: Vec::new(),
-            socket_pairs: Vec::new(),
-            shared_memory: Vec::new(),
-            unlinked_files: Vec::new(),
-            unix_sockets: Vec::new(),
-            addresses: Vec::new(),
-            names: None,
-            vdso_sha256: Default::default(),
-            system_v: Default::default(),
-            posix_queues: Vec::new(),
-        };
-        Saved { container, origin: Origin::of(&spec, 0), trees: Vec::new(), root: false }
-    }
-
-    /// Such a container would be killed for its memory, or fail to fork, in the middle of a restore.
-    #[test]
-    fn limits_below_what_was_saved_are_found() {
-        const MIB: u64 = 1 << 20;
-        let check = |resources: &str, memory_bytes, swap_bytes, naming: &[&str]| {
-            let text =
-                format!(r#"{{"ociVersion": "1.0.2", "linux": {{"resources": {resources}}}}}"#);
-            let spec: Spec = serde_json::from_str(&text).unwrap();
-            let reasons = too_small(&spec, &saved(3), memory_bytes, swap_bytes);
-            assert_eq!(reasons.len(), naming.len(), "{resources}: {reasons:?}");
-            assert!(reasons.iter().zip(naming).all(|(reason, name)| reason.contains(name)));
-        };
-        check("{}", u64::MAX, 0, &[]);
-        check(r#"{"memory": {"limit": -1}, "pids": {"limit": -1}}"#, u64::MAX, 0, &[]);
-        check(r#"{"memory": {"limit": 2097152}}"#, 2 * MIB, 0, &[]);
-        check(r#"{"memory": {"limit": 2097152}}"#, 3 * MIB, 0, &["may have 2 MiB"]);
-        check(r#"{"memory": {"limit": 2097152}}"#, 3 * MIB, MIB, &[]);
-        check(r#"{"memory": {"limit": 2097152, "swap": 2097152}}"#, 3 * MIB, MIB, &["3 MiB"]);
-        check(r#"{"pids": {"limit": 3}}"#, 0, 0, &[]);
-        check(r#"{"pids": {"limit": 2}}"#, 0, 0, &["3 threads"]);
-    }
 }
