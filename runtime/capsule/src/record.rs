@@ -28,7 +28,14 @@ pub struct Container {
     #[serde(default)]
     pub addresses: Vec<(Bytes, Bytes)>,
     /// What the program has called its machine, where that is not what its creator did.
+    #[serde(default)]
     pub names: Option<Names>,
+    /// Directories that are open or worked in and have no name, parents before what was in them.
+    #[serde(default)]
+    pub unlinked_directories: Vec<UnlinkedDirectory>,
+    /// Processes that have ended and been waited for, and of which somebody has a descriptor.
+    #[serde(default)]
+    pub ended: Vec<EndedProcess>,
     /// The vdso's code, by digest: addresses inside it are in registers and in the memory of language runtimes.
     pub vdso_sha256: Bytes,
     /// What its IPC namespace holds.
@@ -341,6 +348,37 @@ pub struct OpenFile {
     /// Flags of `open`, without `O_CLOEXEC`.
     pub flags: i32,
     pub kind: FileKind,
+    #[serde(default)]
+    pub notices: Notices,
+}
+
+/// What an open file description makes the kernel tell its owner by signal, and leases that it holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Notices {
+    pub owner: Option<SignalOwner>,
+    /// `fcntl(F_SETSIG)`; 0 is SIGIO without information.
+    pub signal: i32,
+    pub lease: Option<Lease>,
+    /// `fcntl(F_SET_RW_HINT)`, of the file.
+    pub write_hint: u64,
+}
+
+/// Who gets the signals: `fcntl(F_SETOWN_EX)`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SignalOwner {
+    /// `F_OWNER_TID`, `F_OWNER_PID` or `F_OWNER_PGRP`.
+    pub kind: i32,
+    /// By its number in the container.
+    pub id: i32,
+}
+
+/// `fcntl(F_SETLEASE)`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lease {
+    /// `F_RDLCK` or `F_WRLCK`.
+    pub kind: i32,
+    /// What somebody who opens the file waits for it to become: `F_RDLCK` or `F_UNLCK`.
+    pub breaking_to: Option<i32>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -362,6 +400,34 @@ pub enum FileKind {
     Directory {
         path: Path,
         position: u64,
+        /// The names that have been read, where the position is not 0; the position has a meaning on one file system only.
+        #[serde(default)]
+        names: Vec<Bytes>,
+        /// It has been read to its end.
+        #[serde(default)]
+        whole: bool,
+    },
+    /// A directory without a name: index into [`Container::unlinked_directories`].
+    UnlinkedDirectory {
+        directory: u32,
+    },
+    /// A name, opened with `O_PATH`, whatever it is the name of.
+    Name {
+        path: Path,
+    },
+    /// A file or directory whose content the kernel makes up: of `/proc` or `/sys`.
+    Pseudo {
+        path: Path,
+        position: u64,
+    },
+    /// A file of `/proc/PID` of a process that has ended: index into [`Container::ended`], and the path below `/proc/PID`.
+    EndedPseudo {
+        process: u32,
+        path: Bytes,
+    },
+    /// A namespace of the container, by its name in `/proc/PID/ns`.
+    Namespace {
+        name: Bytes,
     },
     /// A character device that has no state of its own.
     Device {
@@ -378,6 +444,12 @@ pub enum FileKind {
         pipe: u32,
         path: Path,
     },
+    /// A named pipe that is open and has no name any more; `path` is the one that it had.
+    UnlinkedFifo {
+        pipe: u32,
+        path: Path,
+        mode: u32,
+    },
     EventFd {
         count: u64,
         semaphore: bool,
@@ -393,6 +465,20 @@ pub enum FileKind {
     /// A process of the container, by its number there.
     PidFd {
         pid: i32,
+    },
+    /// A thread of the container, by its number there (`PIDFD_THREAD`).
+    ThreadFd {
+        tid: i32,
+    },
+    /// A process or thread that has ended: index into [`Container::ended`].
+    EndedPidFd {
+        process: u32,
+        thread: bool,
+    },
+    Inotify {
+        watches: Vec<InotifyWatch>,
+        /// The number that the next watch gets.
+        next: i32,
     },
     /// One end of a pair: index into [`Container::socket_pairs`], and 0 or 1.
     SocketPair {
@@ -418,6 +504,37 @@ pub enum FileKind {
     Outside {
         stream: u32,
     },
+    /// Such a stream, opened once more through `/proc/self/fd` or `/dev/stdout`: flags and position are its own.
+    OutsideAgain {
+        stream: u32,
+        position: u64,
+    },
+}
+
+/// What an inotify instance watches.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InotifyWatch {
+    pub number: i32,
+    pub mask: u32,
+    pub target: WatchTarget,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum WatchTarget {
+    Path(Path),
+    /// Index into [`Container::unlinked_files`].
+    Unlinked(u32),
+    /// Index into [`Container::unlinked_directories`].
+    UnlinkedDirectory(u32),
+}
+
+/// A process that has ended and been waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndedProcess {
+    /// The number that it had in the container, where the kernel tells.
+    pub pid: Option<i32>,
+    /// As `wait` returned it, where the kernel tells.
+    pub exit_status: i32,
 }
 
 /// What an epoll instance watches.
@@ -450,6 +567,9 @@ pub struct Pipe {
     pub capacity: u32,
     pub content: Bytes,
     pub owner: (u32, u32),
+    /// In packet mode the length of each packet that it holds; empty where the content is a stream.
+    #[serde(default)]
+    pub packets: Vec<u32>,
 }
 
 /// Two connected unix sockets.
@@ -818,6 +938,23 @@ pub struct UnlinkedFile {
     pub modified_ns: i64,
     /// The directory that it had a name in, to find the same file system again.
     pub directory: Path,
+    #[serde(default)]
+    pub accessed_ns: Option<i64>,
+    /// Extended attributes: name and value.
+    #[serde(default)]
+    pub attributes: Vec<(Bytes, Bytes)>,
+}
+
+/// A directory that is open or worked in and has no name. It is empty: nothing can be made in it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnlinkedDirectory {
+    /// The one that it was in, where that has no name either: index into [`Container::unlinked_directories`].
+    pub parent: Option<u32>,
+    /// The path that it had.
+    pub path: Path,
+    pub mode: u32,
+    pub owner: (u32, u32),
+    pub modified_ns: i64,
 }
 
 /// A process that a signal has stopped until SIGCONT comes.

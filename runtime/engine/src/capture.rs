@@ -3,11 +3,11 @@
 //! What this module does not do: commit. It returns the frozen tree, and the caller thaws it or ends it when the capsule is
 //! where it belongs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -24,8 +24,8 @@ use crate::root::Root;
 use crate::tracee::TraceeError;
 use crate::unsupported::{Place, Unsupported, UnsupportedList};
 use crate::{
-    clocks, datagrams, descriptors, epoll, internet, memory, posix_queues, process, system_v, tcp,
-    unix_sockets,
+    clocks, datagrams, descriptors, epoll, file_names, inotify, internet, memory, posix_queues,
+    process, system_v, tcp, unix_sockets,
 };
 
 /// Why no capsule came of a capture. The container runs on in every case.
@@ -139,6 +139,8 @@ pub fn capture(
         unlinked_files: tables.unlinked,
         addresses: tables.addresses,
         names,
+        unlinked_directories: tables.unlinked_directories,
+        ended: tables.ended,
         vdso_sha256: vdso,
         system_v: tables.system_v.record,
         posix_queues: tables.posix_queues.records,
@@ -191,6 +193,9 @@ fn collect(
     tcp::resolve(tables)?;
     let interfaces = internet::interfaces(tables.request.init);
     tables.addresses = interfaces.map_err(read("the container's network interfaces"))?;
+    inotify::resolve(tables)?;
+    frozen.watchers = std::mem::take(&mut tables.watchers);
+    refuse_strange_processes(frozen, tables);
     if !tables.unsupported.is_empty() {
         for process in frozen.processes.values_mut() {
             process::mend_for_thaw(process, &elapsed)?;
@@ -238,6 +243,20 @@ fn part_scratch(frozen: &mut FrozenTree, sharing: &BTreeMap<Pid, record::Sharing
 }
 
 /// Completes the records of processes by what their parents would be told of stops and of their ends.
+/// Notes descriptors of processes that are not restored: those that joined from outside.
+fn refuse_strange_processes(frozen: &FrozenTree, tables: &mut Tables<'_>) {
+    for (pid, fd, watched) in std::mem::take(&mut tables.watched_processes) {
+        let threads = frozen.processes.values().flat_map(|process| &process.threads);
+        let known = threads.map(|thread| thread.tid).any(|tid| tid == watched)
+            || frozen.zombies.iter().any(|zombie| zombie.pid == watched);
+        if !known {
+            let what = "a descriptor of a process that joined the container from outside is open";
+            tables.refuse(pid, Place::Descriptor(fd), what);
+        }
+    }
+}
+
+/// Completes the records of processes that a signal has stopped by whether their parents know.
 fn ask_for_stops(
     frozen: &mut FrozenTree,
     records: &mut [(Pid, record::Process)],
@@ -307,8 +326,21 @@ pub(crate) struct Tables<'a> {
     pub(crate) network: Option<Vec<u8>>,
     pub(crate) groups: Option<Vec<datagrams::Group>>,
     addresses: Vec<(Bytes, Bytes)>,
+    pub(crate) inotifies: Vec<inotify::Instance>,
+    pub(crate) watchers: Vec<inotify::Watcher>,
+    pub(crate) unlinked_directories: Vec<record::UnlinkedDirectory>,
+    pub(crate) known_directories: BTreeMap<(u64, u64), u32>,
+    pub(crate) ended: Vec<record::EndedProcess>,
+    /// Index of an ended process by the identity of a descriptor of it, or by 0 and its number.
+    pub(crate) known_ended: BTreeMap<(u64, u64), u32>,
+    /// Descriptors of processes: who has it, its number, and which process it is of.
+    pub(crate) watched_processes: Vec<(Pid, i32, Pid)>,
+    /// For each of the streams from outside the description that was found first.
+    pub(crate) known_outside: BTreeMap<u32, u32>,
+    /// Names of files that are not where they were opened; none where none was found.
+    names: BTreeMap<(u64, u64), Option<record::Path>>,
     known_memory: BTreeMap<(u64, u64), u32>,
-    known_unlinked: BTreeMap<(u64, u64), u32>,
+    pub(crate) known_unlinked: BTreeMap<(u64, u64), u32>,
     spaces: u32,
 }
 
@@ -333,6 +365,15 @@ impl<'a> Tables<'a> {
             network: None,
             groups: None,
             addresses: Vec::new(),
+            inotifies: Vec::new(),
+            watchers: Vec::new(),
+            unlinked_directories: Vec::new(),
+            known_directories: BTreeMap::new(),
+            ended: Vec::new(),
+            known_ended: BTreeMap::new(),
+            watched_processes: Vec::new(),
+            known_outside: BTreeMap::new(),
+            names: BTreeMap::new(),
             known_memory: BTreeMap::new(),
             known_unlinked: BTreeMap::new(),
             spaces: 0,
@@ -393,6 +434,34 @@ impl<'a> Tables<'a> {
         Ok(index)
     }
 
+    /// Looks for names of files, by device and inode; [`Tables::name`] tells what was found.
+    pub(crate) fn find_names(&mut self, wanted: &BTreeSet<(u64, u64)>) -> Result<(), CaptureError> {
+        let wanted = wanted.iter().filter(|one| !self.names.contains_key(one)).copied().collect();
+        let found = file_names::find(&self.root, self.request.init, &wanted)
+            .map_err(read("the container's files"))?;
+        for identity in wanted {
+            self.names.insert(identity, found.get(&identity).cloned().map(Bytes::from));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn name(&self, identity: (u64, u64)) -> Option<&record::Path> {
+        self.names.get(&identity).and_then(Option::as_ref)
+    }
+
+    /// A path of a file that is open as `target`: that one, or where else it is found.
+    pub(crate) fn path_of(
+        &mut self,
+        identity: (u64, u64),
+        target: &[u8],
+    ) -> Result<Option<record::Path>, CaptureError> {
+        if self.root.identity(target).ok() == Some(identity) {
+            return Ok(Some(Bytes::from(target.to_vec())));
+        }
+        self.find_names(&BTreeSet::from([identity]))?;
+        Ok(self.name(identity).cloned())
+    }
+
     /// The index of a regular file without a name. `path` is the one that it had.
     pub(crate) fn unlinked(
         &mut self,
@@ -404,7 +473,12 @@ impl<'a> Tables<'a> {
         if let Some(index) = self.known_unlinked.get(&identity) {
             return Ok(*index);
         }
-        let file = File::open(link).map_err(read(link))?;
+        // What is read here, the program has not read.
+        let file = File::options()
+            .read(true)
+            .custom_flags(libc::O_NOATIME)
+            .open(link)
+            .map_err(read(link))?;
         let space = self.new_space();
         let bytes = metadata.size();
         self.contents.push((file, space, bytes));
@@ -416,11 +490,36 @@ impl<'a> Tables<'a> {
             mode: metadata.mode() & 0o7777,
             owner: (metadata.uid(), metadata.gid()),
             modified_ns: metadata.mtime() * 1_000_000_000 + metadata.mtime_nsec(),
+            accessed_ns: Some(metadata.atime() * 1_000_000_000 + metadata.atime_nsec()),
+            attributes: attributes(link).map_err(read(link))?,
             directory: Bytes::from(directory.to_vec()),
         });
         self.known_unlinked.insert(identity, index);
         Ok(index)
     }
+}
+
+/// The extended attributes of a file.
+fn attributes(link: &str) -> io::Result<Vec<(Bytes, Bytes)>> {
+    /// The kernel's bound on a list of names, and on a value (linux/limits.h).
+    const BYTES_MAX: usize = 64 << 10;
+    let mut buffer = vec![0; BYTES_MAX];
+    let names = match rustix::fs::listxattr(link, &mut buffer) {
+        Ok(count) => buffer.get(..count).unwrap_or_default().to_vec(),
+        Err(rustix::io::Errno::NOTSUP) => Vec::new(),
+        Err(error) => return Err(error.into()),
+    };
+    let mut found = Vec::new();
+    for name in names.split(|&byte| byte == 0).filter(|name| !name.is_empty()) {
+        let count = match rustix::fs::getxattr(link, name, &mut buffer) {
+            // Security modules list labels that not everybody may read.
+            Err(rustix::io::Errno::NODATA | rustix::io::Errno::NOTSUP) => continue,
+            other => other?,
+        };
+        let value = buffer.get(..count).unwrap_or_default();
+        found.push((Bytes::from(name.to_vec()), Bytes::from(value.to_vec())));
+    }
+    Ok(found)
 }
 
 /// A table's length as the index of its next entry.

@@ -3,7 +3,7 @@
 //! Restore makes every description once, in the engine, below the container's root, and hands it to each process that has a
 //! descriptor for it. Descriptors that were shared by `fork`, `dup` or a message thus share their position and flags again.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -14,12 +14,12 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use samara_capsule::record::{
-    Alive, Bytes, Container, Descriptor, FileKind, Lock, LockKind, OpenFile, Pipe,
+    Alive, Bytes, Container, Descriptor, FileKind, Lock, LockKind, Notices, OpenFile, Pipe,
 };
 use samara_kernel::pidfd::PidFd;
 use samara_kernel::proc::DescriptorInfo;
 use samara_kernel::tape::End;
-use samara_kernel::{Pid, kcmp, proc, signalfd};
+use samara_kernel::{Pid, fcntl, kcmp, proc, signalfd};
 
 use crate::capture::{CaptureError, OutsideStream, Tables, index, read};
 use crate::memory::Shared;
@@ -27,7 +27,10 @@ use crate::restore::{RestoreError, make, open_below, open_checked};
 use crate::root::Root;
 use crate::tracee::Process;
 use crate::unsupported::Place;
-use crate::{epoll, internet, pipes, posix_queues, process, sockets, timers, unix_sockets};
+use crate::{
+    directories, epoll, inotify, internet, notices, pipes, posix_queues, process, procfiles,
+    sockets, timers, unix_sockets,
+};
 
 /// The descriptors and locks of one process.
 #[derive(Debug, Default)]
@@ -75,6 +78,11 @@ pub(crate) fn register_in_flight(
     if is_new && info.others.iter().any(|(name, _)| name == "lock") {
         return Ok(Err("a locked file that no process has open is not supported".to_owned()));
     }
+    if is_new && tables.files.last().is_some_and(notices::has_notices) {
+        return Ok(Err(
+            "a file that sends signals and no process has open is not supported".to_owned()
+        ));
+    }
     Ok(file)
 }
 
@@ -96,9 +104,14 @@ fn register(
     let target = target.as_os_str().as_bytes();
     let metadata = &metadata;
     let descriptor = Found { pid, fd, handle, link: &link, target, metadata, info };
-    Ok(classify(&descriptor, tables)?.map(|kind| {
+    let described = match classify(&descriptor, tables)? {
+        Ok(kind) if info.flags & libc::O_PATH != 0 => Ok((kind, Notices::default())),
+        Ok(kind) => notices::collect(&descriptor)?.map(|notices| (kind, notices)),
+        Err(what) => Err(what),
+    };
+    Ok(described.map(|(kind, notices)| {
         let file = index(tables.files.len());
-        tables.files.push(OpenFile { flags: info.flags & !NOT_KEPT, kind });
+        tables.files.push(OpenFile { flags: info.flags & !NOT_KEPT, kind, notices });
         tables.known_files.entry(identity).or_default().push((pid, fd, file));
         file
     }))
@@ -145,7 +158,7 @@ impl Found<'_> {
         (self.metadata.dev(), self.metadata.ino())
     }
 
-    fn line(&self, name: &str) -> Option<&str> {
+    pub(crate) fn line(&self, name: &str) -> Option<&str> {
         self.info.others.iter().find(|(found, _)| found == name).map(|(_, value)| value.as_str())
     }
 }
@@ -156,12 +169,8 @@ fn classify(
     tables: &mut Tables<'_>,
 ) -> Result<Result<FileKind, String>, CaptureError> {
     let (device, inode) = found.identity();
-    let outside = OutsideStream { device, inode };
-    if let Some(stream) = tables.request.outside.iter().position(|stream| *stream == outside) {
-        return Ok(Ok(FileKind::Outside { stream: index(stream) }));
-    }
-    if found.info.flags & libc::O_PATH != 0 {
-        return Ok(Err("descriptors opened with O_PATH are not supported".to_owned()));
+    if let Some(kind) = outside(found, tables) {
+        return Ok(Ok(kind));
     }
     if let Some(queue) =
         posix_queues::of_descriptor(tables, found.link, found.target, found.metadata)?
@@ -170,7 +179,7 @@ fn classify(
     }
     let kind = found.metadata.file_type();
     let position = found.info.position;
-    let path = || Bytes::from(found.target.to_vec());
+    let handle = found.info.flags & libc::O_PATH != 0;
     if kind.is_file() && found.target.starts_with(b"/memfd:") {
         let name = found.target.strip_prefix(b"/memfd:").unwrap_or_default();
         let name = name.strip_suffix(b" (deleted)").unwrap_or(name);
@@ -189,41 +198,59 @@ fn classify(
         if found.target == b"anon_inode:[eventpoll]" {
             return Ok(Ok(epoll::note(found.pid, found.fd, found.info, tables)));
         }
-        return Ok(anonymous(found));
+        if found.target == b"anon_inode:inotify" {
+            return inotify::note(found, tables);
+        }
+        return Ok(anonymous(found, tables));
     }
     if kind.is_fifo() && found.target.starts_with(b"pipe:") {
         return pipes::collect(found, tables).map(|pipe| pipe.map(|pipe| FileKind::Pipe { pipe }));
     }
-    if kind.is_socket() {
+    if kind.is_socket() && !handle {
         return sockets::note(found, tables);
     }
+    if let Some(kind) = procfiles::classify(found, tables)? {
+        return Ok(kind);
+    }
+    if kind.is_dir() && found.metadata.nlink() == 0 {
+        let directory =
+            directories::collect_unlinked(found.link, found.target, found.metadata, tables)?;
+        return Ok(Ok(FileKind::UnlinkedDirectory { directory }));
+    }
+    if kind.is_fifo() && found.metadata.nlink() == 0 && !handle {
+        let path = found.target.strip_suffix(b" (deleted)").unwrap_or(found.target);
+        let path = Bytes::from(path.to_vec());
+        let mode = found.metadata.mode() & 0o7777;
+        return pipes::collect(found, tables)
+            .map(|pipe| pipe.map(|pipe| FileKind::UnlinkedFifo { pipe, path, mode }));
+    }
     // Everything else has a name, and has to be found by it again.
-    if tables.root.identity(found.target).ok() != Some((device, inode)) {
+    let Some(path) = tables.path_of((device, inode), found.target)? else {
         let name = String::from_utf8_lossy(found.target);
         return Ok(Err(format!(
             "{name} is open, but no longer at its path, or lies outside the container"
         )));
+    };
+    if handle {
+        return Ok(Ok(FileKind::Name { path }));
     }
     if kind.is_file() {
-        return Ok(Ok(FileKind::Regular {
-            path: path(),
-            position,
-            bytes: found.metadata.size(),
-            device,
-            inode,
-        }));
+        let bytes = found.metadata.size();
+        return Ok(Ok(FileKind::Regular { path, position, bytes, device, inode }));
     }
     if kind.is_dir() {
-        return Ok(Ok(FileKind::Directory { path: path(), position }));
+        let (names, whole) =
+            directories::read_so_far(found.link, position).map_err(read(found.link))?;
+        return Ok(Ok(FileKind::Directory { path, position, names, whole }));
     }
     if kind.is_fifo() {
         return pipes::collect(found, tables)
-            .map(|pipe| pipe.map(|pipe| FileKind::Fifo { pipe, path: path() }));
+            .map(|pipe| pipe.map(|pipe| FileKind::Fifo { pipe, path }));
     }
     if kind.is_char_device() {
         let number = device_number(found.metadata.rdev());
         if PLAIN_DEVICES.contains(&number) {
-            return Ok(Ok(FileKind::Device { path: path(), major: number.0, minor: number.1 }));
+            return Ok(Ok(FileKind::Device { path, major: number.0, minor: number.1 }));
         }
     }
     Ok(Err(format!(
@@ -232,13 +259,43 @@ fn classify(
     )))
 }
 
+/// A stream that the container was given from outside, if that is what a descriptor refers to.
+fn outside(found: &Found<'_>, tables: &mut Tables<'_>) -> Option<FileKind> {
+    let (device, inode) = found.identity();
+    let wanted = OutsideStream { device, inode };
+    let streams: Vec<u32> = (0u32..)
+        .zip(&tables.request.outside)
+        .filter(|(_, stream)| **stream == wanted)
+        .map(|(number, _)| number)
+        .collect();
+    let (first, last) = (*streams.first()?, *streams.last()?);
+    let kind = found.metadata.file_type();
+    let is_plain = kind.is_file()
+        || kind.is_char_device() && PLAIN_DEVICES.contains(&device_number(found.metadata.rdev()));
+    // What the container has a path for it may have opened itself.
+    if is_plain && tables.root.identity(found.target).ok() == Some((device, inode)) {
+        return None;
+    }
+    // One file may have been given as several streams, for reading and for writing.
+    let number = u32::try_from(found.fd).ok().filter(|fd| streams.contains(fd));
+    let reads = found.info.flags & libc::O_ACCMODE == libc::O_RDONLY;
+    let stream = number.unwrap_or(if reads { first } else { last });
+    let file = index(tables.files.len());
+    let known = *tables.known_outside.entry(stream).or_insert(file);
+    Some(if known == file {
+        FileKind::Outside { stream }
+    } else {
+        FileKind::OutsideAgain { stream, position: found.info.position }
+    })
+}
+
 /// Major and minor number as `makedev(3)` packs them.
 fn device_number(number: u64) -> (u32, u32) {
     (libc::major(number), libc::minor(number))
 }
 
 /// Files of the kernel's own that have no name anywhere.
-fn anonymous(found: &Found<'_>) -> Result<FileKind, String> {
+fn anonymous(found: &Found<'_>, tables: &mut Tables<'_>) -> Result<FileKind, String> {
     if found.target == b"anon_inode:[eventfd]" {
         let count =
             found.line("eventfd-count").and_then(|count| u64::from_str_radix(count, 16).ok());
@@ -261,27 +318,23 @@ fn anonymous(found: &Found<'_>) -> Result<FileKind, String> {
             .ok_or_else(|| "this kernel does not tell the signals of a signalfd".to_owned());
     }
     if found.target == b"anon_inode:[pidfd]" {
-        // The last number is the one in the container; -1 for a process that is gone.
-        let numbers = found.line("NSpid").map(|numbers| numbers.split_ascii_whitespace());
-        let pid = numbers.and_then(Iterator::last).and_then(|pid| pid.parse().ok());
-        let whole = found.info.flags & libc::O_EXCL == 0;
-        return match pid {
-            Some(pid) if pid > 0 && whole => Ok(FileKind::PidFd { pid }),
-            Some(_) if !whole => {
-                Err("a descriptor of a thread (PIDFD_THREAD) is not supported".to_owned())
-            }
-            _ => Err("a descriptor of a process that is gone is not supported".to_owned()),
-        };
+        return procfiles::process(found, tables);
     }
     let kind = found.target.strip_prefix(b"anon_inode:").unwrap_or(found.target);
     Err(format!("an open {} is not supported", String::from_utf8_lossy(kind)))
 }
 
 /// Notes the locks that `fdinfo` shows: `1: POSIX  ADVISORY  WRITE 77 fe:01:1234 0 EOF`.
+///
+/// A lock of the process shows on each of its descriptors for the file, also on those that could not have taken it.
 fn locks(pid: Pid, fd: i32, info: &DescriptorInfo, locks: &mut Vec<Lock>, tables: &mut Tables<'_>) {
-    for (_, value) in info.others.iter().filter(|(name, _)| name == "lock") {
+    let lines =
+        info.others.iter().filter(|(name, value)| name == "lock" && !notices::is_lease(value));
+    for (_, value) in lines {
+        let access = info.flags & libc::O_ACCMODE;
         match parse_lock(fd, value) {
-            // A lock of the process shows on each of its descriptors for the file; one of them suffices.
+            Some(Lock { kind: LockKind::Posix, exclusive, .. })
+                if access == if exclusive { libc::O_RDONLY } else { libc::O_WRONLY } => {}
             Some(lock) => locks.push(lock),
             None => tables.refuse(
                 pid,
@@ -459,15 +512,47 @@ pub(crate) fn make_room() -> io::Result<()> {
     Ok(rustix::process::setrlimit(rustix::process::Resource::Nofile, highest)?)
 }
 
+impl Files {
+    /// Lets inotify instances watch what they watched. Nothing may touch the container's files after this.
+    pub(crate) fn watch(
+        &self,
+        container: &Container,
+        root: &Root,
+        shared: &Shared,
+    ) -> Result<(), RestoreError> {
+        inotify::restore(container, &self.list, root, shared)
+    }
+
+    /// Lets a process ask for the signals that its files send.
+    pub(crate) fn ask_for_notices(
+        &self,
+        process: &mut Process,
+        asks: &[(i32, u32)],
+        container: &Container,
+    ) -> Result<(), RestoreError> {
+        notices::restore(process, asks, container, &self.list)
+    }
+}
+
+/// The processes and threads of a container that is being made.
+#[derive(Debug)]
+pub(crate) struct Processes {
+    /// By their numbers in the container, as the engine numbers them.
+    pub(crate) numbers: procfiles::Numbers,
+    /// The numbers in the container of those of [`Container::ended`].
+    pub(crate) ended: Vec<i32>,
+}
+
 /// Makes all open file descriptions.
 ///
-/// `outside` are the new container's own standard streams.
+/// `init` is the container's, `outside` are the new container's own standard streams.
 pub(crate) fn make_files(
+    init: Pid,
     container: &Container,
     root: &Root,
     outside: &[Option<OwnedFd>],
     shared: &Shared,
-    processes: &BTreeMap<i32, Pid>,
+    processes: &Processes,
     sockets: &mut unix_sockets::Made,
     mut internet: internet::Made,
 ) -> Result<Files, RestoreError> {
@@ -480,10 +565,14 @@ pub(crate) fn make_files(
                 set_flags(&socket, file.flags)?;
                 socket
             }
-            None => {
-                make_file(file, container, root, outside, shared, processes, &mut pipes, sockets)?
-            }
+            None => make_file(
+                init, file, container, root, outside, shared, processes, &mut pipes, sockets,
+            )?,
         };
+        if file.notices.write_hint != 0 {
+            // It is good for speed only.
+            let _ = fcntl::set_write_hint(made.as_fd(), file.notices.write_hint);
+        }
         files.push(made);
     }
     // Before anybody watches: only what still waits is news.
@@ -497,30 +586,55 @@ pub(crate) fn make_files(
     reason = "each kind of file needs another part of the restore"
 )]
 fn make_file(
+    init: Pid,
     file: &OpenFile,
     container: &Container,
     root: &Root,
     outside: &[Option<OwnedFd>],
     shared: &Shared,
-    processes: &BTreeMap<i32, Pid>,
+    processes: &Processes,
     pipes: &mut pipes::Made,
     sockets: &unix_sockets::Made,
 ) -> Result<OwnedFd, RestoreError> {
     let damaged = |what: &str| {
         RestoreError::Damaged(format!("an open file refers to {what} that is not there"))
     };
-    let flags = file.flags;
+    // A process asks for signals itself, in `notices`.
+    let flags = file.flags & !libc::O_ASYNC;
     Ok(match &file.kind {
         FileKind::Regular { path, position, .. } => {
-            let file = open_below(root, path, flags)?;
+            // What O_TMPFILE made and somebody named is a file like any other.
+            let file = open_below(root, path, flags & !libc::O_TMPFILE)?;
             seek(&file, *position)?;
             file.into()
         }
-        FileKind::Directory { path, position } => {
+        FileKind::Directory { path, position, names, whole } => {
             let file = open_below(root, path, flags)?;
-            seek(&file, *position)?;
+            if *position != 0 {
+                let what = format!("how far {} was read", String::from_utf8_lossy(path));
+                directories::go_on(&file, names, *whole).map_err(make(what))?;
+            }
             file.into()
         }
+        FileKind::UnlinkedDirectory { directory } => {
+            let object = shared.directories.get(*directory as usize);
+            let object = object.ok_or_else(|| damaged("a directory"))?;
+            Shared::reopen(object, flags).map_err(make("a directory without a name"))?.into()
+        }
+        FileKind::Name { path } => {
+            let what = format!("the name {}", String::from_utf8_lossy(path));
+            let kept = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
+            root.open(path, flags & kept | libc::O_PATH).map_err(make(what))?
+        }
+        FileKind::Pseudo { path, position } => {
+            procfiles::open(root, path, flags, *position)?.into()
+        }
+        FileKind::EndedPseudo { process, path } => {
+            let number = processes.ended.get(*process as usize);
+            let number = number.ok_or_else(|| damaged("a process"))?;
+            procfiles::open_ended(root, *number, path, flags)?.into()
+        }
+        FileKind::Namespace { name } => procfiles::open_namespace(init, name, flags)?.into(),
         FileKind::Unlinked { file, position } => {
             let object =
                 shared.unlinked.get(*file as usize).ok_or_else(|| damaged("an unlinked file"))?;
@@ -586,14 +700,27 @@ fn make_file(
             set_flags(&signals, flags)?;
             signals
         }
-        FileKind::PidFd { pid } => {
-            let process = processes.get(pid).ok_or_else(|| damaged("a process"))?;
-            let process = PidFd::open(*process).map_err(make("a descriptor of a process"))?;
-            let process = OwnedFd::from(process);
+        FileKind::PidFd { pid: number } | FileKind::ThreadFd { tid: number } => {
+            let thread = matches!(file.kind, FileKind::ThreadFd { .. });
+            let process = procfiles::open_process(&processes.numbers, *number, thread)?;
             set_flags(&process, flags)?;
             process
         }
         FileKind::Internet(_) | FileKind::Netlink(_) => return Err(damaged("a socket")),
+        FileKind::EndedPidFd { process, thread } => {
+            let number = processes.ended.get(*process as usize);
+            let number = number.ok_or_else(|| damaged("a process"))?;
+            let process = procfiles::open_process(&processes.numbers, *number, *thread)?;
+            set_flags(&process, flags)?;
+            process
+        }
+        FileKind::Inotify { .. } => {
+            let instance = rustix::fs::inotify::init(rustix::fs::inotify::CreateFlags::CLOEXEC)
+                .map_err(io::Error::from)
+                .map_err(make("an inotify instance"))?;
+            set_flags(&instance, flags)?;
+            instance
+        }
         FileKind::SocketPair { pair, end } => {
             let socket = sockets.pair_end(*pair, *end).ok_or_else(|| damaged("a socket"))?;
             let socket = socket.map_err(make("a unix socket"))?;
@@ -611,15 +738,52 @@ fn make_file(
                 shared.queues.get(*queue as usize).ok_or_else(|| damaged("a message queue"))?;
             Shared::reopen(queue, flags).map_err(make("a message queue"))?.into()
         }
-        FileKind::Outside { stream } => match outside.get(*stream as usize) {
-            // The description is the engine's above, and its flags with it.
-            Some(Some(stream)) => stream.try_clone().map_err(make("a standard stream"))?,
-            Some(None) | None => {
-                let what = format!("standard stream {stream}: the new container has none");
-                return Err(RestoreError::Make { what, source: io::ErrorKind::NotFound.into() });
+        FileKind::Outside { stream } => {
+            // The description is the engine's above; of its flags this one is the program's.
+            let stream = outside_stream(outside, *stream)?;
+            let stream = stream.try_clone().map_err(make("a standard stream"))?;
+            set_nonblocking(&stream, flags).map_err(make("the flags of a standard stream"))?;
+            stream
+        }
+        FileKind::OutsideAgain { stream, position } => {
+            let stream = outside_stream(outside, *stream)?;
+            let what = || make("a standard stream that was opened once more");
+            let file = File::from(stream.try_clone().map_err(what())?);
+            let is_file = file.metadata().map_err(what())?.is_file();
+            let file = Shared::reopen(&file, flags | libc::O_NONBLOCK).map_err(what())?;
+            if is_file {
+                seek(&file, *position)?;
             }
-        },
+            let file = file.into();
+            set_flags(&file, flags)?;
+            file
+        }
+        FileKind::UnlinkedFifo { pipe, path, mode } => {
+            let record = container.pipes.get(*pipe as usize).ok_or_else(|| damaged("a FIFO"))?;
+            pipes
+                .unlinked_fifo(*pipe, record, root, path, *mode, flags)
+                .map_err(make("a FIFO without a name"))?
+        }
     })
+}
+
+fn outside_stream(outside: &[Option<OwnedFd>], stream: u32) -> Result<&OwnedFd, RestoreError> {
+    outside.get(stream as usize).and_then(Option::as_ref).ok_or_else(|| {
+        let what = format!("standard stream {stream}: the new container has none");
+        RestoreError::Make { what, source: io::ErrorKind::NotFound.into() }
+    })
+}
+
+/// Gives a description that somebody else has made the `O_NONBLOCK` of `flags`.
+fn set_nonblocking(fd: &OwnedFd, flags: i32) -> io::Result<()> {
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    let present = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
+    let mut wanted = present;
+    wanted.set(OFlag::O_NONBLOCK, flags & libc::O_NONBLOCK != 0);
+    if wanted != present {
+        fcntl(fd, FcntlArg::F_SETFL(wanted))?;
+    }
+    Ok(())
 }
 
 fn seek(file: &File, position: u64) -> Result<(), RestoreError> {

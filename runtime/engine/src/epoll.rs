@@ -7,8 +7,8 @@
 //! A signalfd wakes the process in whose context it was registered, so that is done by a process of the container; every other
 //! file is registered by the engine.
 //!
-//! Limits: an event that was due on an edge is due again after a restore, as is a hang-up of a one-shot entry that has fired and
-//! was not set up again.
+//! Limits: an event that was due on an edge is due again after a restore. A one-shot entry that has fired and was not set up
+//! again reports a later hang-up, if its file is ready for nothing when it is restored.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};

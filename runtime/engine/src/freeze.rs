@@ -15,6 +15,7 @@ use samara_kernel::ptrace::{self, Options};
 use samara_kernel::wait::{self, Status};
 use samara_kernel::{Pid, proc};
 
+use crate::inotify;
 use crate::restart::{self, Sleeper};
 use crate::tracee::{self, Process, Thread, TraceeError, failed};
 
@@ -77,6 +78,8 @@ pub struct FrozenTree {
     pub(crate) stopped_at: Instant,
     /// Threads that were found asleep in a call with a timeout.
     pub(crate) sleepers: BTreeMap<Pid, Sleeper>,
+    /// What must not tell of the capture when the container goes on.
+    pub(crate) watchers: Vec<inotify::Watcher>,
 }
 
 impl FrozenTree {
@@ -183,6 +186,11 @@ impl FrozenTree {
     /// `freeze` freezes the container in a cgroup, if it was.
     fn release(&mut self, freeze: Option<&mut dyn FnMut()>) -> Result<(), TraceeError> {
         let mut first_error = Ok(());
+        for watcher in std::mem::take(&mut self.watchers) {
+            if let Err(error) = watcher.forget_events() {
+                tracing::warn!(%error, "a program is told by inotify that its files have been read");
+            }
+        }
         let everything = std::mem::take(&mut self.processes).into_values();
         let mut everything: Vec<Process> =
             everything.chain(std::mem::take(&mut self.sessions).into_values()).collect();
@@ -473,6 +481,7 @@ impl Freezer {
             init: self.init,
             stopped_at: self.stopped_at,
             sleepers: std::mem::take(&mut self.sleepers),
+            watchers: Vec::new(),
         };
         let parents: BTreeMap<Pid, Pid> = threads
             .keys()

@@ -33,6 +33,7 @@ use samara_kernel::{Pid, proc, process_vm};
 
 use crate::capture::{CaptureError, Tables, read};
 use crate::descriptors::Channel;
+use crate::directories;
 use crate::restore::{RestoreError, Tree, is_filled, make, open_checked};
 use crate::root::Root;
 use crate::tracee::{ARENA_BYTES, Output, Process, TraceeError};
@@ -572,6 +573,7 @@ pub(crate) struct Shared {
     segments: Vec<record::Segment>,
     /// Room in every process for mappings that are made for a moment.
     workspace: u64,
+    pub(crate) directories: Vec<File>,
 }
 
 impl Shared {
@@ -596,16 +598,13 @@ impl Shared {
 
     /// Opens an object once more, with a description and flags of its own.
     pub(crate) fn reopen(file: &File, flags: i32) -> io::Result<File> {
+        use nix::fcntl::{OFlag, open};
+        use nix::sys::stat::Mode;
         use std::os::fd::AsRawFd;
-        use std::os::unix::fs::OpenOptionsExt;
-        let writes = flags & libc::O_ACCMODE != libc::O_RDONLY;
-        let reads = flags & libc::O_ACCMODE != libc::O_WRONLY;
-        File::options()
-            .read(reads)
-            .write(writes)
-            // The link in /proc is one that has to be followed.
-            .custom_flags(flags & !(libc::O_ACCMODE | libc::O_NOFOLLOW))
-            .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+        // The link in /proc is one that has to be followed.
+        let flags = flags & !libc::O_NOFOLLOW | libc::O_CLOEXEC;
+        let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+        Ok(open(link.as_str(), OFlag::from_bits_retain(flags), Mode::empty())?.into())
     }
 }
 
@@ -640,18 +639,30 @@ pub(crate) fn make_shared(
                 })
             })
             .map_err(|source| RestoreError::Fill { source })?;
-        set_modified(&file, unlinked.modified_ns).map_err(make("the times of an unlinked file"))?;
+        set_attributes(&file, &unlinked.attributes)
+            .map_err(make("the attributes of an unlinked file"))?;
+        let accessed_ns = unlinked.accessed_ns.unwrap_or(unlinked.modified_ns);
+        set_times(&file, accessed_ns, unlinked.modified_ns)
+            .map_err(make("the times of an unlinked file"))?;
         shared.unlinked.push(file);
     }
     shared.stop_writing_programs(container)?;
+    shared.directories = directories::make_unlinked(container, root)?;
     Ok(shared)
 }
 
-fn set_modified(file: &File, modified_ns: i64) -> io::Result<()> {
+fn set_times(file: &File, accessed_ns: i64, modified_ns: i64) -> io::Result<()> {
     use nix::sys::stat::futimens;
     use nix::sys::time::{TimeSpec, TimeValLike};
-    let time = TimeSpec::nanoseconds(modified_ns);
-    Ok(futimens(file, &time, &time)?)
+    let [accessed, modified] = [accessed_ns, modified_ns].map(TimeSpec::nanoseconds);
+    Ok(futimens(file, &accessed, &modified)?)
+}
+
+fn set_attributes(file: &File, attributes: &[(record::Bytes, record::Bytes)]) -> io::Result<()> {
+    for (name, value) in attributes {
+        rustix::fs::fsetxattr(file, name.as_slice(), value, rustix::fs::XattrFlags::empty())?;
+    }
+    Ok(())
 }
 
 /// Makes one shared memory object. It is filled through a mapping in the container's init, so that its pages are charged there.

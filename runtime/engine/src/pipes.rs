@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
@@ -12,10 +13,13 @@ use std::os::fd::OwnedFd;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, tee};
 use nix::unistd::pipe2;
 use samara_capsule::record::{Bytes, Pipe};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use crate::capture::{CaptureError, Tables, read};
 use crate::descriptors::{Found, new_pipe};
+use crate::directories;
 use crate::root::Root;
 
 /// The most that a pipe can hold: `fs.pipe-max-size` may be raised by root, but not beyond this (fs/pipe.c, round_pipe_size).
@@ -26,9 +30,6 @@ pub(crate) fn collect(
     found: &Found<'_>,
     tables: &mut Tables<'_>,
 ) -> Result<Result<u32, String>, CaptureError> {
-    if found.info.flags & libc::O_DIRECT != 0 {
-        return Ok(Err("pipes in packet mode (O_DIRECT) are not supported".to_owned()));
-    }
     if let Some(pipe) = tables.known_pipes.get(&found.identity()) {
         return Ok(Ok(*pipe));
     }
@@ -37,12 +38,13 @@ pub(crate) fn collect(
         .map_err(io::Error::from)
         .map_err(read(found.link))?;
     let content = peek(&source, capacity).map_err(read(found.link))?;
+    let packets = packets(&source, capacity, content.len()).map_err(read(found.link))?;
     let owner = (found.metadata.uid(), found.metadata.gid());
     let capacity = capacity.unsigned_abs();
     Ok(Ok(new_pipe(
         tables,
         found.identity(),
-        Pipe { capacity, content: Bytes::from(content), owner },
+        Pipe { capacity, content: Bytes::from(content), owner, packets },
     )))
 }
 
@@ -75,12 +77,46 @@ fn peek(source: &OwnedFd, capacity: i32) -> io::Result<Vec<u8>> {
     }
 }
 
+/// The lengths of the packets that a pipe holds; none where its content is a stream.
+///
+/// A read ends with a packet, whatever the mode of the pipe is by then. So two copies are put behind each other, and what a
+/// read gives of them, if it may give all, is a packet, or both copies of a stream.
+fn packets(source: &OwnedFd, capacity: i32, bytes: usize) -> io::Result<Vec<u32>> {
+    if bytes == 0 {
+        return Ok(Vec::new());
+    }
+    let (reader, writer) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+    if fcntl(&writer, FcntlArg::F_SETPIPE_SZ(capacity.saturating_mul(2))).is_err() {
+        // More than anybody may have without CAP_SYS_RESOURCE.
+        fcntl(&writer, FcntlArg::F_SETPIPE_SZ(capacity))?;
+    }
+    tee(source, &writer, CONTENT_BYTES_MAX, SpliceFFlags::SPLICE_F_NONBLOCK)?;
+    // The beginning of the second copy is enough.
+    let is_doubled =
+        tee(source, &writer, CONTENT_BYTES_MAX, SpliceFFlags::SPLICE_F_NONBLOCK).is_ok();
+    let mut reader = File::from(reader);
+    let mut buffer = vec![0; bytes * 2];
+    let mut lengths = Vec::new();
+    let mut left = bytes;
+    while left > 0 {
+        let count = reader.read(&mut buffer)?;
+        // A pipe without room for any more, all of which one read gives, holds a stream.
+        if lengths.is_empty() && (count > bytes || count == bytes && !is_doubled) {
+            break;
+        }
+        let count = count.min(left);
+        lengths.push(u32::try_from(count).map_err(|_| io::ErrorKind::InvalidData)?);
+        left -= count;
+    }
+    Ok(lengths)
+}
+
 /// Makes a pipe with the capacity and content that was saved: reading end, writing end.
 pub(crate) fn restore(pipe: &Pipe) -> io::Result<(OwnedFd, OwnedFd)> {
     let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
     let capacity = i32::try_from(pipe.capacity).map_err(|_| io::ErrorKind::InvalidData)?;
     fcntl(&writer, FcntlArg::F_SETPIPE_SZ(capacity))?;
-    fill(&writer, &pipe.content)?;
+    fill(&writer, pipe)?;
     nix::unistd::fchown(&reader, Some(pipe.owner.0.into()), Some(pipe.owner.1.into()))?;
     Ok((reader, writer))
 }
@@ -89,13 +125,26 @@ pub(crate) fn restore(pipe: &Pipe) -> io::Result<(OwnedFd, OwnedFd)> {
 ///
 /// # Errors
 /// `WouldBlock`: the data does not fit.
-pub(crate) fn fill(writer: &OwnedFd, content: &[u8]) -> io::Result<()> {
+fn fill(writer: &OwnedFd, record: &Pipe) -> io::Result<()> {
     let before = OFlag::from_bits_retain(fcntl(writer, FcntlArg::F_GETFL)?);
-    fcntl(writer, FcntlArg::F_SETFL(before | OFlag::O_NONBLOCK))?;
-    let mut file = File::from(writer.try_clone()?);
-    let written = file.write_all(content);
+    let mut meanwhile = before | OFlag::O_NONBLOCK;
+    meanwhile.set(OFlag::O_DIRECT, !record.packets.is_empty());
+    fcntl(writer, FcntlArg::F_SETFL(meanwhile))?;
+    let written = write(writer, record);
     fcntl(writer, FcntlArg::F_SETFL(before))?;
     written
+}
+
+fn write(writer: &OwnedFd, record: &Pipe) -> io::Result<()> {
+    let mut file = File::from(writer.try_clone()?);
+    let mut rest = record.content.as_slice();
+    for packet in &record.packets {
+        let (packet, others) =
+            rest.split_at_checked(*packet as usize).ok_or(io::ErrorKind::InvalidData)?;
+        file.write_all(packet)?;
+        rest = others;
+    }
+    file.write_all(rest)
 }
 
 /// Pipes that have been made, until every description that refers to one has its end.
@@ -129,20 +178,73 @@ impl Made {
         path: &[u8],
         flags: i32,
     ) -> io::Result<OwnedFd> {
+        // Opened for both, a FIFO does not wait for the other side.
+        let open = || root.open(path, libc::O_RDWR | libc::O_NONBLOCK);
+        self.any_fifo(number, record, flags, open)
+    }
+
+    /// An open FIFO without a name, that had the given one.
+    pub(crate) fn unlinked_fifo(
+        &mut self,
+        number: u32,
+        record: &Pipe,
+        root: &Root,
+        path: &[u8],
+        mode: u32,
+        flags: i32,
+    ) -> io::Result<OwnedFd> {
+        let open = || {
+            let fifo = nameless(root, path, mode, number)?;
+            let (user, group) = record.owner;
+            nix::unistd::fchown(&fifo, Some(user.into()), Some(group.into()))?;
+            Ok(fifo)
+        };
+        self.any_fifo(number, record, flags, open)
+    }
+
+    fn any_fifo(
+        &mut self,
+        number: u32,
+        record: &Pipe,
+        flags: i32,
+        open: impl FnOnce() -> io::Result<OwnedFd>,
+    ) -> io::Result<OwnedFd> {
         let both = match self.fifos.entry(number) {
             Entry::Occupied(entry) => entry.into_mut(),
             Entry::Vacant(entry) => {
-                // Opened for both, a FIFO does not wait for the other side.
-                let both = root.open(path, libc::O_RDWR | libc::O_NONBLOCK)?;
+                let both = open()?;
                 let capacity =
                     i32::try_from(record.capacity).map_err(|_| io::ErrorKind::InvalidData)?;
                 fcntl(&both, FcntlArg::F_SETPIPE_SZ(capacity))?;
-                fill(&both, &record.content)?;
+                fill(&both, record)?;
                 entry.insert(both)
             }
         };
         reopen(both, flags)
     }
+}
+
+/// Makes a FIFO and removes its name, open for reading and writing, in the directory of `path` or in the root.
+fn nameless(root: &Root, path: &[u8], mode: u32, number: u32) -> io::Result<OwnedFd> {
+    use nix::fcntl::openat;
+    use nix::sys::stat::{Mode, SFlag, futimens, mknodat};
+    use nix::unistd::{UnlinkatFlags, unlinkat};
+    let above = Path::new(OsStr::from_bytes(path)).parent().unwrap_or(Path::new("/"));
+    let directory = File::from(
+        root.open(above.as_os_str().as_bytes(), libc::O_DIRECTORY | libc::O_RDONLY)
+            .or_else(|_| root.open(b"/", libc::O_DIRECTORY | libc::O_RDONLY))?,
+    );
+    let (accessed, modified) = directories::times(&directory.metadata()?);
+    let name = format!(".samara-unlinked-fifo-{number}");
+    mknodat(&directory, name.as_str(), SFlag::S_IFIFO, Mode::S_IRUSR | Mode::S_IWUSR, 0)?;
+    // Opened for both, a FIFO does not wait for the other side.
+    let flags = OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let opened = openat(&directory, name.as_str(), flags, Mode::empty());
+    unlinkat(&directory, name.as_str(), UnlinkatFlags::NoRemoveDir)?;
+    futimens(&directory, &accessed, &modified)?;
+    let fifo = opened?;
+    nix::sys::stat::fchmod(&fifo, Mode::from_bits_truncate(mode & 0o7777))?;
+    Ok(fifo)
 }
 
 /// Opens a pipe once more through its link in `/proc`.
@@ -153,7 +255,8 @@ fn reopen(pipe: &OwnedFd, flags: i32) -> io::Result<OwnedFd> {
     let file = File::options()
         .read(access != libc::O_WRONLY)
         .write(access != libc::O_RDONLY)
-        .custom_flags((flags & !libc::O_ACCMODE) | libc::O_NONBLOCK)
+        // Packet mode is no property of a file that can be opened.
+        .custom_flags(flags & !(libc::O_ACCMODE | libc::O_DIRECT) | libc::O_NONBLOCK)
         .open(format!("/proc/self/fd/{}", pipe.as_raw_fd()))?;
     fcntl(&file, FcntlArg::F_SETFL(OFlag::from_bits_retain(flags)))?;
     Ok(file.into())
@@ -169,12 +272,17 @@ mod tests {
         let (reader, writer) = pipe2(OFlag::O_CLOEXEC).expect("pipe");
         let capacity = fcntl(&writer, FcntlArg::F_SETPIPE_SZ(1 << 18)).expect("capacity");
         let data: Vec<u8> = (0..200_000u32).map(|number| number.to_le_bytes()[0]).collect();
-        fill(&writer, &data).expect("fits");
-        assert_eq!(peek(&reader, capacity).expect("peek"), data);
-        assert_eq!(peek(&reader, capacity).expect("peek"), data);
         let owner = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
-        let pipe =
-            Pipe { capacity: capacity.unsigned_abs(), content: Bytes::from(data.clone()), owner };
+        let pipe = Pipe {
+            capacity: capacity.unsigned_abs(),
+            content: Bytes::from(data.clone()),
+            owner,
+            packets: Vec::new(),
+        };
+        fill(&writer, &pipe).expect("fits");
+        assert!(packets(&reader, capacity, data.len()).expect("peek").is_empty());
+        assert_eq!(peek(&reader, capacity).expect("peek"), data);
+        assert_eq!(peek(&reader, capacity).expect("peek"), data);
         let (again, writer) = restore(&pipe).expect("restore");
         assert_eq!(fcntl(&again, FcntlArg::F_GETPIPE_SZ).expect("capacity"), capacity);
         drop(writer);

@@ -23,7 +23,7 @@ use samara_kernel::wait::{self, Status};
 use samara_kernel::{Pid, proc};
 
 use crate::capture::vdso_digest;
-use crate::descriptors::Channel;
+use crate::descriptors::{Channel, Processes};
 use crate::memory::{HUGE_PAGE, Shared};
 use crate::phase::{self, Phase};
 use crate::plan::{self, PlanError, Step};
@@ -31,7 +31,8 @@ use crate::process::Confinement;
 use crate::root::Root;
 use crate::tracee::{self, ARENA_BYTES, Process, Thread, TraceeError, failed};
 use crate::{
-    descriptors, internet, memory, names, posix_queues, process, sqlite, system_v, unix_sockets,
+    descriptors, internet, memory, names, notices, posix_queues, process, procfiles, sqlite,
+    system_v, unix_sockets,
 };
 
 /// Why a container could not be restored. Nothing of it is left but the blank init, if that still lives, for the caller to remove.
@@ -89,10 +90,11 @@ pub fn restore(
     }
     phase::reached(Phase::Begun);
     tree.spawn(&container.processes)?;
-    // The dead too: somebody may hold a descriptor of them.
+    // The dead too: somebody may have been at the other end of a socket.
     let numbers = tree.processes.iter().map(|(pid, process)| (*pid, process.pid)).collect();
     let root = Root::of(request.init).map_err(make("the container's root directory"))?;
     let mut sockets = unix_sockets::restore(&mut tree, container, &root, &numbers)?;
+    let processes = tree.number(container)?;
     for record in &container.processes {
         if let ProcessState::Zombie { exit_status, uid, .. } = record.state {
             tree.bury(record.pid, &record.name, exit_status, uid)?;
@@ -126,15 +128,17 @@ pub fn restore(
     let begun = Instant::now();
     let internet = internet::restore(request.init, container)?;
     let files = descriptors::make_files(
+        request.init,
         container,
         &root,
         &tree.outside,
         &shared,
-        &numbers,
+        &processes,
         &mut sockets,
         internet,
     )?;
     sockets.end(&mut tree)?;
+    tree.end_again(container, &processes.ended)?;
     for record in &container.processes {
         if let ProcessState::Alive(alive) = &record.state {
             tree.furnish(record, alive, &root)?;
@@ -155,6 +159,14 @@ pub fn restore(
             tree.follow_databases(record.pid, alive, &container.files, source)?;
         }
     }
+    let registrars = notices::registrars(container);
+    for record in &container.processes {
+        if let ProcessState::Alive(alive) = &record.state {
+            let asks = notices::of_process(&registrars, alive);
+            files.ask_for_notices(tree.process(record.pid)?, asks, container)?;
+        }
+    }
+    files.watch(container, &root, &shared)?;
     drop(files);
     posix_queues::wait_again(&mut tree, container)?;
     phase::reached(Phase::Furnished);
@@ -379,6 +391,37 @@ impl Tree {
                 process.stop(libc::SIGSTOP)?;
                 process.cont()?;
             }
+        }
+        Ok(())
+    }
+
+    /// Tells the engine's numbers of all processes and threads, the dead too: somebody may hold a descriptor of them. Those
+    /// that have ended are made for this.
+    fn number(&mut self, container: &Container) -> Result<Processes, RestoreError> {
+        let mut numbers = BTreeMap::new();
+        for record in &container.processes {
+            let pid = self.process(record.pid)?.pid;
+            numbers.insert(record.pid, pid);
+            if let ProcessState::Alive(alive) = &record.state {
+                let threads = &self.process(record.pid)?.threads;
+                numbers.extend(alive.threads.iter().zip(threads).map(|(it, is)| (it.tid, is.tid)));
+            }
+        }
+        let taken = numbers.keys().chain(self.processes.keys()).copied().collect();
+        let ended = procfiles::numbers(&container.ended, &taken);
+        for number in &ended {
+            self.fork(1, *number, false, libc::SIGCHLD, 0)?;
+            numbers.insert(*number, self.process(*number)?.pid);
+        }
+        Ok(Processes { numbers, ended })
+    }
+
+    /// Ends processes that had ended, now that there are descriptors of them.
+    fn end_again(&mut self, container: &Container, numbers: &[i32]) -> Result<(), RestoreError> {
+        for (number, record) in numbers.iter().zip(&container.ended) {
+            self.bury(*number, b"", record.exit_status, 0)?;
+            let arguments = [u64::from(number.unsigned_abs()), 0, 0, 0, 0, 0];
+            self.call(1, "wait for a process that had ended", libc::SYS_wait4, arguments)?;
         }
         Ok(())
     }
@@ -742,6 +785,10 @@ pub(crate) fn open_checked(
     }
     if flags & libc::O_PATH != 0 {
         return Ok(handle);
+    }
+    if flags & libc::O_NOFOLLOW != 0 {
+        // A flag that only the opening of a name can leave.
+        return Ok(root.open(path, flags).map_err(what())?.into());
     }
     Shared::reopen(&handle, flags).map_err(what())
 }

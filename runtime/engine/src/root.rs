@@ -32,9 +32,9 @@ impl Root {
         Ok(openat2(self.0.as_fd(), OsStr::from_bytes(path), how)?)
     }
 
-    /// Device and inode of what is at a path, following symbolic links.
+    /// Device and inode of what is at a path itself, be it a symbolic link.
     pub(crate) fn identity(&self, path: &[u8]) -> io::Result<(u64, u64)> {
-        let metadata = File::from(self.open(path, libc::O_PATH)?).metadata()?;
+        let metadata = File::from(self.open(path, libc::O_PATH | libc::O_NOFOLLOW)?).metadata()?;
         Ok((metadata.dev(), metadata.ino()))
     }
 

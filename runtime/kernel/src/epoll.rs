@@ -41,16 +41,51 @@ fn add_in_own_table(epoll: BorrowedFd<'_>, interests: &[Interest<'_>]) -> io::Re
         .iter()
         .map(|interest| duplicate(interest.file, above))
         .collect::<io::Result<Vec<RawFd>>>()?;
-    for (interest, file) in interests.iter().zip(files) {
-        let mut event = libc::epoll_event { events: interest.events, u64: interest.data };
-        // SAFETY: takes numbers only, and what it closes is this thread's copy of a descriptor.
-        check(unsafe { libc::dup3(file, interest.number, libc::O_CLOEXEC) }.into())?;
-        // SAFETY: `event` lives through the call.
-        let added =
-            unsafe { libc::epoll_ctl(epoll, libc::EPOLL_CTL_ADD, interest.number, &raw mut event) };
-        check(added.into())?;
+    // Those that are used up first: while they are being used up, nothing else must be due.
+    let (used_up, others): (Vec<_>, Vec<_>) =
+        interests.iter().zip(files).partition(|(interest, _)| is_used_up(interest.events));
+    for (interest, file) in used_up {
+        place(file, interest.number)?;
+        use_up(epoll, interest)?;
+    }
+    for (interest, file) in others {
+        place(file, interest.number)?;
+        control(epoll, libc::EPOLL_CTL_ADD, interest, interest.events)?;
     }
     Ok(())
+}
+
+/// One-shot entries that have fired are left without the events that they were for.
+fn is_used_up(events: u32) -> bool {
+    const FLAGS: i32 =
+        libc::EPOLLONESHOT | libc::EPOLLET | libc::EPOLLWAKEUP | libc::EPOLLEXCLUSIVE;
+    events & libc::EPOLLONESHOT.cast_unsigned() != 0 && events & !FLAGS.cast_unsigned() == 0
+}
+
+/// Registers a one-shot entry and lets it fire. One whose file is ready for nothing stays, for errors and a hang-up.
+fn use_up(epoll: RawFd, interest: &Interest<'_>) -> io::Result<()> {
+    let ready = (libc::EPOLLIN | libc::EPOLLOUT).cast_unsigned();
+    control(epoll, libc::EPOLL_CTL_ADD, interest, interest.events | ready)?;
+    let mut event = libc::epoll_event { events: 0, u64: 0 };
+    // SAFETY: the kernel writes at most the one event.
+    let count = unsafe { libc::epoll_wait(epoll, &raw mut event, 1, 0) };
+    if check(count.into())? == 0 {
+        control(epoll, libc::EPOLL_CTL_MOD, interest, interest.events)?;
+    }
+    Ok(())
+}
+
+fn control(epoll: RawFd, operation: i32, interest: &Interest<'_>, events: u32) -> io::Result<()> {
+    let mut event = libc::epoll_event { events, u64: interest.data };
+    // SAFETY: `event` lives through the call.
+    let done = unsafe { libc::epoll_ctl(epoll, operation, interest.number, &raw mut event) };
+    check(done.into()).map(drop)
+}
+
+/// Gives a file the number under which it is registered.
+fn place(file: RawFd, number: RawFd) -> io::Result<()> {
+    // SAFETY: takes numbers only, and what it closes is this thread's copy of a descriptor.
+    check(unsafe { libc::dup3(file, number, libc::O_CLOEXEC) }.into()).map(drop)
 }
 
 /// A copy at the first free number from `from` on, in the calling thread's table; it is closed with the table.

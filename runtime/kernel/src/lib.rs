@@ -6,6 +6,8 @@
 pub mod bpf;
 pub mod close_range;
 pub mod epoll;
+pub mod fcntl;
+pub mod inotify;
 pub mod kcmp;
 pub mod keyctl;
 pub mod mount_setattr;

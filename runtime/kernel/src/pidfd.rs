@@ -15,7 +15,23 @@ impl From<PidFd> for OwnedFd {
     }
 }
 
+impl From<OwnedFd> for PidFd {
+    fn from(process: OwnedFd) -> PidFd {
+        PidFd(process)
+    }
+}
+
 impl PidFd {
+    /// A handle on one thread (`PIDFD_THREAD`, since Linux 6.9).
+    ///
+    /// # Errors
+    /// ESRCH: no such thread. EINVAL: the kernel has no such handles.
+    pub fn open_thread(tid: Pid) -> io::Result<PidFd> {
+        // SAFETY: the call takes numbers only.
+        let result = unsafe { libc::syscall(libc::SYS_pidfd_open, tid, libc::O_EXCL) };
+        Ok(PidFd(own(result)?))
+    }
+
     /// # Errors
     /// ESRCH: no such process, or a thread that leads no process.
     pub fn open(pid: Pid) -> io::Result<PidFd> {

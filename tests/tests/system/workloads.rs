@@ -71,29 +71,26 @@ pub(crate) const EINTR: Workload = Workload {
     )
 };
 pub(crate) const SPAWN: Workload = workload(&["spawn"], &["status"]);
-pub(crate) const PIPES: Workload = Workload {
-    refused: Some("packets"),
-    ..workload(
-        &["pipes"],
-        &[
-            "queue",
-            "wide",
-            "capacity",
-            "ended",
-            "packets",
-            "fifo",
-            "eventfd",
-            "stream",
-            "stream back",
-            "datagram",
-            "seqpacket",
-            "offset",
-            "deleted",
-            "full",
-            "flow",
-        ],
-    )
-};
+pub(crate) const PIPES: Workload = workload(
+    &["pipes"],
+    &[
+        "queue",
+        "wide",
+        "capacity",
+        "ended",
+        "packets",
+        "fifo",
+        "eventfd",
+        "stream",
+        "stream back",
+        "datagram",
+        "seqpacket",
+        "offset",
+        "deleted",
+        "full",
+        "flow",
+    ],
+);
 pub(crate) const SIGNALS: Workload =
     workload(&["signals"], &["itimer", "pending", "posix-timers", "altstack", "action"]);
 pub(crate) const SESSIONS: Workload =
