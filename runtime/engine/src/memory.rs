@@ -221,13 +221,12 @@ fn backing(
     }
     let path = proc::unescape(Path::new(&mapping.name));
     let path = path.as_os_str().as_bytes();
-    let Some(path) = tables.root.find(path, identity) else {
-        let path = String::from_utf8_lossy(path).into_owned();
-        return refuse(format!(
-            "the mapped file {path} is no longer at its path, or outside the container"
-        ));
+    // glibc's semaphores are linked to their names after they were mapped.
+    let open_as = path.strip_suffix(b" (deleted)").unwrap_or(path);
+    let Some(path) = tables.path_of(identity, path)? else {
+        let path = String::from_utf8_lossy(open_as).into_owned();
+        return refuse(format!("the mapped file {path} has no name in the container"));
     };
-    let path = record::Path::from(path);
     let check = FileCheck { bytes: metadata.size() };
     Ok(Ok(if mapping.shared {
         Backing::SharedFile { path, offset, may_write, check }

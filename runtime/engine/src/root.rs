@@ -37,21 +37,4 @@ impl Root {
         let metadata = File::from(self.open(path, libc::O_PATH | libc::O_NOFOLLOW)?).metadata()?;
         Ok((metadata.dev(), metadata.ino()))
     }
-
-    /// A path of a file that `/proc` shows at `path`: that, or another in the same directory if its name there is gone. So it is
-    /// with what `sem_open(3)` makes, under a name for the moment.
-    pub(crate) fn find(&self, path: &[u8], identity: (u64, u64)) -> Option<Vec<u8>> {
-        if self.identity(path).ok() == Some(identity) {
-            return Some(path.to_vec());
-        }
-        let path = path.strip_suffix(b" (deleted)")?;
-        let (directory, _) = path.split_at(path.iter().rposition(|byte| *byte == b'/')? + 1);
-        let entries = self.open(directory, libc::O_DIRECTORY | libc::O_RDONLY).ok()?;
-        std::fs::read_dir(format!("/proc/self/fd/{}", entries.as_raw_fd())).ok()?.find_map(
-            |entry| {
-                let path = [directory, entry.ok()?.file_name().as_bytes()].concat();
-                (self.identity(&path).ok() == Some(identity)).then_some(path)
-            },
-        )
-    }
 }
