@@ -350,7 +350,9 @@ impl Running<'_> {
 
     /// Waits until it has ended.
     pub fn wait_stopped(&self) -> Result<()> {
-        until("end of the container", Duration::from_secs(60), || Ok(self.stopped()?.then_some(())))
+        let stopped = || Ok(self.stopped()?.then_some(()));
+        until("end of the container", Duration::from_secs(60), stopped)?;
+        self.terminal.as_ref().map_or(Ok(()), Terminal::wait_closed)
     }
 }
 

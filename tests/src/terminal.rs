@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -28,6 +29,7 @@ pub struct Waiting {
 pub struct Terminal {
     master: File,
     collected: Arc<Mutex<Vec<u8>>>,
+    reader: JoinHandle<()>,
 }
 
 impl Terminal {
@@ -45,6 +47,15 @@ impl Terminal {
     pub fn output(&self) -> String {
         let collected = self.collected.lock().unwrap_or_else(PoisonError::into_inner);
         String::from_utf8_lossy(&collected).into_owned()
+    }
+
+    /// Waits until the container has closed the terminal, and all that it has written is collected.
+    ///
+    /// # Errors
+    /// When it is still open after ten seconds.
+    pub fn wait_closed(&self) -> Result<()> {
+        let closed = || Ok(self.reader.is_finished().then_some(()));
+        until("end of the terminal", Duration::from_secs(10), closed)
     }
 
     /// Types.
@@ -82,14 +93,14 @@ impl Waiting {
         let collected: Arc<Mutex<Vec<u8>>> = Arc::default();
         let (mut reader, into) = (master.try_clone()?, Arc::clone(&collected));
         // Ends with the terminal: a read fails when the last slave is closed.
-        std::thread::spawn(move || {
+        let reader = std::thread::spawn(move || {
             let mut buffer = [0; 4096];
             while let Ok(count @ 1..) = reader.read(&mut buffer) {
                 let mut collected = into.lock().unwrap_or_else(PoisonError::into_inner);
                 collected.extend_from_slice(buffer.get(..count).unwrap_or_default());
             }
         });
-        Ok(Terminal { master, collected })
+        Ok(Terminal { master, collected, reader })
     }
 }
 

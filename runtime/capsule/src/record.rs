@@ -36,6 +36,8 @@ pub struct Container {
     /// Processes that have ended and been waited for, and of which somebody has a descriptor.
     #[serde(default)]
     pub ended: Vec<EndedProcess>,
+    #[serde(default)]
+    pub terminals: Vec<Terminal>,
     /// The vdso's code, by digest: addresses inside it are in registers and in the memory of language runtimes.
     pub vdso_sha256: Bytes,
     /// What its IPC namespace holds.
@@ -508,6 +510,16 @@ pub enum FileKind {
     OutsideAgain {
         stream: u32,
         position: u64,
+    },
+    /// A terminal: index into [`Container::terminals`], and the name that it was opened by, which may be `/dev/tty`.
+    Terminal {
+        terminal: u32,
+        path: Path,
+    },
+    /// The master of a pseudo-terminal: index into [`Container::terminals`].
+    TerminalMaster {
+        terminal: u32,
+        path: Path,
     },
 }
 
@@ -1114,4 +1126,94 @@ pub struct Registers {
     pub es: u64,
     pub fs: u64,
     pub gs: u64,
+}
+
+/// A pseudo-terminal.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Terminal {
+    /// N of `/dev/pts/N`.
+    pub number: u32,
+    pub master: Master,
+    pub settings: TerminalSettings,
+    /// Rows, columns, and the same in pixels, as `TIOCGWINSZ` tells them.
+    pub size: [u16; 4],
+    pub owner: (u32, u32),
+    pub mode: u32,
+    /// The session that it controls, or 0, the foreground group, or 0, and the processes whose controlling terminal it is.
+    pub session: i32,
+    pub foreground: i32,
+    pub members: Vec<i32>,
+    /// The slave has been open at some time; if nobody has it open any more, the master is hung up.
+    pub opened: bool,
+    pub locked: bool,
+    pub exclusive: bool,
+    /// Packet mode, with the events that the master has not read yet.
+    pub packet: Option<u8>,
+    pub queues: TerminalQueues,
+}
+
+/// Where the master of a terminal is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Master {
+    /// In the container.
+    Inside,
+    /// With whoever runs the container: it is the container's own terminal.
+    Outside,
+    /// It has been closed, and the terminal is hung up for ever.
+    Closed,
+}
+
+/// `struct termios2`: modes, line discipline, special characters, speeds in baud.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TerminalSettings {
+    pub input: u32,
+    pub output: u32,
+    pub control: u32,
+    pub local: u32,
+    pub line: u8,
+    pub characters: Bytes,
+    pub input_speed: u32,
+    pub output_speed: u32,
+}
+
+/// What is under way between the two sides of a terminal.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TerminalQueues {
+    /// What the slave has not read and the line discipline holds.
+    pub input: Vec<TerminalLine>,
+    /// What a master in the container has written beyond, and nobody has looked at.
+    pub raw_input: Bytes,
+    /// What a master in the container has not read.
+    pub output: Bytes,
+    pub stopped: OutputStop,
+}
+
+/// A part of the input: a line in canonical mode, or anything that no end was typed for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TerminalLine {
+    pub text: Bytes,
+    pub end: LineEnd,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LineEnd {
+    /// None yet, or the mode has none.
+    Open,
+    /// The last byte of the text, which is a newline.
+    NewLine,
+    /// The last byte of the text, which ends lines as `VEOL` or `VEOL2` does.
+    Character,
+    /// `VEOF`, which is not in the text.
+    EndOfFile,
+}
+
+/// What has stopped a terminal's output.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum OutputStop {
+    #[default]
+    Running,
+    /// The character `VSTOP`.
+    Character,
+    /// `tcflow(TCOOFF)`.
+    Call,
 }

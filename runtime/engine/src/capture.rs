@@ -25,7 +25,7 @@ use crate::tracee::TraceeError;
 use crate::unsupported::{Place, Unsupported, UnsupportedList};
 use crate::{
     clocks, datagrams, descriptors, epoll, file_names, inotify, internet, memory, posix_queues,
-    process, system_v, tcp, unix_sockets,
+    process, system_v, tcp, terminals, unix_sockets,
 };
 
 /// Why no capsule came of a capture. The container runs on in every case.
@@ -126,6 +126,8 @@ pub fn capture(
     report.processes = processes.len();
     report.sessions = frozen.sessions.keys().map(|pid| name(*pid)).collect();
 
+    // Late, as they are the one thing that can't be looked at without touching it.
+    let terminals = terminals::collect(&mut tables)?;
     let container = Container {
         clocks,
         processes: process::parents_first(
@@ -141,6 +143,7 @@ pub fn capture(
         names,
         unlinked_directories: tables.unlinked_directories,
         ended: tables.ended,
+        terminals,
         vdso_sha256: vdso,
         system_v: tables.system_v.record,
         posix_queues: tables.posix_queues.records,
@@ -196,6 +199,9 @@ fn collect(
     inotify::resolve(tables)?;
     frozen.watchers = std::mem::take(&mut tables.watchers);
     refuse_strange_processes(frozen, tables);
+    let pids: Vec<Pid> = frozen.processes.keys().copied().collect();
+    let zombies: Vec<Pid> = frozen.zombies.iter().map(|zombie| zombie.pid).collect();
+    terminals::resolve(&pids, &zombies, tables)?;
     if !tables.unsupported.is_empty() {
         for process in frozen.processes.values_mut() {
             process::mend_for_thaw(process, &elapsed)?;
@@ -339,6 +345,7 @@ pub(crate) struct Tables<'a> {
     pub(crate) known_outside: BTreeMap<u32, u32>,
     /// Names of files that are not where they were opened; none where none was found.
     names: BTreeMap<(u64, u64), Option<record::Path>>,
+    pub(crate) terminals: terminals::Terminals,
     known_memory: BTreeMap<(u64, u64), u32>,
     pub(crate) known_unlinked: BTreeMap<(u64, u64), u32>,
     spaces: u32,
@@ -374,6 +381,7 @@ impl<'a> Tables<'a> {
             watched_processes: Vec::new(),
             known_outside: BTreeMap::new(),
             names: BTreeMap::new(),
+            terminals: terminals::Terminals::default(),
             known_memory: BTreeMap::new(),
             known_unlinked: BTreeMap::new(),
             spaces: 0,

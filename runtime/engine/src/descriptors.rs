@@ -29,7 +29,7 @@ use crate::tracee::Process;
 use crate::unsupported::Place;
 use crate::{
     directories, epoll, inotify, internet, notices, pipes, posix_queues, process, procfiles,
-    sockets, timers, unix_sockets,
+    sockets, terminals, timers, unix_sockets,
 };
 
 /// The descriptors and locks of one process.
@@ -168,6 +168,13 @@ fn classify(
     found: &Found<'_>,
     tables: &mut Tables<'_>,
 ) -> Result<Result<FileKind, String>, CaptureError> {
+    let kind = found.metadata.file_type();
+    if kind.is_char_device()
+        && found.info.flags & libc::O_PATH == 0
+        && let Some(kind) = terminals::note(found, tables)?
+    {
+        return Ok(kind);
+    }
     let (device, inode) = found.identity();
     if let Some(kind) = outside(found, tables) {
         return Ok(Ok(kind));
@@ -177,7 +184,6 @@ fn classify(
     {
         return Ok(Ok(FileKind::PosixQueue { queue }));
     }
-    let kind = found.metadata.file_type();
     let position = found.info.position;
     let handle = found.info.flags & libc::O_PATH != 0;
     if kind.is_file() && found.target.starts_with(b"/memfd:") {
@@ -254,7 +260,7 @@ fn classify(
         }
     }
     Ok(Err(format!(
-        "{} is a device or terminal, which is not supported",
+        "{} is a device, which is not supported",
         String::from_utf8_lossy(found.target)
     )))
 }
@@ -543,7 +549,7 @@ pub(crate) struct Processes {
     pub(crate) ended: Vec<i32>,
 }
 
-/// Makes all open file descriptions.
+/// Makes all open file descriptions, but those of terminals, which exist.
 ///
 /// `init` is the container's, `outside` are the new container's own standard streams.
 pub(crate) fn make_files(
@@ -555,11 +561,15 @@ pub(crate) fn make_files(
     processes: &Processes,
     sockets: &mut unix_sockets::Made,
     mut internet: internet::Made,
+    terminals: &mut terminals::Made,
 ) -> Result<Files, RestoreError> {
-    make_room().map_err(make("room for the container's descriptors"))?;
     let mut pipes = pipes::Made::default();
     let mut files = Vec::with_capacity(container.files.len());
     for (number, file) in (0u32..).zip(&container.files) {
+        if let Some(terminal) = terminals.take(number) {
+            files.push(terminal);
+            continue;
+        }
         let made = match internet.remove(&number) {
             Some(socket) => {
                 set_flags(&socket, file.flags)?;
@@ -737,6 +747,9 @@ fn make_file(
             let queue =
                 shared.queues.get(*queue as usize).ok_or_else(|| damaged("a message queue"))?;
             Shared::reopen(queue, flags).map_err(make("a message queue"))?.into()
+        }
+        FileKind::Terminal { .. } | FileKind::TerminalMaster { .. } => {
+            return Err(damaged("a terminal"));
         }
         FileKind::Outside { stream } => {
             // The description is the engine's above; of its flags this one is the program's.

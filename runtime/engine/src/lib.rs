@@ -33,6 +33,7 @@ mod sockets;
 mod sqlite;
 mod system_v;
 mod tcp;
+mod terminals;
 mod timers;
 mod tracee;
 mod unix_sockets;

@@ -32,7 +32,7 @@ use crate::root::Root;
 use crate::tracee::{self, ARENA_BYTES, Process, Thread, TraceeError, failed};
 use crate::{
     descriptors, internet, memory, names, notices, posix_queues, process, procfiles, sqlite,
-    system_v, unix_sockets,
+    system_v, terminals, unix_sockets,
 };
 
 /// Why a container could not be restored. Nothing of it is left but the blank init, if that still lives, for the caller to remove.
@@ -89,10 +89,12 @@ pub fn restore(
         names::restore(request.init, names).map_err(make("the host's name"))?;
     }
     phase::reached(Phase::Begun);
-    tree.spawn(&container.processes)?;
+    descriptors::make_room().map_err(make("room for the container's descriptors"))?;
+    let root = Root::of(request.init).map_err(make("the container's root directory"))?;
+    let mut terminals = terminals::restore(container, &root, &tree.outside)?;
+    tree.spawn(container, &terminals)?;
     // The dead too: somebody may have been at the other end of a socket.
     let numbers = tree.processes.iter().map(|(pid, process)| (*pid, process.pid)).collect();
-    let root = Root::of(request.init).map_err(make("the container's root directory"))?;
     let mut sockets = unix_sockets::restore(&mut tree, container, &root, &numbers)?;
     let processes = tree.number(container)?;
     for record in &container.processes {
@@ -126,6 +128,7 @@ pub fn restore(
     phase::reached(Phase::Filled);
 
     let begun = Instant::now();
+    terminals.open_files(container, &root, &mut tree)?;
     let internet = internet::restore(request.init, container)?;
     let files = descriptors::make_files(
         request.init,
@@ -136,6 +139,7 @@ pub fn restore(
         &processes,
         &mut sockets,
         internet,
+        &mut terminals,
     )?;
     sockets.end(&mut tree)?;
     tree.end_again(container, &processes.ended)?;
@@ -169,6 +173,7 @@ pub fn restore(
     files.watch(container, &root, &shared)?;
     drop(files);
     posix_queues::wait_again(&mut tree, container)?;
+    terminals.hand_over(container)?;
     phase::reached(Phase::Furnished);
     for record in &container.processes {
         if let ProcessState::Alive(alive) = &record.state {
@@ -179,6 +184,7 @@ pub fn restore(
     let threads = tree.processes.values().map(|process| process.threads.len()).sum();
     tree.resume(&container.processes)?;
     phase::reached(Phase::Resumed);
+    terminals.resize();
     let finish = begun.elapsed();
     if !proc::stat(request.init).is_ok_and(|stat| stat.state != 'Z') {
         return Err(RestoreError::Ended);
@@ -304,19 +310,29 @@ impl Tree {
     }
 
     /// Makes all processes and threads, blank.
-    fn spawn(&mut self, records: &[Record]) -> Result<(), RestoreError> {
+    fn spawn(
+        &mut self,
+        container: &Container,
+        terminals: &terminals::Made,
+    ) -> Result<(), RestoreError> {
+        let records = &container.processes;
         let init = self.process(1)?.pid;
         let leads = proc::status(init)
             .ok()
             .and_then(|status| status.nssid?.last().copied())
             .is_some_and(|session| session == 1);
+        if leads {
+            terminals.take_control_of_init(container, self)?;
+        }
         for step in plan::tree(records, leads)? {
             match step {
                 Step::Fork { creator, pid, sibling, exit_signal, shared } => {
                     self.fork(creator, pid, sibling, exit_signal, shared)?
                 }
                 Step::NewSession { pid } => {
-                    self.call(pid, "make a session", libc::SYS_setsid, [0; 6])?
+                    self.call(pid, "make a session", libc::SYS_setsid, [0; 6])?;
+                    // Before it has children, which inherit it.
+                    terminals.take_control(pid, container, self)?;
                 }
                 Step::JoinGroup { pid, group } => {
                     let arguments = [0, u64::from(group.unsigned_abs()), 0, 0, 0, 0];
@@ -340,6 +356,7 @@ impl Tree {
                 self.make_threads(record.pid, alive)?;
             }
         }
+        terminals.share_control(container, self)?;
         self.number_on(records)
     }
 

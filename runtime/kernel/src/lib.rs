@@ -7,6 +7,7 @@ pub mod bpf;
 pub mod close_range;
 pub mod epoll;
 pub mod fcntl;
+pub mod fork;
 pub mod inotify;
 pub mod kcmp;
 pub mod keyctl;
@@ -30,6 +31,7 @@ pub mod sysvipc;
 pub mod tape;
 pub mod tcp;
 pub mod timerfd;
+pub mod tty;
 pub mod unix;
 pub mod wait;
 

@@ -63,8 +63,6 @@ pub enum CheckpointError {
         "--{0} is not supported: Samara writes whole capsules, which need no parent and no second pass"
     )]
     Flag(&'static str),
-    #[error("a container with a terminal can't be saved yet; start it without -t")]
-    Terminal,
     #[error(
         "the container's program has mounted {kind} at {}, which is not supported: unmount it, or let the specification mount it",
         path.display()
@@ -338,9 +336,6 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
     fail_point::arm(order.fail_point.clone());
     let dir = dir_of(&task.state_dir)?;
     let record = dir.load()?;
-    if record.console {
-        return Err(CheckpointError::Terminal);
-    }
     let spec = Bundle::reload(&dir.config())?;
     let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
     if namespaces.into_iter().flatten().any(|namespace| namespace.typ() == LinuxNamespaceType::User)

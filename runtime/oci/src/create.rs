@@ -268,7 +268,12 @@ fn build(
         Init::Blank { .. } => {
             let (ours, theirs) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
                 .map_err(|errno| io("make a pipe", errno.into()))?;
-            let init = BlankInit::new(Unfinished::of(bundle), theirs, cause.clone());
+            let init = BlankInit::new(
+                bundle.process()?.clone(),
+                Unfinished::of(bundle),
+                theirs,
+                cause.clone(),
+            );
             (builder.with_executor(init), Some(ours))
         }
     };

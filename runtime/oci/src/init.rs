@@ -144,7 +144,7 @@ impl Program {
         self.confinement.check()?;
         let uid = self.confinement.uid();
         give_stdio_to(uid)?;
-        self.set_console_size()?;
+        set_console_size(&self.process)?;
         let cwd = self.process.cwd();
         if self.own_mounts.is_some() && !cwd.exists() {
             // As runc: a missing working directory is made.
@@ -238,23 +238,6 @@ impl Program {
         Ok(env)
     }
 
-    fn set_console_size(&self) -> Result<(), InitError> {
-        let Some(size) = self.process.console_size() else { return Ok(()) };
-        let short = |value: u64| u16::try_from(value).unwrap_or(u16::MAX);
-        if self.process.terminal() == Some(true) && (size.height(), size.width()) != (0, 0) {
-            let winsize = Winsize {
-                ws_row: short(size.height()),
-                ws_col: short(size.width()),
-                ws_xpixel: 0,
-                ws_ypixel: 0,
-            };
-            rustix::termios::tcsetwinsize(rustix::stdio::stdin(), winsize).map_err(|errno| {
-                InitError::Call { attempt: "set the terminal's size", source: errno.into() }
-            })?;
-        }
-        Ok(())
-    }
-
     fn chdir_error(&self, source: io::Error) -> InitError {
         InitError::Chdir { cwd: self.process.cwd().display().to_string(), source }
     }
@@ -297,6 +280,7 @@ const EXEC_FAILED_STATUS: i32 = 255;
 /// Waits, as the container's first process, for the engine that restores a program into it.
 #[derive(Clone, Debug)]
 pub struct BlankInit {
+    process: Process,
     mounts: Rc<Unfinished>,
     /// The writing end of a pipe: written to when the process waits.
     ready: Rc<OwnedFd>,
@@ -305,14 +289,18 @@ pub struct BlankInit {
 
 impl BlankInit {
     /// `ready` is the writing end of a pipe.
-    pub fn new(mounts: Unfinished, ready: OwnedFd, cause: Cause) -> Self {
-        Self { mounts: Rc::new(mounts), ready: Rc::new(ready), cause }
+    pub fn new(process: Process, mounts: Unfinished, ready: OwnedFd, cause: Cause) -> Self {
+        Self { process, mounts: Rc::new(mounts), ready: Rc::new(ready), cause }
     }
 }
 
 impl Executor for BlankInit {
     fn validate(&self, _: &Spec) -> Result<(), ExecutorValidationError> {
-        self.mounts.finish().map_err(|error| {
+        let finish = || -> Result<(), InitError> {
+            self.mounts.finish()?;
+            set_console_size(&self.process)
+        };
+        finish().map_err(|error| {
             let text = chain(&error);
             self.cause.tell(&text);
             ExecutorValidationError::ArgValidationError(text)
@@ -358,6 +346,24 @@ fn enter_user_namespace(namespace: BorrowedFd<'_>) -> Result<(), InitError> {
     .map_err(call("become root in the user namespace"))?;
     rustix::thread::set_thread_res_uid(Uid::ROOT, Uid::ROOT, Uid::ROOT)
         .map_err(call("become root in the user namespace"))
+}
+
+/// Gives the terminal the size that the specification wants.
+fn set_console_size(process: &Process) -> Result<(), InitError> {
+    let Some(size) = process.console_size() else { return Ok(()) };
+    let short = |value: u64| u16::try_from(value).unwrap_or(u16::MAX);
+    if process.terminal() == Some(true) && (size.height(), size.width()) != (0, 0) {
+        let winsize = Winsize {
+            ws_row: short(size.height()),
+            ws_col: short(size.width()),
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        rustix::termios::tcsetwinsize(rustix::stdio::stdin(), winsize).map_err(|errno| {
+            InitError::Call { attempt: "set the terminal's size", source: errno.into() }
+        })?;
+    }
+    Ok(())
 }
 
 /// A program that does not run as root must be able to open /dev/stdout again.

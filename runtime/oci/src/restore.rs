@@ -14,6 +14,7 @@ use oci_spec::runtime::Spec;
 use samara_capsule::cbor::{DecodeError, decode_record};
 use samara_capsule::digest::Digest;
 use samara_capsule::log::LogState;
+use samara_capsule::record::{Master, Terminal};
 use samara_capsule::transfer::{Source, StreamName};
 use samara_engine::clocks::offsets_to_continue;
 use samara_engine::files::{self, ApplyError, FingerprintError, LocateError, RootChanges};
@@ -383,6 +384,11 @@ fn check_host(
     let host = Host::of(&bundle.rootfs).map_err(io("look at what this host has"))?;
     let needs = Needs::of(saved, &reader.config().statistics);
     reasons.extend(preflight::shortages(spec, &needs, &host));
+    let has_terminal = spec.process().as_ref().and_then(|process| process.terminal()) == Some(true);
+    let had_terminal = |terminal: &Terminal| terminal.master == Master::Outside;
+    if !has_terminal && saved.container.terminals.iter().any(had_terminal) {
+        reasons.push("it was saved with a terminal: start it with one (docker: -t)".to_owned());
+    }
     if let Some(process) = spec.process() {
         reasons.extend(privileges::beyond(process, &saved.container)?);
     }
