@@ -14,6 +14,8 @@ use anyhow::{Context as _, Result, bail};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
+use crate::terminal::Session;
+
 /// Ample for one call of an engine on a loaded machine; longer ones name their own bound.
 const CALL_TIME_MAX: Duration = Duration::from_secs(120);
 
@@ -63,6 +65,14 @@ impl Call {
     pub fn input(mut self, bytes: impl Into<Vec<u8>>) -> Call {
         self.input = bytes.into();
         self
+    }
+
+    /// Starts it in a terminal of this size, as if a person had.
+    ///
+    /// # Errors
+    /// When there is no terminal to be had, or it can't be started.
+    pub fn in_terminal(self, rows: u16, columns: u16) -> Result<Session> {
+        Session::start(&self.command, rows, columns)
     }
 
     fn shown(&self) -> String {

@@ -1,4 +1,5 @@
-//! The other side of a container's terminal, as engines hold it: a console socket, and the master that comes through it.
+//! The other side of a terminal: of a container's, as engines hold it, with a console socket and the master that comes through
+//! it; and of one in which a program runs as if a person had started it.
 
 use std::fs::File;
 use std::io::{self, IoSliceMut, Read as _, Write as _};
@@ -6,16 +7,20 @@ use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::process::{Child, Command};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use rustix::fs::{Mode, OFlags};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketFlags, accept_with, recvmsg,
 };
+use rustix::pty::{OpenptFlags, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
+use crate::process::wait_for;
 use crate::until;
 
 /// A console socket that nobody has connected to yet.
@@ -89,7 +94,13 @@ impl Waiting {
                 Err(error) => Err(error.into()),
             }
         })?;
-        let master = File::from(receive(&connection)?);
+        Terminal::over(File::from(receive(&connection)?))
+    }
+}
+
+impl Terminal {
+    /// Collects what is written to a terminal.
+    fn over(master: File) -> Result<Terminal> {
         let collected: Arc<Mutex<Vec<u8>>> = Arc::default();
         let (mut reader, into) = (master.try_clone()?, Arc::clone(&collected));
         // Ends with the terminal: a read fails when the last slave is closed.
@@ -101,6 +112,102 @@ impl Waiting {
             }
         });
         Ok(Terminal { master, collected, reader })
+    }
+}
+
+/// A program in a terminal of ours. It is killed when dropped.
+#[derive(Debug)]
+pub struct Session {
+    terminal: Terminal,
+    child: Child,
+    /// How much of what it has shown was waited for.
+    seen: usize,
+}
+
+/// Ample for what a person waits for.
+const ANSWER_TIME_MAX: Duration = Duration::from_secs(60);
+
+impl Session {
+    pub(crate) fn start(command: &Command, rows: u16, columns: u16) -> Result<Session> {
+        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
+        unlockpt(&master)?;
+        let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let slave = rustix::fs::open(ptsname(&master, Vec::new())?, flags, Mode::empty())?;
+        let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        tcsetwinsize(&slave, size)?;
+        // It becomes the program, with the terminal as the one that controls it.
+        let mut inside = Command::new("setsid");
+        inside.arg("--ctty").arg(command.get_program()).args(command.get_args());
+        for (name, value) in command.get_envs() {
+            match value {
+                Some(value) => inside.env(name, value),
+                None => inside.env_remove(name),
+            };
+        }
+        let child = inside
+            .stdin(slave.try_clone()?)
+            .stdout(slave.try_clone()?)
+            .stderr(slave)
+            .spawn()
+            .context("starting a program in a terminal")?;
+        // Its copies of the slave would keep the terminal open.
+        drop(inside);
+        Ok(Session { terminal: Terminal::over(File::from(master))?, child, seen: 0 })
+    }
+
+    /// Types.
+    ///
+    /// # Errors
+    /// When the terminal is gone.
+    pub fn type_text(&self, text: &str) -> io::Result<()> {
+        self.terminal.write(text)
+    }
+
+    /// Resizes the terminal.
+    ///
+    /// # Errors
+    /// When the terminal is gone.
+    pub fn resize(&self, rows: u16, columns: u16) -> io::Result<()> {
+        self.terminal.resize(rows, columns)
+    }
+
+    /// All that it has shown.
+    pub fn shown(&self) -> String {
+        self.terminal.output()
+    }
+
+    /// Waits until it has shown `text` since the last that was waited for; answers all since then.
+    ///
+    /// # Errors
+    /// When it does not within a minute, with what it has shown.
+    pub fn wait_for(&mut self, text: &str) -> Result<String> {
+        let (terminal, seen) = (&self.terminal, self.seen);
+        let found = until(&format!("{text:?}"), ANSWER_TIME_MAX, || {
+            let shown = terminal.output();
+            let rest = shown.get(seen..).unwrap_or_default();
+            Ok(rest.find(text).and_then(|at| rest.get(..at + text.len())).map(str::to_owned))
+        });
+        let found = found.with_context(|| format!("it has shown: {}", terminal.output()))?;
+        self.seen += found.len();
+        Ok(found)
+    }
+
+    /// Waits for its end, and answers its exit status.
+    ///
+    /// # Errors
+    /// When it does not end within a minute, or is killed.
+    pub fn wait_exit(&mut self) -> Result<i32> {
+        let status = wait_for(&mut self.child, ANSWER_TIME_MAX)?;
+        let status = status.with_context(|| format!("it runs on, and showed: {}", self.shown()))?;
+        status.code().context("it was killed")
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // Mostly it has ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 

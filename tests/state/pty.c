@@ -1028,7 +1028,8 @@ static void pty_leaderless_foreground_check(void)
 static void pty_leaderless_foreground_spoil(void) { ask(&w, take_back); }
 STATE(pty_leaderless_foreground)
 
-static int read_in_back(void) { order(&back, read_line); usleep(50000); return 0; }
+static int until_stopped(void) { siginfo_t info; return waitid(P_PID, (id_t)back.pid, &info, WSTOPPED | WNOWAIT); }
+static int read_in_back(void) { order(&back, read_line); return until_stopped(); }
 static int stopped_by(void)
 {
 	siginfo_t info = {0};
@@ -1050,7 +1051,7 @@ static void pty_background_reader_spoil(void) { ask(&w, stopped_by); }
 STATE(pty_background_reader)
 
 static int write_bg(void) { return write(p.slave, "from behind\n", 12) == 12 ? 0 : 1; }
-static int write_in_back(void) { order(&back, write_bg); usleep(50000); return 0; }
+static int write_in_back(void) { order(&back, write_bg); return until_stopped(); }
 static void pty_background_writer_setup(void)
 {
 	make_pty(&p);
@@ -1070,7 +1071,7 @@ static void pty_background_writer_check(void)
 	CHECK(ask(&w, back_answer) == 0, "it could not write");
 	expect_text(p.master, "from behind\r\n");
 }
-static void pty_background_writer_spoil(void) { ask(&w, back_to_front); }
+static void pty_background_writer_spoil(void) { ask(&w, back_to_front); ask(&w, back_answer); }
 STATE(pty_background_writer)
 
 static int signals;
@@ -1145,7 +1146,8 @@ static void pty_shell_setup(void)
 	until_text("\nstarted");
 	type(&p, "cat\n");
 	until_text("cat\r\n");
-	usleep(100000);
+	type(&p, "up\n");
+	until_text("up\r\nup\r\n");
 	type(&p, "\x1a");
 	until_text("Stopped");
 	type(&p, "echo half-typ");
@@ -1170,3 +1172,114 @@ static void pty_shell_check(void)
 }
 static void pty_shell_spoil(void) { type(&p, "\x15x=1; kill %2; echo "); }
 STATE(pty_shell)
+
+/* --- who has which side --- */
+
+static int close_slave(void) { return close(p.slave); }
+static int opens_by_name(void) { int fd = open("/dev/tty", O_RDWR); int written = (int)write(fd, "unopened", 8); close(fd); return written == 8 ? 0 : 1; }
+static void pty_controls_unopened_setup(void) { make_pty(&p); hire(&w, lead); CHECK(ask(&w, close_slave) == 0, "close"); close(p.slave); }
+static void pty_controls_unopened_check(void)
+{
+	CHECK(polled(p.master, POLLIN) & POLLHUP, "the master is not hung up");
+	CHECK(ask(&w, opens_by_name) == 0, "/dev/tty is none");
+	expect_text(p.master, "unopened");
+}
+static int take_none(void) { int fd = open("/dev/tty", O_RDWR); signal(SIGHUP, SIG_IGN); return ioctl(fd, TIOCNOTTY); }
+static void pty_controls_unopened_spoil(void) { ask(&w, take_none); }
+STATE(pty_controls_unopened)
+
+static int keep_master(void) { return close(p.slave); }
+static int read_master(void) { expect_text(p.master, "from the parent"); return write(p.master, "from the child\n", 15) == 15 ? 0 : 1; }
+static void pty_master_in_child_setup(void) { make_pty(&p); make_raw(p.slave); hire(&w, NULL); CHECK(ask(&w, keep_master) == 0, "close"); close(p.master); }
+static void pty_master_in_child_check(void)
+{
+	MUST(write(p.slave, "from the parent", 15));
+	CHECK(ask(&w, read_master) == 0, "the child could not write");
+	expect_text(p.slave, "from the child\n");
+	kill(w.pid, SIGKILL);
+	waitpid(w.pid, NULL, 0);
+	CHECK(polled(p.slave, POLLIN) & POLLHUP, "it is not hung up without the child");
+}
+static void pty_master_in_child_spoil(void) { kill(w.pid, SIGKILL); }
+STATE(pty_master_in_child)
+
+static int set_nonblocking(void) { return fcntl(p.slave, F_SETFL, O_RDWR | O_NONBLOCK); }
+static void pty_shared_by_fork_setup(void) { make_pty(&p); hire(&w, NULL); }
+static void pty_shared_by_fork_check(void)
+{
+	CHECK(!(MUST(fcntl(p.slave, F_GETFL)) & O_NONBLOCK), "it does not block");
+	CHECK(ask(&w, set_nonblocking) == 0, "the child can't set it");
+	CHECK(MUST(fcntl(p.slave, F_GETFL)) & O_NONBLOCK, "it is not shared");
+}
+static void pty_shared_by_fork_spoil(void) { int fd = MUST(open(p.path, O_RDWR | O_NOCTTY)); MUST(dup2(fd, p.slave)); }
+STATE(pty_shared_by_fork)
+
+/* A session whose leader has ended: its members have no terminal, and the terminal no session. */
+static int told_member[2];
+static int member_body(void)
+{
+	char byte;
+	if (read(told_member[0], &byte, 1) != 1)
+		return 9;
+	int fd = open("/dev/tty", O_RDWR);
+	const char *said = fd == -1 && errno == ENXIO ? "member" : "has it";
+	return write(p.slave, said, 6) == 6 ? 0 : 1;
+}
+static void leader_ends(void)
+{
+	lead();
+	signal(SIGHUP, SIG_IGN);
+	early = in_child(member_body);
+	_exit(0);
+}
+static void pty_leader_ended_setup(void)
+{
+	make_pty(&p);
+	make_raw(p.slave);
+	MUST(pipe(told_member));
+	signal(SIGHUP, SIG_IGN);
+	hire(&w, leader_ends);
+	int status;
+	MUST(waitpid(w.pid, &status, 0));
+}
+static void pty_leader_ended_check(void)
+{
+	int session;
+	CHECK(ioctl(p.master, TIOCGSID, &session) == -1 && errno == ENOTTY, "it has the session %d", session);
+	MUST(write(told_member[1], "x", 1));
+	expect_text(p.master, "member");
+}
+static void pty_leader_ended_spoil(void) { hire(&v, lead); }
+STATE(pty_leader_ended)
+
+/* A relay as script(1) and terminal multiplexers are. */
+static struct pty outer;
+static void relay_loop(void)
+{
+	struct pollfd polls[2] = {{.fd = outer.slave, .events = POLLIN}, {.fd = p.master, .events = POLLIN}};
+	char buffer[256];
+	while (poll(polls, 2, -1) >= 0 || errno == EINTR)
+		for (int i = 0; i < 2; i++)
+			if (polls[i].revents & POLLIN) {
+				ssize_t count = read(polls[i].fd, buffer, sizeof buffer);
+				if (count <= 0 || write(polls[1 - i].fd, buffer, (size_t)count) != count)
+					_exit(3);
+			}
+	_exit(2);
+}
+static void pty_relay_setup(void)
+{
+	make_pty(&outer);
+	make_raw(outer.slave);
+	make_pty(&p);
+	shell = program((char *[]){"/bin/sh", "-i", NULL});
+	close(p.slave);
+	hire(&w, relay_loop);
+	close(p.master);
+	p.master = outer.master;
+	type(&p, "PS1='[p''rompt]'; y=4\n");
+	until_text("[prompt]");
+}
+static void pty_relay_check(void) { type(&p, "echo relayed $((y*2))\n"); until_text("relayed 8"); kill(w.pid, SIGKILL); waitpid(w.pid, NULL, 0); }
+static void pty_relay_spoil(void) { type(&p, "y=1\n"); until_text("[prompt]"); }
+STATE(pty_relay)

@@ -300,7 +300,8 @@ static void terminal_suspended_setup(void)
 	usleep(20000);
 	MUST(ioctl(0, TIOCSPGRP, &child));
 	type("\x1a");
-	usleep(50000);
+	siginfo_t info;
+	MUST(waitid(P_PID, (id_t)child, &info, WSTOPPED | WNOWAIT));
 	int group = getpgrp();
 	MUST(ioctl(0, TIOCSPGRP, &group));
 }

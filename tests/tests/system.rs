@@ -11,6 +11,8 @@
 
 #[path = "system/moves.rs"]
 mod moves;
+#[path = "system/terminals.rs"]
+mod terminals;
 #[path = "system/workloads.rs"]
 mod workloads;
 
@@ -92,6 +94,7 @@ fn main() -> std::process::ExitCode {
     let fixture = Arc::new(Fixture::default());
     let mut trials = workloads::trials(&fixture);
     trials.extend(moves::trials(&fixture));
+    trials.extend(terminals::trials(&fixture));
     let conclusion = libtest_mimic::run(&arguments, trials);
     // Before the process ends without running destructors.
     drop(fixture);

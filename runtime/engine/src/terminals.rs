@@ -125,6 +125,10 @@ fn note_slave(
     let usual = slave_path(number).into_bytes();
     let here = tables.root.identity(&usual).ok() == Some(found.identity());
     let path = |path: &[u8]| Bytes::from(path.to_vec());
+    if hung_up && is_outside {
+        // Whoever had its master is gone; the new container has another one.
+        return Ok(None);
+    }
     if hung_up {
         if here {
             let what = "it was hung up, and its terminal lives, which is not supported";
