@@ -1147,7 +1147,8 @@ static void pty_shell_setup(void)
 	type(&p, "cat\n");
 	until_text("cat\r\n");
 	type(&p, "up\n");
-	until_text("up\r\nup\r\n");
+	until_text("up\r\n");
+	usleep(100000);
 	type(&p, "\x1a");
 	until_text("Stopped");
 	type(&p, "echo half-typ");
@@ -1249,7 +1250,7 @@ static void pty_leader_ended_check(void)
 	MUST(write(told_member[1], "x", 1));
 	expect_text(p.master, "member");
 }
-static void pty_leader_ended_spoil(void) { hire(&v, lead); }
+static void pty_leader_ended_spoil(void) { hire(&v, lead); ask(&v, is_controlled); }
 STATE(pty_leader_ended)
 
 /* A relay as script(1) and terminal multiplexers are. */
