@@ -135,9 +135,9 @@ pub struct Alive {
     /// Empty for the container's own root.
     #[serde(default)]
     pub root_directory: Path,
-    /// The working directory has been removed; `working_directory` is where it was.
+    /// Index into [`Container::unlinked_directories`] where the working directory has no name.
     #[serde(default)]
-    pub removed_directory: Option<RemovedDirectory>,
+    pub removed_directory: Option<u32>,
     /// Set where `executable` leads nowhere.
     #[serde(default)]
     pub nameless_executable: Option<NamelessExecutable>,
@@ -154,15 +154,8 @@ pub struct Alive {
 pub struct Directories {
     pub root_directory: Path,
     pub working_directory: Path,
-    pub removed_directory: Option<RemovedDirectory>,
+    pub removed_directory: Option<u32>,
     pub umask: u32,
-}
-
-/// A directory that is in use and has no name any more.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RemovedDirectory {
-    pub mode: u32,
-    pub owner: (u32, u32),
 }
 
 /// A program that runs and whose file has no name.

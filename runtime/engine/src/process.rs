@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
-use std::fs::{File, Metadata};
+use std::fs::Metadata;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -11,8 +11,8 @@ use std::path::Path;
 
 use samara_capsule::record::{
     self, Alive, AlternateStack, Bytes, Clocks, Credentials, Directories, IntervalTimer,
-    NamelessExecutable, PosixTimer, ProcessState, RemovedDirectory, Restart, Scheduling, Seccomp,
-    SeccompFilter, Sharing, SignalAction,
+    NamelessExecutable, PosixTimer, ProcessState, Restart, Scheduling, Seccomp, SeccompFilter,
+    Sharing, SignalAction,
 };
 use samara_capsule::transfer::SpaceId;
 use samara_kernel::kcmp::{self, Resource};
@@ -29,7 +29,7 @@ use crate::restore::{RestoreError, make, open_below};
 use crate::root::Root;
 use crate::tracee::{Output, Process, Tape, Thread, TraceeError, failed};
 use crate::unsupported::Place;
-use crate::{attributes, memory, sockets, timers};
+use crate::{attributes, directories, memory, sockets, timers};
 
 /// Signals are numbered from 1 to this.
 pub(crate) const SIGNALS: u32 = 64;
@@ -488,24 +488,16 @@ fn directories(pid: Pid, tid: Pid, tables: &mut Tables<'_>) -> Result<Directorie
     }
     let (mut working_directory, identity, metadata) = look(tid, "cwd")?;
     let mut removed_directory = None;
-    if tables.root.identity(&working_directory).ok() != Some(identity) {
-        let before = working_directory.strip_suffix(REMOVED).map(<[u8]>::to_vec);
-        match before.filter(|path| path.starts_with(b"/")) {
-            Some(path) => {
-                working_directory = Bytes::from(path);
-                removed_directory = Some(RemovedDirectory {
-                    mode: metadata.mode() & 0o7777,
-                    owner: (metadata.uid(), metadata.gid()),
-                });
-            }
-            None => {
-                let path = String::from_utf8_lossy(&working_directory).into_owned();
-                let what = format!(
-                    "its working directory {path} is no longer at its path, or outside the container"
-                );
-                tables.refuse(pid, place, what);
-            }
-        }
+    if metadata.nlink() == 0 {
+        let link = format!("/proc/{tid}/cwd");
+        let found = directories::collect_unlinked(&link, &working_directory, &metadata, tables)?;
+        removed_directory = Some(found);
+    } else if let Some(path) = tables.path_of(identity, &working_directory)? {
+        working_directory = path;
+    } else {
+        let path = String::from_utf8_lossy(&working_directory).into_owned();
+        let what = format!("its working directory {path} has no name in the container");
+        tables.refuse(pid, place, what);
     }
     let status = proc::status(tid).map_err(read(format!("thread {tid} in /proc")))?;
     let umask = status.umask.unwrap_or(0o022);
@@ -1005,6 +997,7 @@ pub(crate) fn furnish(
     channel: &mut Channel,
     alive: &Alive,
     root: &Root,
+    shared: &Shared,
 ) -> Result<(), RestoreError> {
     let directories = Directories {
         root_directory: alive.root_directory.clone(),
@@ -1015,10 +1008,10 @@ pub(crate) fn furnish(
     // Threads that share nothing with the process there have to part from it first.
     for (index, thread) in alive.threads.iter().enumerate().skip(1) {
         if let Some(directories) = &thread.own_directories {
-            go_to(process, channel, index, directories, root)?;
+            go_to(process, channel, index, directories, root, shared)?;
         }
     }
-    go_to(process, channel, 0, &directories, root)?;
+    go_to(process, channel, 0, &directories, root, shared)?;
     let mut tape = process.tape()?;
     prctl(&mut tape, libc::PR_SET_CHILD_SUBREAPER, alive.subreaper.into());
     for command in (0..u32::BITS).map(|bit| 1 << bit).filter(|bit| alive.membarrier & bit != 0) {
@@ -1064,12 +1057,17 @@ fn go_to(
     index: usize,
     to: &Directories,
     root: &Root,
+    shared: &Shared,
 ) -> Result<(), RestoreError> {
     const DIRECTORY: i32 = libc::O_PATH | libc::O_DIRECTORY;
     let working = match to.removed_directory {
         None => open_below(root, &to.working_directory, DIRECTORY)?,
-        Some(removed) => make_removed(root, &to.working_directory, removed)
-            .map_err(make("a working directory that had been removed"))?,
+        Some(number) => shared
+            .directories
+            .get(number as usize)
+            .ok_or_else(|| RestoreError::Damaged("a working directory is not there".to_owned()))?
+            .try_clone()
+            .map_err(make("a working directory that has no name"))?,
     };
     let other_root = match to.root_directory.as_slice() {
         b"" => None,
@@ -1095,74 +1093,6 @@ fn go_to(
     tape.call("set its umask", libc::SYS_umask, [to.umask.into(), 0, 0, 0, 0, 0]);
     process.run_all(index, &tape, End::Breakpoint)?;
     Ok(())
-}
-
-/// Makes a directory and removes it. What of its path is missing is made too, and removed again.
-fn make_removed(root: &Root, path: &[u8], removed: RemovedDirectory) -> io::Result<File> {
-    use nix::errno::Errno;
-    use nix::fcntl::{OFlag, openat};
-    use nix::sys::stat::{Mode, futimens, mkdirat};
-    use nix::sys::time::TimeSpec;
-    use nix::unistd::{UnlinkatFlags, unlinkat};
-    /// Names to try besides the one that it had, which something else may have now.
-    const NAMES_MAX: u32 = 1000;
-    let open = |directory: &OwnedFd, name: &OsStr| {
-        let flags = OFlag::O_DIRECTORY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
-        openat(directory, name, flags, Mode::empty())
-    };
-    let mut names: Vec<&OsStr> = path
-        .split(|byte| *byte == b'/')
-        .filter(|name| !name.is_empty())
-        .map(OsStr::from_bytes)
-        .collect();
-    let last = names.pop().filter(|_| !names.contains(&OsStr::new("..")));
-    let last = last.filter(|name| *name != "..").ok_or(io::ErrorKind::InvalidInput)?;
-    let mut parent = root.open(b"/", libc::O_DIRECTORY | libc::O_RDONLY)?;
-    let mut made: Vec<(OwnedFd, &OsStr)> = Vec::new();
-    let mut oldest = None;
-    for name in names {
-        let next = match open(&parent, name) {
-            Err(Errno::ENOENT) => {
-                if made.is_empty() {
-                    oldest = Some(File::from(parent.try_clone()?));
-                }
-                mkdirat(&parent, name, Mode::S_IRWXU)?;
-                made.push((parent.try_clone()?, name));
-                open(&parent, name)?
-            }
-            other => other?,
-        };
-        parent = next;
-    }
-    let touched = match oldest {
-        Some(oldest) => oldest,
-        None => File::from(parent.try_clone()?),
-    };
-    let before = touched.metadata()?;
-    let mut name = last.to_owned();
-    for number in 1..NAMES_MAX {
-        match mkdirat(&parent, name.as_os_str(), Mode::S_IRWXU) {
-            Err(Errno::EEXIST) => {
-                name = last.to_owned();
-                name.push(format!(".{number}"));
-            }
-            other => {
-                other?;
-                break;
-            }
-        }
-    }
-    let directory = File::from(open(&parent, &name)?);
-    std::os::unix::fs::fchown(&directory, Some(removed.owner.0), Some(removed.owner.1))?;
-    directory.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(removed.mode))?;
-    unlinkat(&parent, name.as_os_str(), UnlinkatFlags::RemoveDir)?;
-    for (parent, name) in made.iter().rev() {
-        unlinkat(parent, *name, UnlinkatFlags::RemoveDir)?;
-    }
-    // Which nobody but the engine has changed.
-    let modified = TimeSpec::new(before.mtime(), before.mtime_nsec());
-    futimens(&touched, &TimeSpec::UTIME_OMIT, &modified)?;
-    Ok(directory)
 }
 
 /// `struct prctl_mm_map` of linux/prctl.h.

@@ -145,7 +145,7 @@ pub fn restore(
     tree.end_again(container, &processes.ended)?;
     for record in &container.processes {
         if let ProcessState::Alive(alive) = &record.state {
-            tree.furnish(record, alive, &root)?;
+            tree.furnish(record, alive, &root, &shared)?;
         }
     }
     // Closes the channel, in all that share a table of descriptors.
@@ -575,13 +575,19 @@ impl Tree {
     }
 
     /// Gives one process all that is not memory, not a descriptor and not confinement.
-    fn furnish(&mut self, record: &Record, alive: &Alive, root: &Root) -> Result<(), RestoreError> {
+    fn furnish(
+        &mut self,
+        record: &Record,
+        alive: &Alive,
+        root: &Root,
+        shared: &Shared,
+    ) -> Result<(), RestoreError> {
         let process = self
             .processes
             .get_mut(&record.pid)
             .ok_or_else(|| RestoreError::Damaged(format!("process {} is missing", record.pid)))?;
         memory::protect(process, alive)?;
-        process::furnish(process, &mut self.channel, alive, root)
+        process::furnish(process, &mut self.channel, alive, root, shared)
     }
 
     fn install(
