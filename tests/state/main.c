@@ -8,6 +8,8 @@ void state_register(struct state *state)
 	struct state **place = &first;
 	while (*place && strcmp((*place)->name, state->name) < 0)
 		place = &(*place)->next;
+	if (*place && !strcmp((*place)->name, state->name))
+		fail("two cases have the name %s", state->name);
 	state->next = *place;
 	*place = state;
 }

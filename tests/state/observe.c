@@ -120,7 +120,10 @@ static void one_map(char *line)
 	char protection[8], device[16];
 	int name_at = 0;
 	if (sscanf(line, "%lx-%lx %7s %lx %15s %lu %n", &start, &end, protection, &offset, device, &inode, &name_at) == 6) {
-		const char *name = line + name_at;
+		char *name = line + name_at;
+		char *last = strrchr(name, '/');
+		if (last && strstr(name, " (deleted)"))
+			last[1] = 0;
 		/* Two mappings of ours may have been merged with a neighbour. */
 		say("map %lx-%lx %s %lx %s", start, end, protection, offset, name);
 		bool own = start <= (unsigned long)room && (unsigned long)room < end;
@@ -163,7 +166,7 @@ static void one_timer(char *line) { say("timer %s\n", line); }
 
 static void one_info(char *line)
 {
-	if (begins(line, "mnt_id:") || begins(line, "ino:") || begins(line, "it_value:") || begins(line, "ticks:"))
+	if (begins(line, "mnt_id:") || begins(line, "ino:") || begins(line, "eventfd-id:") || begins(line, "it_value:") || begins(line, "ticks:"))
 		return;
 	unsigned tfd, events;
 	unsigned long long data;
@@ -257,6 +260,9 @@ static void one_descriptor(int fd)
 	if (length < 0 || fstat(fd, &stat))
 		return;
 	target[length] = 0;
+	/* What is shown for a file without a name may be another name. */
+	if (stat.st_nlink == 0 && strrchr(target, '/'))
+		strrchr(target, '/')[1] = 0;
 	/* `socket:[123]` and `pipe:[123]`. */
 	char *number = strchr(target, ':');
 	if (number && number[1] == '[')

@@ -231,7 +231,7 @@ PRCTL(dumpable_not, PR_SET_DUMPABLE, PR_GET_DUMPABLE, 0, 1)
 	static void id##_check(void) { int got = -1; MUST(prctl(get, &got, 0, 0, 0)); CHECK(got == wanted, "it is %d", got); } \
 	static void id##_spoil(void) { MUST(prctl(set, other, 0, 0, 0)); } \
 	STATE(id)
-PRCTL_INT(subreaper, PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER, 1, 0)
+PRCTL_INT(is_subreaper, PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER, 1, 0)
 PRCTL_INT(death_signal, PR_SET_PDEATHSIG, PR_GET_PDEATHSIG, SIGUSR2, 0)
 
 static void machine_check_setup(void) { MUST(prctl(PR_MCE_KILL, PR_MCE_KILL_SET, PR_MCE_KILL_EARLY, 0, 0)); }

@@ -552,6 +552,10 @@ pub(crate) struct Processes {
 /// Makes all open file descriptions, but those of terminals, which exist.
 ///
 /// `init` is the container's, `outside` are the new container's own standard streams.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "files are made of what all other parts of the restore have made"
+)]
 pub(crate) fn make_files(
     init: Pid,
     container: &Container,

@@ -150,9 +150,21 @@ fn write(writer: &OwnedFd, record: &Pipe) -> io::Result<()> {
 /// Pipes that have been made, until every description that refers to one has its end.
 #[derive(Debug, Default)]
 pub(crate) struct Made {
-    pipes: BTreeMap<u32, (OwnedFd, OwnedFd)>,
+    pipes: BTreeMap<u32, MadePipe>,
     fifos: BTreeMap<u32, OwnedFd>,
 }
+
+#[derive(Debug)]
+struct MadePipe {
+    /// Open for both sides: other descriptions are opened by it.
+    both: OwnedFd,
+    /// The descriptions that `pipe` makes, until they are used. Those that are opened have `O_LARGEFILE`, which these lack.
+    reader: Option<OwnedFd>,
+    writer: Option<OwnedFd>,
+}
+
+/// As `F_GETFL` tells it; the constant of the libc crate is what `open` needs on this architecture, nothing.
+const LARGE_FILE: i32 = 0o100_000;
 
 impl Made {
     /// An end of a pipe, with a description and flags of its own.
@@ -162,11 +174,27 @@ impl Made {
         record: &Pipe,
         flags: i32,
     ) -> io::Result<OwnedFd> {
-        let (reader, _) = match self.pipes.entry(number) {
+        let pipe = match self.pipes.entry(number) {
             Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => entry.insert(restore(record)?),
+            Entry::Vacant(entry) => {
+                let (reader, writer) = restore(record)?;
+                let both = reopen(&reader, libc::O_RDWR | libc::O_NONBLOCK)?;
+                entry.insert(MadePipe { both, reader: Some(reader), writer: Some(writer) })
+            }
         };
-        reopen(reader, flags)
+        let original = match flags & libc::O_ACCMODE {
+            _ if flags & LARGE_FILE != 0 => None,
+            libc::O_RDONLY => pipe.reader.take(),
+            libc::O_WRONLY => pipe.writer.take(),
+            _ => None,
+        };
+        match original {
+            Some(end) => {
+                fcntl(&end, FcntlArg::F_SETFL(OFlag::from_bits_retain(flags)))?;
+                Ok(end)
+            }
+            None => reopen(&pipe.both, flags),
+        }
     }
 
     /// An open FIFO of the container's root.

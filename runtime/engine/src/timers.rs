@@ -71,6 +71,15 @@ pub(crate) fn restore(record: &record::TimerFd, then: &Clocks) -> io::Result<Own
             interval_ns => Expiration::IntervalDelayed(time(value_ns), time(interval_ns)),
         };
         timer.set(expiration, TimerSetTimeFlags::from_bits_retain(flags))?;
+    } else if record.interval_ns > 0 {
+        // It goes nowhere without a first expiration, but is told to whoever asks.
+        let interval = Duration::from_nanos(record.interval_ns);
+        let it_interval = rustix::time::Timespec::try_from(interval)
+            .map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
+        let it_value = rustix::time::Timespec::default();
+        let disarmed = rustix::time::Itimerspec { it_interval, it_value };
+        let flags = rustix::time::TimerfdTimerFlags::empty();
+        rustix::time::timerfd_settime(&timer, flags, &disarmed)?;
     }
     if record.ticks > 0 && !(armed && has_expired) {
         timerfd::set_ticks(timer.as_fd(), record.ticks)?;
