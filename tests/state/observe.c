@@ -28,16 +28,25 @@
 #define F_GET_SEALS 1034
 #endif
 
+/* A mapping, or neighbours that differ in nothing. */
+struct map {
+	unsigned long start, end, offset;
+	uint64_t sum;
+	char protection[8], name[4200], flags[256];
+};
+
 /* Everything of this file's own that changes lies here. */
 struct room {
 	char texts[2][OBSERVED_BYTES];
 	size_t length;
 	char *text;
+	struct map map, last;
 	char file[1 << 20];
 	char bytes[256 << 10];
 	char entries[64 << 10];
 	/* Inode numbers in the order in which they are seen first. */
 	uint64_t inodes[4096];
+	uint64_t watches;
 	size_t inodes_count;
 };
 
@@ -45,8 +54,12 @@ static struct room *room;
 
 void observe_begin(void)
 {
-	room = mmap(NULL, sizeof *room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	CHECK(room != MAP_FAILED, "no memory to look from");
+	/* With a distance all around, so that it never becomes one mapping with what is looked at. */
+	size_t size = (sizeof *room + 4095) / 4096 * 4096;
+	char *around = mmap(NULL, size + 2 * 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	CHECK(around != MAP_FAILED, "no memory to look from");
+	room = (struct room *)(around + 4096);
+	MUST(mprotect(room, size, PROT_READ | PROT_WRITE));
 	memset(room, 1, sizeof *room);
 }
 
@@ -114,6 +127,31 @@ static void lines(char *text, void (*each)(char *line))
 
 static bool begins(const char *text, const char *with) { return strncmp(text, with, strlen(with)) == 0; }
 
+/* The stack below us changes as we look, and what can't be read may be larger than any machine. */
+static uint64_t content_sum(uint64_t sum, const struct map *map)
+{
+	bool own = map->start <= (unsigned long)room && (unsigned long)room < map->end;
+	if (own || !strcmp(map->name, "[stack]") || begins(map->name, "[v") || begins(map->protection, "---"))
+		return sum;
+	int memory = open("/proc/self/mem", O_RDONLY | O_CLOEXEC);
+	for (unsigned long at = map->start; at < map->end; at += 4096) {
+		ssize_t count = pread(memory, room->bytes, 4096, (off_t)at);
+		sum = count == 4096 ? hash(sum, room->bytes, 4096) : hash(sum, "hole", 4);
+	}
+	close(memory);
+	return sum;
+}
+
+/* Says what was remembered of a mapping. */
+static void finish_map(void)
+{
+	struct map *last = &room->last;
+	if (last->end)
+		say("map %lx-%lx %s %lx %s content %016lx\n  flags%s\n", last->start, last->end, last->protection, last->offset, last->name,
+			(unsigned long)last->sum, last->flags);
+	last->end = 0;
+}
+
 static void one_map(char *line)
 {
 	unsigned long start, end, offset, inode;
@@ -124,29 +162,31 @@ static void one_map(char *line)
 		char *last = strrchr(name, '/');
 		if (last && strstr(name, " (deleted)"))
 			last[1] = 0;
-		/* Two mappings of ours may have been merged with a neighbour. */
-		say("map %lx-%lx %s %lx %s", start, end, protection, offset, name);
-		bool own = start <= (unsigned long)room && (unsigned long)room < end;
-		/* The stack below us changes as we look; what is large is not looked into. */
-		if (!own && strcmp(name, "[stack]") && !begins(name, "[v") && end - start <= (16u << 20)) {
-			int memory = open("/proc/self/mem", O_RDONLY | O_CLOEXEC);
-			uint64_t sum = 0xcbf29ce484222325u;
-			for (unsigned long at = start; at < end; at += 4096) {
-				ssize_t count = pread(memory, room->bytes, 4096, (off_t)at);
-				sum = count == 4096 ? hash(sum, room->bytes, 4096) : hash(sum, "hole", 4);
-			}
-			close(memory);
-			say(" content %016lx", (unsigned long)sum);
-		}
-		say("\n");
+		struct map *now = &room->map;
+		now->start = start;
+		now->end = end;
+		now->offset = offset;
+		snprintf(now->protection, sizeof now->protection, "%s", protection);
+		snprintf(now->name, sizeof now->name, "%s", name);
 	} else if (begins(line, "VmFlags:")) {
 		/* `sd` is for trackers, `ac` follows from what has been paid for. */
+		struct map *now = &room->map, *last = &room->last;
+		size_t length = 0;
 		char *save = NULL;
-		say("  flags");
+		now->flags[0] = 0;
 		for (char *flag = strtok_r(line + 8, " ", &save); flag; flag = strtok_r(NULL, " ", &save))
-			if (strcmp(flag, "sd") && strcmp(flag, "ac"))
-				say(" %s", flag);
-		say("\n");
+			if (strcmp(flag, "sd") && strcmp(flag, "ac") && length + 4 < sizeof now->flags)
+				length += (size_t)sprintf(now->flags + length, " %s", flag);
+		/* The kernel may keep neighbours apart that could be one, or not: that is no difference. */
+		if (last->end == now->start && !*last->name && !*now->name && !strcmp(last->protection, now->protection) &&
+			!strcmp(last->flags, now->flags)) {
+			last->end = now->end;
+		} else {
+			finish_map();
+			*last = *now;
+			last->sum = 0xcbf29ce484222325u;
+		}
+		last->sum = content_sum(last->sum, now);
 	}
 }
 
@@ -170,9 +210,11 @@ static void one_info(char *line)
 		return;
 	unsigned tfd, events;
 	unsigned long long data;
-	if (sscanf(line, "tfd: %u events: %x data: %llx", &tfd, &events, &data) == 3)
-		say("    watch %u %x %llx\n", tfd, events, data);
-	else if (begins(line, "inotify ")) {
+	if (sscanf(line, "tfd: %u events: %x data: %llx", &tfd, &events, &data) == 3) {
+		/* In an order of the kernel's own. */
+		unsigned long long watch[3] = {tfd, events, data};
+		room->watches += hash(1, watch, sizeof watch);
+	} else if (begins(line, "inotify ")) {
 		unsigned wd, mask;
 		char *at = strstr(line, "mask:");
 		if (sscanf(line, "inotify wd:%x", &wd) == 1 && at && sscanf(at, "mask:%x", &mask) == 1)
@@ -296,8 +338,10 @@ static void one_descriptor(int fd)
 		one_pipe(fd, flags);
 	snprintf(path, sizeof path, "/proc/self/fdinfo/%d", fd);
 	char *info = slurp(path);
+	room->watches = 0;
 	if (info)
 		lines(info, one_info);
+	say("    watches %016lx\n", (unsigned long)room->watches);
 }
 
 /* Calls `each` with the numbers that a folder of /proc has as names, ascending. The folder's own descriptor is closed by then. */
@@ -373,11 +417,13 @@ static void look(int which)
 	room->text = room->texts[which];
 	room->length = 0;
 	room->inodes_count = 0;
+	room->last.end = 0;
 	/* Which lies in memory that is looked at. */
 	errno = 0;
 	char *text = slurp("/proc/self/smaps");
 	/* One line is cut off at a time, and room->file is used by nobody else meanwhile: one_map opens memory, not files. */
 	lines(text, one_map);
+	finish_map();
 	say("break %p\n", sbrk(0));
 	numbers("/proc/self/fd", one_descriptor);
 	numbers("/proc/self/task", one_thread);

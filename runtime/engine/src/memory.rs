@@ -367,23 +367,36 @@ pub(crate) fn copy_private(
     let pagemap = Pagemap::open(pid).map_err(failed)?;
     let mut batcher = Batcher::new(sink, space);
     for mapping in mappings {
-        let own_only = match mapping.backing {
-            Backing::Anonymous { .. } => false,
+        /// What of a mapping belongs to the process, beside its guard pages.
+        enum Own {
+            All,
+            Changed,
+            Nothing,
+        }
+        let own = match mapping.backing {
+            Backing::Anonymous { .. } => Own::All,
             Backing::PrivateFile { .. }
             | Backing::PrivateUnlinked { .. }
-            | Backing::PrivateMemory { .. } => true,
+            | Backing::PrivateMemory { .. } => Own::Changed,
             Backing::SharedFile { .. }
             | Backing::SharedUnlinked { .. }
             | Backing::Shared { .. }
-            | Backing::SystemV { .. }
-            | Backing::Vdso { .. } => continue,
+            | Backing::SystemV { .. } => Own::Nothing,
+            Backing::Vdso { .. } => continue,
         };
         for run in pagemap.populated(mapping.start, mapping.end).map_err(failed)? {
             if run.guard {
                 mapping.guards.push((run.start, run.end));
-            } else if !(own_only && run.file) {
+                continue;
+            }
+            let exact = match own {
+                Own::All => Some(false),
+                Own::Changed => (!run.file).then_some(true),
+                Own::Nothing => None,
+            };
+            if let Some(exact) = exact {
                 batcher
-                    .add(run.start, run.end, own_only, &|address, buffer| {
+                    .add(run.start, run.end, exact, &|address, buffer| {
                         memory.read_exact_at(buffer, address)
                     })
                     .map_err(|source| CaptureError::Pages {

@@ -192,7 +192,8 @@ pub(crate) fn restore_posix(
         return Err(make(what)(io::ErrorKind::Unsupported.into()));
     }
     let wanted: Vec<Option<&PosixTimer>> = match chosen {
-        true => timers.iter().map(Some).collect(),
+        // The kernel lists the newest first, and so does the record.
+        true => timers.iter().rev().map(Some).collect(),
         false => (0..=last).map(|id| timers.iter().find(|timer| timer.id == id)).collect(),
     };
     /// Timers that are made with one tape: each takes some 150 bytes of it.
