@@ -177,6 +177,12 @@ fn bring_back(
     log: &Path,
 ) -> Namespace {
     let blank = Namespace::start(&["sleep", "infinity"], log, &[]);
+    // In the middle of its exec it has neither this program's memory nor the other's.
+    wait_for("the blank init's sleep", || {
+        let call = fs::read_to_string(format!("/proc/{}/syscall", blank.init)).ok()?;
+        let number = call.split(' ').next()?.parse().ok()?;
+        [libc::SYS_pause, libc::SYS_clock_nanosleep].contains(&number).then_some(())
+    });
     let confinement = Confinement {
         bounding: u64::MAX,
         no_new_privileges: false,
