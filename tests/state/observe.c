@@ -178,8 +178,9 @@ static void one_map(char *line)
 			if (strcmp(flag, "sd") && strcmp(flag, "ac") && length + 4 < sizeof now->flags)
 				length += (size_t)sprintf(now->flags + length, " %s", flag);
 		/* The kernel may keep neighbours apart that could be one, or not: that is no difference. */
-		if (last->end == now->start && !*last->name && !*now->name && !strcmp(last->protection, now->protection) &&
-			!strcmp(last->flags, now->flags)) {
+		bool follows = last->end == now->start && !strcmp(last->name, now->name) &&
+			(!*now->name || now->offset == last->offset + (last->end - last->start));
+		if (follows && !strcmp(last->protection, now->protection) && !strcmp(last->flags, now->flags)) {
 			last->end = now->end;
 		} else {
 			finish_map();

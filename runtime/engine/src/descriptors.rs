@@ -312,7 +312,14 @@ fn anonymous(found: &Found<'_>, tables: &mut Tables<'_>) -> Result<FileKind, Str
         };
     }
     if found.target == b"anon_inode:[timerfd]" {
-        return timers::describe(found.info)
+        // A periodic timer that nobody has read stands still; asking for its rest lets it count what it has missed.
+        let told = found.handle.get_fd(found.fd).and_then(|timer| {
+            rustix::time::timerfd_gettime(&timer)?;
+            proc::descriptor_info(found.pid, found.fd)
+        });
+        return told
+            .ok()
+            .and_then(|info| timers::describe(&info))
             .map(FileKind::TimerFd)
             .ok_or_else(|| "this kernel does not tell the state of a timer".to_owned());
     }
