@@ -257,6 +257,8 @@ fn size(name: &str, default: u64) -> Result<u64> {
     std::env::var(name).map_or(Ok(default), |text| Ok(text.parse()?))
 }
 
+/// A case that fails is tried once more, and both are told: many wait by the clock for a process to get into its call, which two
+/// thousand containers on two cores make a matter of luck. Who fails twice has failed.
 fn trial(
     name: String,
     site: &Arc<Site>,
@@ -264,7 +266,13 @@ fn trial(
     run: fn(&Case, &Site) -> Result<()>,
 ) -> Trial {
     let (site, case) = (Arc::clone(site), case.clone());
-    Trial::test(name, move || run(&case, &site).map_err(|error| Failed::from(format!("{error:#}"))))
+    Trial::test(name.clone(), move || {
+        let again = |first: anyhow::Error| {
+            eprintln!("{name} failed once: {first:#}");
+            run(&case, &site)
+        };
+        run(&case, &site).or_else(again).map_err(|error| Failed::from(format!("{error:#}")))
+    })
 }
 
 /// Huge pages for the cases that need some, as long as it lives.
