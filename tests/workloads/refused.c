@@ -1,10 +1,11 @@
 /*
- * State that can't be saved, in several processes: an inotify instance in the first, a path that is only held in its child, and a child that
- * shares the first one's memory. Whoever tries must name all of it, and leave everything as it was.
+ * State that can't be saved, in several processes: inotify events that nobody has read in the first, and a lease for writing in its child;
+ * another child shares the first one's memory. Whoever tries must name all of it, and leave everything as it was.
  */
 #include "workload.h"
 #include <sched.h>
 #include <sys/inotify.h>
+#include <sys/ioctl.h>
 #include <sys/wait.h>
 
 static char stack[64 << 10];
@@ -22,10 +23,15 @@ int main(int argc, char **argv)
 {
 	begin(argc, argv);
 	int watching = MUST(inotify_init1(IN_CLOEXEC | IN_NONBLOCK));
-	MUST(inotify_add_watch(watching, "/tmp", IN_DELETE_SELF));
+	MUST(mkdir("/tmp/watched", 0700));
+	MUST(inotify_add_watch(watching, "/tmp/watched", IN_CREATE));
+	close(MUST(open("/tmp/watched/one", O_CREAT | O_WRONLY, 0600)));
+	int unread;
+	MUST(ioctl(watching, FIONREAD, &unread));
 	pid_t child = MUST(fork());
 	if (child == 0) {
-		MUST(open("/tmp", O_PATH | O_CLOEXEC));
+		int leased = MUST(open("/dev/shm/leased", O_RDWR | O_CREAT | O_CLOEXEC, 0600));
+		MUST(fcntl(leased, F_SETLEASE, F_WRLCK));
 		for (;;)
 			pause();
 	}
@@ -34,8 +40,8 @@ int main(int argc, char **argv)
 	uint64_t seen = 0;
 	while (goes_on()) {
 		doze(20 * MS);
-		char event[64];
-		CHECK(read(watching, event, sizeof event) == -1 && errno == EAGAIN, "an event that nobody caused");
+		int now;
+		CHECK(ioctl(watching, FIONREAD, &now) == 0 && now == unread, "events have gone or come");
 		if (breaking("sharer")) kill(sharer, SIGSTOP);
 		CHECK(counted != seen, "the process that shares memory no longer counts");
 		seen = counted;
