@@ -81,7 +81,7 @@ pub(crate) fn restore(record: &record::TimerFd, then: &Clocks) -> io::Result<Own
         let flags = rustix::time::TimerfdTimerFlags::empty();
         rustix::time::timerfd_settime(&timer, flags, &disarmed)?;
     }
-    if record.ticks > 0 && !(armed && has_expired) {
+    if record.ticks > 0 {
         timerfd::set_ticks(timer.as_fd(), record.ticks)?;
     }
     Ok(timer.into())
