@@ -319,6 +319,38 @@ static void oom_score_check(void) { CHECK(!strcmp(content("/proc/self/oom_score_
 static void oom_score_spoil(void) { write_file("/proc/self/oom_score_adj", "400"); }
 STATE(oom_score)
 
+/* The nice value of a whole session among others. */
+static int session_nice(void)
+{
+	const char *nice = strrchr(content("/proc/self/autogroup"), ' ');
+	CHECK(nice, "there are no autogroups");
+	return atoi(nice + 1);
+}
+static void set_session_nice(const char *nice)
+{
+	int fd = MUST(open("/proc/self/autogroup", O_WRONLY));
+	/* The kernel takes ten a second from all who have no privilege for more. */
+	while (write(fd, nice, strlen(nice)) == -1) {
+		CHECK(errno == EAGAIN, "the nice value is refused: %s", strerror(errno));
+		usleep(20000);
+	}
+	close(fd);
+}
+static void autogroup_setup(void) { set_session_nice("7"); }
+static void autogroup_check(void) { CHECK(session_nice() == 7, "it is %d", session_nice()); }
+static void autogroup_spoil(void) { set_session_nice("9"); }
+STATE(autogroup)
+
+/* Keys that the kernel keeps for a thread, a process, a session: the keyring's number, and how to say so. */
+#define KEYS(id, keyring, text) \
+	static void id##_setup(void) { MUST(syscall(SYS_add_key, "user", #id, "secret", 6, keyring)); } \
+	static void id##_check(void) { MUST(syscall(SYS_keyctl, 10, keyring, "user", #id, 0)); } \
+	static void id##_spoil(void) { MUST(syscall(SYS_keyctl, 7, keyring)); } \
+	STATE(id, .refused = text)
+KEYS(keys_thread, -1, "keys in a keyring of the thread")
+KEYS(keys_process, -2, "keys in a keyring of the process")
+KEYS(keys_session, -3, "keys in a session keyring")
+
 /* A segment of the local table, and a segment register that selects it. */
 struct segment { unsigned number, base, limit, flags; };
 static char *low_page;

@@ -147,6 +147,9 @@ pub struct Alive {
     /// The local descriptor table, as `modify_ldt` reads it.
     #[serde(default)]
     pub descriptor_table: Bytes,
+    /// The nice value that its session has among others, as `/proc/PID/autogroup` tells.
+    #[serde(default)]
+    pub autogroup_nice: i32,
 }
 
 /// Where a thread is that has left what its process shares by `CLONE_FS`. The fields are as those of [`Alive`].
@@ -1021,6 +1024,9 @@ pub struct ThreadAttributes {
     pub machine_check: Option<u32>,
     /// Kinds of speculation and what `PR_SET_SPECULATION_CTRL` has been told of them.
     pub speculation: Vec<(u32, u32)>,
+    /// What its security module calls it, as `/proc/TID/attr/current` tells. None: no module gives labels.
+    #[serde(default)]
+    pub label: Option<Bytes>,
 }
 
 /// How an interrupted system call goes on.

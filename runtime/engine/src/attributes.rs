@@ -8,7 +8,8 @@ use samara_capsule::record::{Alive, Bytes, ThreadAttributes};
 use samara_kernel::tape::{Call, End};
 use samara_kernel::{Pid, proc};
 
-use crate::capture::{CaptureError, attribute};
+use crate::capture::{CaptureError, attribute, read};
+use crate::labels;
 use crate::process::{low_int, prctl, words};
 use crate::restore::{RestoreError, make};
 use crate::tracee::{Output, Process, Tape, TraceeError};
@@ -25,6 +26,17 @@ const SPECULATIONS: std::ops::Range<u32> = 0..3;
 /// Of an answer: the thread itself decides (`PR_SPEC_PRCTL`).
 const DECIDES: u32 = 1;
 
+/// linux/keyctl.h: operations, and the keyrings of the calling thread.
+const KEYCTL_GET_KEYRING_ID: u64 = 0;
+const KEYCTL_DESCRIBE: u64 = 6;
+const KEYCTL_READ: u64 = 11;
+const THREAD_KEYRING: u64 = (-1i64).cast_unsigned();
+const PROCESS_KEYRING: u64 = (-2i64).cast_unsigned();
+const SESSION_KEYRING: u64 = (-3i64).cast_unsigned();
+/// How the description ends of the session keyring that a user has who was given no other one.
+const USERS_SESSION: &[u8] = b";_uid_ses.";
+const DESCRIPTION_BYTES: usize = 128;
+
 /// Bytes of a descriptor in the local table, and of the table.
 const DESCRIPTOR_BYTES: usize = 8;
 const TABLE_BYTES: usize = 8192 * DESCRIPTOR_BYTES;
@@ -35,6 +47,8 @@ pub(crate) struct Questions {
     machine_check: usize,
     cpuid: usize,
     speculation: usize,
+    keyrings: usize,
+    session_keyring: Output,
 }
 
 impl Questions {
@@ -52,7 +66,43 @@ impl Questions {
             let query = [PR_GET_SPECULATION_CTRL, kind.into(), 0, 0, 0, 0];
             tape.try_call("ask how it speculates", libc::SYS_prctl, query);
         }
-        Questions { time_stamps, machine_check, cpuid, speculation }
+        let keyrings = tape.len();
+        let session_keyring = tape.output(DESCRIPTION_BYTES);
+        // Who may not ask has no keys either.
+        let mut keys = |arguments: [u64; 4]| {
+            let [operation, keyring, buffer, bytes] = arguments;
+            let arguments = [operation, keyring, buffer, bytes, 0, 0];
+            tape.try_call("ask for its keys", libc::SYS_keyctl, arguments);
+        };
+        keys([KEYCTL_GET_KEYRING_ID, THREAD_KEYRING, 0, 0]);
+        keys([KEYCTL_GET_KEYRING_ID, PROCESS_KEYRING, 0, 0]);
+        keys([KEYCTL_READ, SESSION_KEYRING, 0, 0]);
+        let bytes = DESCRIPTION_BYTES as u64;
+        keys([KEYCTL_DESCRIBE, SESSION_KEYRING, session_keyring.address, bytes]);
+        Questions { time_stamps, machine_check, cpuid, speculation, keyrings, session_keyring }
+    }
+
+    /// Which keys the thread keeps in the kernel, if it does. They can't be read, or not by everybody.
+    pub(crate) fn kept_keys(
+        &self,
+        process: &Process,
+        results: &[u64],
+    ) -> Result<Option<&'static str>, TraceeError> {
+        let answer = |index: usize| {
+            Call::outcome(results.get(self.keyrings + index).copied().unwrap_or(0)).ok()
+        };
+        if answer(0).is_some() {
+            return Ok(Some("keys in a keyring of the thread are not supported"));
+        }
+        if answer(1).is_some() {
+            return Ok(Some("keys in a keyring of the process are not supported"));
+        }
+        if answer(2).is_none_or(|bytes| bytes == 0) {
+            return Ok(None);
+        }
+        let description = process.output(self.session_keyring)?;
+        let users = description.windows(USERS_SESSION.len()).any(|part| part == USERS_SESSION);
+        Ok((!users).then_some("keys in a session keyring are not supported"))
     }
 
     /// What the calls of the tape have returned.
@@ -76,6 +126,7 @@ impl Questions {
             no_cpuid: answer(self.cpuid) == Some(0),
             machine_check: answer(self.machine_check).filter(|how| *how != PR_MCE_KILL_DEFAULT),
             speculation: speculation.collect(),
+            label: None,
         })
     }
 }
@@ -86,7 +137,8 @@ pub(crate) fn complete(
     answers: ThreadAttributes,
 ) -> Result<ThreadAttributes, CaptureError> {
     let personality = u32::from_str_radix(&attribute(tid, "personality")?, 16).ok();
-    Ok(ThreadAttributes { personality, ..answers })
+    let label = labels::of_thread(tid).map_err(read("the security label of a thread"))?;
+    Ok(ThreadAttributes { personality, label: label.map(Bytes::from), ..answers })
 }
 
 /// Appends what gives the calling thread its attributes.
@@ -114,6 +166,12 @@ pub(crate) fn restore_thread(tape: &mut Tape, attributes: &ThreadAttributes) {
 pub(crate) fn dump_filter(pid: Pid) -> Option<u32> {
     let filter = proc::attribute(pid, "coredump_filter").ok()?;
     u32::from_str_radix(&filter, 16).ok()
+}
+
+/// The nice value of a process's session among others; 0 on a kernel that does not group by sessions.
+pub(crate) fn autogroup_nice(pid: Pid) -> i32 {
+    let group = proc::attribute(pid, "autogroup").unwrap_or_default();
+    group.rsplit(' ').next().and_then(|nice| nice.parse().ok()).unwrap_or(0)
 }
 
 /// The local descriptor table of a process, empty where it has none.
@@ -147,6 +205,11 @@ pub(crate) fn restore_process(process: &mut Process, alive: &Alive) -> Result<()
     {
         fs::write(format!("/proc/{pid}/coredump_filter"), format!("{filter:#x}"))
             .map_err(make("the dump filter of a process"))?;
+    }
+    // A new session has 0.
+    if alive.autogroup_nice != 0 && autogroup_nice(pid) != alive.autogroup_nice {
+        fs::write(format!("/proc/{pid}/autogroup"), alive.autogroup_nice.to_string())
+            .map_err(make("the nice value of a session"))?;
     }
     const WRITE: u64 = 0x11;
     if alive.descriptor_table.len() > TABLE_BYTES {

@@ -248,7 +248,6 @@ fn part_scratch(frozen: &mut FrozenTree, sharing: &BTreeMap<Pid, record::Sharing
     }
 }
 
-/// Completes the records of processes by what their parents would be told of stops and of their ends.
 /// Notes descriptors of processes that are not restored: those that joined from outside.
 fn refuse_strange_processes(frozen: &FrozenTree, tables: &mut Tables<'_>) {
     for (pid, fd, watched) in std::mem::take(&mut tables.watched_processes) {
@@ -395,13 +394,7 @@ impl<'a> Tables<'a> {
 
     /// Notes that something can't be saved.
     pub(crate) fn refuse(&mut self, pid: Pid, place: Place, what: impl Into<String>) {
-        let pid_inside = inner_pid(pid).unwrap_or(pid);
-        self.unsupported.push(Unsupported {
-            pid: pid_inside,
-            process: name(pid),
-            place,
-            what: what.into(),
-        });
+        self.unsupported.push(refusal(pid, place, what));
     }
 
     /// The index of a shared memory object: of a memfd by its name, or of anonymous shared memory.
@@ -505,6 +498,16 @@ impl<'a> Tables<'a> {
         self.known_unlinked.insert(identity, index);
         Ok(index)
     }
+}
+
+fn refusal(pid: Pid, place: Place, what: impl Into<String>) -> Unsupported {
+    let pid_inside = inner_pid(pid).unwrap_or(pid);
+    Unsupported { pid: pid_inside, process: name(pid), place, what: what.into() }
+}
+
+/// The error of one thing that can't be saved, where no more is looked for.
+pub(crate) fn unsupported(pid: Pid, place: Place, what: impl Into<String>) -> CaptureError {
+    CaptureError::Unsupported(UnsupportedList(vec![refusal(pid, place, what)]))
 }
 
 /// The extended attributes of a file.

@@ -15,6 +15,7 @@ pub mod freeze;
 pub mod host;
 mod inotify;
 mod internet;
+pub mod labels;
 mod memory;
 pub mod names;
 mod netlink;

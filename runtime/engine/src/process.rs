@@ -21,7 +21,7 @@ use samara_kernel::tape::{Call, End};
 use samara_kernel::wait::{self, Status};
 use samara_kernel::{Pid, proc, sched};
 
-use crate::capture::{CaptureError, Tables, attribute, inner_pid, link, read};
+use crate::capture::{CaptureError, Tables, attribute, inner_pid, link, read, unsupported};
 use crate::descriptors::{Channel, Descriptors};
 use crate::memory::Shared;
 use crate::restart::{self, Goal, Slept};
@@ -29,7 +29,7 @@ use crate::restore::{RestoreError, make, open_below};
 use crate::root::Root;
 use crate::tracee::{Output, Process, Tape, Thread, TraceeError, failed};
 use crate::unsupported::Place;
-use crate::{attributes, directories, memory, sockets, timers};
+use crate::{attributes, directories, labels, memory, sockets, timers};
 
 /// Signals are numbered from 1 to this.
 pub(crate) const SIGNALS: u32 = 64;
@@ -249,6 +249,9 @@ pub(crate) fn collect(
     process.unmap_arena()?;
 
     let layout = proc::layout(stat);
+    let identity = identity(pid, status)?;
+    // A session from outside is not the container's to change.
+    let own_session = identity.session != 0;
     let alive = Alive {
         space: space.0,
         mappings,
@@ -298,8 +301,9 @@ pub(crate) fn collect(
         nameless_executable: paths.nameless_executable,
         dump_filter: attributes::dump_filter(pid),
         descriptor_table,
+        autogroup_nice: if own_session { attributes::autogroup_nice(pid) } else { 0 },
     };
-    Ok(record::Process { state: ProcessState::Alive(Box::new(alive)), ..identity(pid, status)? })
+    Ok(record::Process { state: ProcessState::Alive(Box::new(alive)), ..identity })
 }
 
 /// For each child, as `parent` numbers it, whether a wait for such an event (`WSTOPPED`, `WCONTINUED`) would report one. No wait is
@@ -780,6 +784,10 @@ fn collect_thread(
     let questions = attributes::Questions::ask(&mut tape);
     let results = process.run_all(index, &tape, End::Call)?;
     let result = |index: usize| results.get(index).copied().unwrap_or(0);
+    if let Some(what) = questions.kept_keys(process, &results)? {
+        let tid = process.threads.get(index).map_or(process.pid, |thread| thread.tid);
+        return Err(unsupported(process.pid, Place::Thread(tid), what));
+    }
     let answers = questions.answers(process, &results)?;
     let [address, flags, bytes] = words(&process.output(stack)?);
     let [clear_child_tid] = words(&process.output(clear)?);
@@ -945,6 +953,8 @@ pub struct Confinement {
     /// The configuration demands no_new_privs.
     pub no_new_privileges: bool,
     pub seccomp: SeccompPolicy,
+    /// The profile of AppArmor that the configuration demands; empty for none.
+    pub app_armor_profile: String,
 }
 
 /// How the filter that the configuration demands relates to those in the capsule: the first `drop` of those were the old
@@ -1274,6 +1284,7 @@ pub(crate) fn confine(
             }
         }
         process.run_all(index, &tape, End::Breakpoint)?;
+        labels::enter_profile(process, index, &confinement.app_armor_profile)?;
     }
     Ok(())
 }

@@ -31,8 +31,8 @@ use crate::process::Confinement;
 use crate::root::Root;
 use crate::tracee::{self, ARENA_BYTES, Process, Thread, TraceeError, failed};
 use crate::{
-    descriptors, internet, memory, names, notices, posix_queues, process, procfiles, sqlite,
-    system_v, terminals, unix_sockets,
+    descriptors, internet, labels, memory, names, notices, posix_queues, process, procfiles,
+    sqlite, system_v, terminals, unix_sockets,
 };
 
 /// Why a container could not be restored. Nothing of it is left but the blank init, if that still lives, for the caller to remove.
@@ -180,6 +180,7 @@ pub fn restore(
             tree.confine(record.pid, alive, &request.confinement, &container.clocks)?;
         }
     }
+    labels::check(&tree, &container.processes)?;
     phase::reached(Phase::Confined);
     let threads = tree.processes.values().map(|process| process.threads.len()).sum();
     tree.resume(&container.processes)?;

@@ -12,12 +12,13 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use samara_capsule::record::{Bytes, ProcessState};
 use samara_capsule::transfer::{
     PAGE_BYTES, PageBatch, PageRun, Place, Sink, Source, SpaceId, StreamName,
 };
 use samara_engine::capture::{CaptureRequest, Captured, capture};
 use samara_engine::names::GivenNames;
-use samara_engine::restore::{RestoreRequest, restore};
+use samara_engine::restore::{RestoreError, RestoreRequest, restore};
 use samara_engine::{Confinement, SeccompPolicy};
 
 /// A capsule in memory.
@@ -84,6 +85,7 @@ impl Source for Memory {
 }
 
 /// A program that is init of its own pid namespace.
+#[derive(Debug)]
 struct Namespace {
     unshare: Child,
     init: i32,
@@ -142,6 +144,15 @@ fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
     }
 }
 
+/// In the middle of its exec a program has neither the old memory nor its own.
+fn wait_for_sleep(init: i32) {
+    wait_for("a sleep", || {
+        let call = fs::read_to_string(format!("/proc/{init}/syscall")).ok()?;
+        let number = call.split(' ').next()?.parse().ok()?;
+        [libc::SYS_pause, libc::SYS_clock_nanosleep].contains(&number).then_some(())
+    });
+}
+
 struct Folder(PathBuf);
 
 impl Folder {
@@ -175,23 +186,19 @@ fn bring_back(
     memory: &Memory,
     captured: &samara_capsule::record::Container,
     log: &Path,
-) -> Namespace {
+) -> Result<Namespace, RestoreError> {
     let blank = Namespace::start(&["sleep", "infinity"], log, &[]);
-    // In the middle of its exec it has neither this program's memory nor the other's.
-    wait_for("the blank init's sleep", || {
-        let call = fs::read_to_string(format!("/proc/{}/syscall", blank.init)).ok()?;
-        let number = call.split(' ').next()?.parse().ok()?;
-        [libc::SYS_pause, libc::SYS_clock_nanosleep].contains(&number).then_some(())
-    });
+    wait_for_sleep(blank.init);
     let confinement = Confinement {
         bounding: u64::MAX,
         no_new_privileges: false,
         seccomp: SeccompPolicy::default(),
+        app_armor_profile: String::new(),
     };
     let request = RestoreRequest { init: blank.init, container: captured, confinement };
-    let report = restore(&request, memory).unwrap_or_else(|error| panic!("{}", chain(&error)));
+    let report = restore(&request, memory)?;
     assert_eq!(report.processes, captured.processes.len());
-    blank
+    Ok(blank)
 }
 
 fn chain(error: &dyn std::error::Error) -> String {
@@ -225,7 +232,8 @@ fn moved(
         frozen.end(143).expect("end");
         assert_eq!(namespace.exit_code(), Some(143));
         drop(namespace);
-        namespace = bring_back(&memory, &container, &log);
+        namespace = bring_back(&memory, &container, &log)
+            .unwrap_or_else(|error| panic!("{}", chain(&error)));
     }
     let code = namespace.exit_code();
     drop(guard);
@@ -280,4 +288,26 @@ print("done", flush=True)
     let (code, log) =
         moved("python", &["python3", "-c", program], 2, |log, _| log.contains("ready"));
     assert_eq!((code, log.as_str()), (Some(0), "ready\ndone\n"));
+}
+
+/// A program that a security module has confined must not come back with fewer bounds.
+#[test]
+fn a_thread_whose_label_would_differ_is_refused() {
+    let guard = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let folder = Folder::new("label");
+    let log = folder.0.join("log");
+    let namespace = Namespace::start(&["sleep", "infinity"], &log, &[]);
+    wait_for_sleep(namespace.init);
+    let (memory, captured) = snapshot(namespace.init);
+    let Captured { mut container, frozen, .. } = captured;
+    frozen.end(143).expect("end");
+    let ProcessState::Alive(alive) = &mut container.processes[0].state else { panic!("no init") };
+    let had = alive.threads[0].attributes.label.replace(Bytes::from(b"other (enforce)".to_vec()));
+    let error = bring_back(&memory, &container, &log).expect_err("another label");
+    let text = chain(&error);
+    assert!(text.contains("process 1 (sleep) had the security label other (enforce)"), "{text}");
+    let ProcessState::Alive(alive) = &mut container.processes[0].state else { panic!("no init") };
+    alive.threads[0].attributes.label = had;
+    bring_back(&memory, &container, &log).unwrap_or_else(|error| panic!("{}", chain(&error)));
+    drop(guard);
 }

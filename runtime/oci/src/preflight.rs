@@ -6,6 +6,7 @@
 
 use std::fs;
 use std::io;
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 use oci_spec::runtime::Spec;
@@ -36,7 +37,7 @@ pub(crate) struct Needs {
 }
 
 /// What this host has. A limit that is none is `u64::MAX`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Host {
     memory_bytes: u64,
     swap_bytes: u64,
@@ -46,6 +47,9 @@ pub(crate) struct Host {
     descriptors_max: u64,
     mapped_bytes_max: u64,
     signals_max: u64,
+    /// Numbers of the processors and of the memory nodes that are online, as the kernel lists them: `0-3,8`.
+    processors: String,
+    memory_nodes: String,
     /// Monotonic clocks can go on from where they were.
     has_time_namespaces: bool,
 }
@@ -108,8 +112,19 @@ impl Host {
             },
             mapped_bytes_max: getrlimit(Resource::As).current.unwrap_or(u64::MAX),
             signals_max: getrlimit(Resource::Sigpending).current.unwrap_or(u64::MAX),
+            processors: online("cpu")?,
+            memory_nodes: online("node")?,
             has_time_namespaces: Path::new("/proc/self/ns/time").exists(),
         })
+    }
+}
+
+/// What of a kind of device is online. A kernel without memory nodes has node 0.
+fn online(kind: &str) -> io::Result<String> {
+    match fs::read_to_string(format!("/sys/devices/system/{kind}/online")) {
+        Ok(list) => Ok(list.trim_end().to_owned()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok("0".to_owned()),
+        Err(error) => Err(error),
     }
 }
 
@@ -191,6 +206,21 @@ pub(crate) fn shortages(spec: &Spec, needs: &Needs, host: &Host) -> Vec<String> 
             short(bytes.saturating_sub(bytes / 32 + (64 << 10)), size, reason);
         }
     }
+    let cpu = resources.and_then(|resources| resources.cpu().as_ref());
+    let set = |set: Option<&String>| set.cloned().unwrap_or_default();
+    let sets = [
+        ("processors", set(cpu.and_then(|cpu| cpu.cpus().as_ref())), &host.processors),
+        ("memory nodes", set(cpu.and_then(|cpu| cpu.mems().as_ref())), &host.memory_nodes),
+    ];
+    for (kind, wanted, here) in sets {
+        let missing = missing_numbers(&wanted, here);
+        if !missing.is_empty() {
+            reasons.push(format!(
+                "the container is to have the {kind} {wanted}, and this host has {here}, not {}: give it others (docker's --cpuset-cpus and --cpuset-mems)",
+                missing.join(",")
+            ));
+        }
+    }
     if !host.has_time_namespaces {
         reasons.push(
             "this kernel has no time namespaces, so its clocks could not go on: choose a host with Linux 5.6 and CONFIG_TIME_NS"
@@ -198,6 +228,25 @@ pub(crate) fn shortages(spec: &Spec, needs: &Needs, host: &Host) -> Vec<String> 
         );
     }
     reasons
+}
+
+/// Those numbers of `wanted` that `here` does not have; both are lists as the kernel writes them: `0-3,8`.
+fn missing_numbers(wanted: &str, here: &str) -> Vec<String> {
+    let ranges = |list: &str| -> Vec<RangeInclusive<u32>> {
+        let range = |part: &str| {
+            let (from, to) = part.split_once('-').unwrap_or((part, part));
+            Some(from.trim().parse().ok()?..=to.trim().parse().ok()?)
+        };
+        // What is no list at all is the kernel's to refuse, when the cgroup is made.
+        list.split(',').filter_map(range).collect()
+    };
+    let here = ranges(here);
+    // Linux knows 8192 processors at most (CONFIG_NR_CPUS).
+    let numbers = ranges(wanted).into_iter().flatten().take(8192);
+    numbers
+        .filter(|number| !here.iter().any(|range| range.contains(number)))
+        .map(|number| number.to_string())
+        .collect()
 }
 
 /// How much a file system in memory may hold, where the specification says.
@@ -235,6 +284,8 @@ mod tests {
             descriptors_max: u64::MAX,
             mapped_bytes_max: u64::MAX,
             signals_max: u64::MAX,
+            processors: "0-8191".to_owned(),
+            memory_nodes: "0-1023".to_owned(),
             has_time_namespaces: true,
         }
     }
@@ -305,18 +356,23 @@ mod tests {
             descriptors_max: 4096,
             mapped_bytes_max: 8 * MIB,
             signals_max: 30,
+            processors: "0-3,6".to_owned(),
+            memory_nodes: "0".to_owned(),
             has_time_namespaces: false,
         };
+        let more = r#", "linux": {"resources": {"cpu": {"cpus": "2-6", "mems": "0-1"}}}"#;
         let named = [
             "this host has 6 MiB",
             "number 5000, and only 4096",
             "9 MiB of address space, and 8 MiB",
             "31 pending signals and timers, and 30",
             "7 MiB of its files, and there are 2 MiB",
+            "the processors 2-6, and this host has 0-3,6, not 4,5",
+            "the memory nodes 0-1, and this host has 0, not 1",
             "time namespaces",
         ];
-        check("", &needs, &host, &named);
-        check("", &needs, &ample(), &[]);
+        check(more, &needs, &host, &named);
+        check(more, &needs, &ample(), &[]);
     }
 
     /// A host that is misread would refuse everything, or nothing.

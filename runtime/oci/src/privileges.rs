@@ -5,10 +5,13 @@
 //! a capsule has none either. Without it, a file with a set-user-id bit is a way to every user within the bounding set, and the
 //! files are the capsule's too.
 
+use std::collections::BTreeSet;
+
 use oci_spec::runtime::{LinuxDeviceType, Process, Spec};
 use rustix::thread::CapabilitySet;
 use samara_capsule::record::{Container, Credentials, ProcessState};
 use samara_engine::files::{DeviceNode, DeviceNodes};
+use samara_engine::labels;
 
 use crate::confine::{ConfineError, capability_sets};
 
@@ -84,6 +87,55 @@ pub(crate) fn beyond(
     Ok(reasons)
 }
 
+/// Labels of security modules that threads of a capsule had and in the new container would not have, in words.
+///
+/// `own` is the label of whoever starts the container, which it keeps unless `process` says another profile. A profile's mode is
+/// not known before a thread is under it; the engine compares that.
+pub(crate) fn other_labels(
+    process: &Process,
+    container: &Container,
+    own: Option<&[u8]>,
+) -> Vec<String> {
+    let profile = process.apparmor_profile().as_deref().filter(|profile| !profile.is_empty());
+    let alive = container.processes.iter().filter_map(|record| match &record.state {
+        ProcessState::Alive(alive) => Some(alive),
+        ProcessState::Zombie { .. } => None,
+    });
+    let threads = alive.flat_map(|alive| &alive.threads);
+    differing(profile, threads.map(|thread| thread.attributes.label.as_deref()), own)
+}
+
+fn differing<'a>(
+    profile: Option<&'a str>,
+    had: impl Iterator<Item = Option<&'a Vec<u8>>>,
+    own: Option<&'a [u8]>,
+) -> Vec<String> {
+    let new = own.map(|own| profile.map_or(own, str::as_bytes));
+    let had = had.map(|label| {
+        let label = label?.as_slice();
+        match profile {
+            Some(_) => label.split(|byte| *byte == b' ').next(),
+            None => Some(label),
+        }
+    });
+    let other: BTreeSet<Option<&[u8]>> = had.filter(|had| !labels::same(*had, new)).collect();
+    let shown = |label: Option<&[u8]>| match label {
+        Some(label) => String::from_utf8_lossy(label).into_owned(),
+        None => "none".to_owned(),
+    };
+    other
+        .into_iter()
+        .map(|had| {
+            format!(
+                "it was saved under the security label {}, and its threads would get {}: start it under the profile or label \
+                 that it was saved with (docker's --security-opt), on a host that has it",
+                shown(had),
+                shown(new)
+            )
+        })
+        .collect()
+}
+
 fn capabilities_beyond(
     had: &Credentials,
     bounding: CapabilitySet,
@@ -120,5 +172,35 @@ mod tests {
         assert!(known.contains(&DeviceNode { block: false, major: 1, minor: 3 }));
         assert!(known.contains(&DeviceNode { block: false, major: 10, minor: 229 }));
         assert!(!known.contains(&DeviceNode { block: true, major: 8, minor: 0 }));
+    }
+    /// A container that comes back under another profile may do what it must not, or fail at what it could do.
+    #[test]
+    fn other_labels_are_named() {
+        let docker = b"docker-default (enforce)".to_vec();
+        let check = |profile, had: &[Option<&Vec<u8>>], own: Option<&[u8]>, named: &[&str]| {
+            let reasons = differing(profile, had.iter().copied(), own);
+            assert_eq!(reasons.len(), named.len(), "{reasons:?}");
+            for (reason, name) in reasons.iter().zip(named) {
+                assert!(reason.contains(name), "{reason}");
+            }
+        };
+        let host = Some(b"unconfined".as_slice());
+        check(Some("docker-default"), &[Some(&docker)], host, &[]);
+        check(None, &[None, None], None, &[]);
+        check(None, &[None], host, &[]);
+        check(
+            None,
+            &[Some(&docker); 2],
+            None,
+            &["docker-default (enforce), and its threads would get none"],
+        );
+        check(None, &[Some(&docker)], host, &["would get unconfined"]);
+        check(
+            Some("docker-default"),
+            &[None],
+            host,
+            &["none, and its threads would get docker-default"],
+        );
+        check(Some("other"), &[Some(&docker), None], host, &["label none", "label docker-default"]);
     }
 }

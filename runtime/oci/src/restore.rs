@@ -19,6 +19,7 @@ use samara_capsule::transfer::{Source, StreamName};
 use samara_engine::clocks::offsets_to_continue;
 use samara_engine::files::{self, ApplyError, FingerprintError, LocateError, RootChanges};
 use samara_engine::host::{check_records, vdso_sha256};
+use samara_engine::labels;
 use samara_engine::phase::{self, Phase};
 use samara_engine::restore::{RestoreError as EngineError, RestoreRequest, restore};
 use samara_engine::{Confinement as EngineConfinement, SeccompPolicy};
@@ -391,6 +392,8 @@ fn check_host(
     }
     if let Some(process) = spec.process() {
         reasons.extend(privileges::beyond(process, &saved.container)?);
+        let own = labels::own().map_err(io("read the own security label"))?;
+        reasons.extend(privileges::other_labels(process, &saved.container, own.as_deref()));
     }
     for (name, value) in &wanted.other {
         reasons.push(format!(
@@ -540,6 +543,9 @@ fn confinement(spec: &Spec, saved: &Origin) -> Result<EngineConfinement, Restore
         },
         no_new_privileges: process.and_then(|process| process.no_new_privileges()).unwrap_or(false),
         seccomp,
+        app_armor_profile: process
+            .and_then(|process| process.apparmor_profile().clone())
+            .unwrap_or_default(),
     })
 }
 
