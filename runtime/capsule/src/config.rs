@@ -79,7 +79,7 @@ pub struct Statistics {
     pub streams: BTreeMap<String, u64>,
     /// Bytes of the records before compression.
     pub records_bytes: u64,
-    /// Bytes of pages, streams and records before compression.
+    /// Bytes of pages, streams and records before compression. Pages that several spaces have in common count once.
     pub raw_bytes: u64,
     /// Bytes of all blobs but config and manifest.
     pub stored_bytes: u64,

@@ -57,7 +57,8 @@ impl MapRun {
     }
 
     /// The part of the run that lies in `[low, high)`, which it must touch.
-    fn clip(&self, low: u64, high: u64) -> MapRun {
+    #[must_use]
+    pub fn clip(&self, low: u64, high: u64) -> MapRun {
         let first = self.first.max(low);
         let end = self.end().min(high);
         let skipped = u16::try_from(first - self.first).expect("a run has fewer than 65,536 pages");
@@ -384,6 +385,7 @@ impl MapBuilder {
     }
 
     /// Appends pages of a space, which lie behind all that the space has; `frame` is a number from [`MapBuilder::add_frame`].
+    /// Several spaces may have pages in the same place.
     pub fn add_run(
         &mut self,
         space: SpaceId,
@@ -417,6 +419,11 @@ impl MapBuilder {
         runs.last = Some(MapRun { first, frame, count, page });
         runs.pages += end - first;
         Ok(())
+    }
+
+    /// Pages of all frames: what several spaces have in common counts once.
+    pub fn stored_pages(&self) -> u64 {
+        self.frames.iter().map(|frame| u64::from(frame.pages)).sum()
     }
 
     /// Pages of all spaces.

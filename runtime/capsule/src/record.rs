@@ -286,7 +286,7 @@ pub enum Backing {
 }
 
 /// What a mapped file looked like: private pages are only right over the same content.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileCheck {
     pub bytes: u64,
 }

@@ -5,6 +5,9 @@
 
 use std::fmt;
 use std::io;
+use std::sync::Arc;
+
+use crate::pagemap::PAGE_NUMBER_END;
 
 /// Size of a page in a capsule, in bytes. Every supported host uses 4 KiB base pages.
 pub const PAGE_BYTES: usize = 4096;
@@ -31,13 +34,14 @@ pub struct PageRun {
     pub count: u64,
 }
 
-/// Pages of one space: `bytes` holds the content of all `runs`, one after another.
+/// Pages of a space, or of several that have them in common: `bytes` holds the content of all `runs`, one after another. In each of
+/// `spaces` the pages have the same numbers.
 ///
 /// Runs are in ascending order and do not overlap, within a batch and from batch to batch of a space.
 /// `bytes.len()` is [`PAGE_BYTES`] times the sum of the counts, and at most [`BATCH_BYTES_MAX`].
 #[derive(Debug)]
 pub struct PageBatch {
-    pub space: SpaceId,
+    pub spaces: Arc<[SpaceId]>,
     pub runs: Vec<PageRun>,
     pub bytes: Vec<u8>,
 }
@@ -67,15 +71,36 @@ pub trait Sink {
     fn append(&mut self, stream: &StreamName, bytes: &[u8]) -> io::Result<()>;
 }
 
+/// Pages of a space, and where their content is stored: that of the first one at `place`, that of the next one at `place + 1`.
+///
+/// Equal places are equal contents. Places mean nothing but that, and only within one source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StoredRun {
+    pub run: PageRun,
+    pub place: u64,
+}
+
 /// Where a restore reads. Everything it returns has been checked against its digest.
 pub trait Source: Sync {
     /// The runs of pages that `space` holds, in ascending order. Empty for an unknown space.
     fn runs(&self, space: SpaceId) -> io::Result<Vec<PageRun>>;
 
+    /// For each of `spaces` its runs of pages and their places, in ascending order. Empty for an unknown space.
+    fn stored(&self, spaces: &[SpaceId]) -> io::Result<Vec<Vec<StoredRun>>>;
+
     /// Passes every page of `spaces` to `place`, in no promised order, from several threads at once.
     ///
     /// The first error, of the source or of `place`, ends the transfer and is returned.
-    fn transfer(&self, spaces: &[SpaceId], place: &Place<'_>) -> io::Result<()>;
+    fn transfer(&self, spaces: &[SpaceId], place: &Place<'_>) -> io::Result<()> {
+        let whole = [PageRun { first: 0, count: PAGE_NUMBER_END }];
+        let wanted: Vec<(SpaceId, &[PageRun])> =
+            spaces.iter().map(|space| (*space, whole.as_slice())).collect();
+        self.transfer_some(&wanted, place)
+    }
+
+    /// As [`Source::transfer`], but of each space only the pages that lie in the runs beside it, which are in ascending order and
+    /// do not overlap.
+    fn transfer_some(&self, wanted: &[(SpaceId, &[PageRun])], place: &Place<'_>) -> io::Result<()>;
 
     /// Reads a stream from its start, or `None` if the capsule has no stream of that name.
     fn stream(&self, name: &StreamName) -> io::Result<Option<Box<dyn io::Read + Send + '_>>>;

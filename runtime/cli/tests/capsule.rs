@@ -20,7 +20,9 @@ fn write(folder: &Path) {
     let mut lease = store.take_epoch(&BTreeMap::new()).unwrap().lease;
     let mut writer = CapsuleWriter::new(&store).unwrap();
     let runs = vec![PageRun { first: 16, count: 2 }];
-    writer.pages(PageBatch { space: SpaceId(0), runs, bytes: vec![7; 2 * PAGE_BYTES] }).unwrap();
+    writer
+        .pages(PageBatch { spaces: [SpaceId(0)].into(), runs, bytes: vec![7; 2 * PAGE_BYTES] })
+        .unwrap();
     let facts = CapsuleFacts {
         created: SystemTime::UNIX_EPOCH,
         parent: None,

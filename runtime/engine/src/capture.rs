@@ -17,6 +17,7 @@ use samara_kernel::{Pid, proc};
 use sha2::{Digest, Sha256};
 
 use crate::freeze::{FreezeError, FrozenTree};
+use crate::memory::PrivateMemory;
 use crate::names::{self, GivenNames};
 use crate::phase::{self, Phase};
 use crate::plan::{self, PlanError};
@@ -24,8 +25,8 @@ use crate::root::Root;
 use crate::tracee::TraceeError;
 use crate::unsupported::{Place, Unsupported, UnsupportedList};
 use crate::{
-    clocks, datagrams, descriptors, epoll, file_names, inotify, internet, memory, posix_queues,
-    process, system_v, tcp, terminals, unix_sockets,
+    clocks, copy_on_write, datagrams, descriptors, epoll, file_names, inotify, internet, memory,
+    posix_queues, process, system_v, tcp, terminals, unix_sockets,
 };
 
 /// Why no capsule came of a capture. The container runs on in every case.
@@ -110,14 +111,14 @@ pub fn capture(
 
     let begun = Instant::now();
     let mut report = CaptureReport { freeze, collect, ..CaptureReport::default() };
+    let mut members = Vec::new();
     for (pid, record) in &mut processes {
         let ProcessState::Alive(alive) = &mut record.state else { continue };
         let Some(process) = frozen.processes.get(pid) else { continue };
         report.threads += alive.threads.len();
-        let space = SpaceId(alive.space);
-        report.pages +=
-            memory::copy_private(*pid, &process.memory, space, &mut alive.mappings, sink)?;
+        members.push(PrivateMemory::of(process, alive)?);
     }
+    report.pages = copy_on_write::copy_private(members, sink)?;
     for (file, space, bytes) in &tables.contents {
         report.pages += memory::copy_file(file, *space, *bytes, sink)?;
     }

@@ -5,6 +5,7 @@
 mod attributes;
 pub mod capture;
 pub mod clocks;
+mod copy_on_write;
 mod datagrams;
 mod descriptors;
 mod directories;

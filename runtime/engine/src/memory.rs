@@ -11,14 +11,16 @@
 //! Memory is read through `/proc/PID/mem`: `process_vm_readv` pins pages, which makes the kernel copy every page that a
 //! forked child still shares with its parent.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
+use std::sync::Arc;
 
+use samara_capsule::pagemap::PAGE_NUMBER_END;
 use samara_capsule::record::{
     self, Advice, Alive, Backing, Bytes, Container, FileCheck, NamelessExecutable, ProcessState,
     SharedMemoryKind,
@@ -32,6 +34,7 @@ use samara_kernel::tape::End;
 use samara_kernel::{Pid, proc, process_vm};
 
 use crate::capture::{CaptureError, Tables, read};
+use crate::copy_on_write::{Heritage, Inheritance};
 use crate::descriptors::Channel;
 use crate::directories;
 use crate::restore::{RestoreError, Tree, is_filled, make, open_checked};
@@ -293,10 +296,10 @@ pub(crate) fn ask_policies(
     Ok(())
 }
 
-/// Collects page runs of one space into batches.
+/// Collects page runs into batches.
 pub(crate) struct Batcher<'a> {
     sink: &'a mut dyn Sink,
-    space: SpaceId,
+    spaces: Arc<[SpaceId]>,
     runs: Vec<PageRun>,
     bytes: Vec<u8>,
     exact: bool,
@@ -304,24 +307,27 @@ pub(crate) struct Batcher<'a> {
 }
 
 impl<'a> Batcher<'a> {
-    pub(crate) fn new(sink: &'a mut dyn Sink, space: SpaceId) -> Batcher<'a> {
+    pub(crate) fn new(sink: &'a mut dyn Sink) -> Batcher<'a> {
         let bytes = sink.buffer();
-        Batcher { sink, space, runs: Vec::new(), bytes, exact: false, pages: 0 }
+        Batcher { sink, spaces: [].into(), runs: Vec::new(), bytes, exact: false, pages: 0 }
     }
 
-    /// Adds the pages of `start..end`, whose content `read` supplies: it is given an address and a buffer to fill.
+    /// Adds the pages of `start..end`, which all of `spaces` have, and whose content `read` supplies: it is given an address and
+    /// a buffer to fill.
     ///
     /// `exact`: pages of zeros count too.
     pub(crate) fn add(
         &mut self,
+        spaces: &Arc<[SpaceId]>,
         start: u64,
         end: u64,
         exact: bool,
         read: &dyn Fn(u64, &mut [u8]) -> io::Result<()>,
     ) -> io::Result<()> {
-        if exact != self.exact {
+        if exact != self.exact || *spaces != self.spaces {
             self.flush()?;
             self.exact = exact;
+            self.spaces = spaces.clone();
         }
         let mut next = start;
         while next < end {
@@ -345,7 +351,8 @@ impl<'a> Batcher<'a> {
             return Ok(());
         }
         let bytes = std::mem::replace(&mut self.bytes, self.sink.buffer());
-        let batch = PageBatch { space: self.space, runs: std::mem::take(&mut self.runs), bytes };
+        let (spaces, runs) = (self.spaces.clone(), std::mem::take(&mut self.runs));
+        let batch = PageBatch { spaces, runs, bytes };
         if self.exact { self.sink.exact_pages(batch) } else { self.sink.pages(batch) }
     }
 
@@ -355,24 +362,77 @@ impl<'a> Batcher<'a> {
     }
 }
 
-/// Copies the private memory of a stopped process, and fills in the guard ranges of its records.
-pub(crate) fn copy_private(
+/// Pages that a process has of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct OwnRun {
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+    /// Pages of zeros count too.
+    pub(crate) exact: bool,
+}
+
+/// Goes through the private memory of a stopped process in ascending order, and fills in the guard ranges of its records.
+pub(crate) struct PrivateMemory<'a> {
     pid: Pid,
-    memory: &File,
-    space: SpaceId,
-    mappings: &mut [record::Mapping],
-    sink: &mut dyn Sink,
-) -> Result<u64, CaptureError> {
-    let failed = |source| CaptureError::Read { what: format!("/proc/{pid}/pagemap"), source };
-    let pagemap = Pagemap::open(pid).map_err(failed)?;
-    let mut batcher = Batcher::new(sink, space);
-    for mapping in mappings {
+    memory: &'a File,
+    pub(crate) space: SpaceId,
+    pub(crate) pagemap: Pagemap,
+    mappings: std::slice::IterMut<'a, record::Mapping>,
+    /// The mapping that is looked at, and the address up to which that is done.
+    current: Option<(&'a mut record::Mapping, u64)>,
+    found: VecDeque<OwnRun>,
+}
+
+impl<'a> PrivateMemory<'a> {
+    pub(crate) fn of(
+        process: &'a Process,
+        alive: &'a mut Alive,
+    ) -> Result<PrivateMemory<'a>, CaptureError> {
+        let pid = process.pid;
+        let pagemap = Pagemap::open(pid).map_err(read(format!("/proc/{pid}/pagemap")))?;
+        let space = SpaceId(alive.space);
+        let (mappings, found) = (alive.mappings.iter_mut(), VecDeque::new());
+        let memory = &process.memory;
+        Ok(PrivateMemory { pid, memory, space, pagemap, mappings, current: None, found })
+    }
+
+    /// Where the next run begins.
+    pub(crate) fn peek(&mut self) -> Result<Option<u64>, CaptureError> {
+        while self.found.is_empty() {
+            if self.current.is_none() {
+                let Some(mapping) = self.mappings.next() else { return Ok(None) };
+                let start = mapping.start;
+                self.current = Some((mapping, start));
+            }
+            self.look()?;
+        }
+        Ok(self.found.front().map(|run| run.start))
+    }
+
+    /// The rest of what lies below `end`.
+    pub(crate) fn take_below(&mut self, end: u64) -> Result<Vec<OwnRun>, CaptureError> {
+        let mut taken = Vec::new();
+        while self.peek()?.is_some_and(|start| start < end)
+            && let Some(run) = self.found.pop_front()
+        {
+            if run.end > end {
+                self.found.push_front(OwnRun { start: end, ..run });
+            }
+            taken.push(OwnRun { end: run.end.min(end), ..run });
+        }
+        Ok(taken)
+    }
+
+    /// Looks at a further part of the current mapping.
+    fn look(&mut self) -> Result<(), CaptureError> {
+        const RUNS_AT_ONCE: usize = 512;
         /// What of a mapping belongs to the process, beside its guard pages.
         enum Own {
             All,
             Changed,
             Nothing,
         }
+        let Some((mapping, next)) = self.current.take() else { return Ok(()) };
         let own = match mapping.backing {
             Backing::Anonymous { .. } => Own::All,
             Backing::PrivateFile { .. }
@@ -382,11 +442,18 @@ pub(crate) fn copy_private(
             | Backing::SharedUnlinked { .. }
             | Backing::Shared { .. }
             | Backing::SystemV { .. } => Own::Nothing,
-            Backing::Vdso { .. } => continue,
+            Backing::Vdso { .. } => return Ok(()),
         };
-        for run in pagemap.populated(mapping.start, mapping.end).map_err(failed)? {
+        let (runs, next) = self
+            .pagemap
+            .populated_some(next, mapping.end, RUNS_AT_ONCE)
+            .map_err(read(format!("/proc/{}/pagemap", self.pid)))?;
+        for run in runs {
             if run.guard {
-                mapping.guards.push((run.start, run.end));
+                match mapping.guards.last_mut() {
+                    Some((_, end)) if *end == run.start => *end = run.end,
+                    _ => mapping.guards.push((run.start, run.end)),
+                }
                 continue;
             }
             let exact = match own {
@@ -395,20 +462,29 @@ pub(crate) fn copy_private(
                 Own::Nothing => None,
             };
             if let Some(exact) = exact {
-                batcher
-                    .add(run.start, run.end, exact, &|address, buffer| {
-                        memory.read_exact_at(buffer, address)
-                    })
-                    .map_err(|source| CaptureError::Pages {
-                        pid,
-                        start: run.start,
-                        end: run.end,
-                        source,
-                    })?;
+                self.found.push_back(OwnRun { start: run.start, end: run.end, exact });
             }
         }
+        if next < mapping.end {
+            self.current = Some((mapping, next));
+        }
+        Ok(())
     }
-    batcher.finish().map_err(|source| CaptureError::Sink { source })
+
+    /// Copies pages that all of `spaces` have.
+    pub(crate) fn copy(
+        &self,
+        run: OwnRun,
+        spaces: &Arc<[SpaceId]>,
+        batcher: &mut Batcher<'_>,
+    ) -> Result<(), CaptureError> {
+        let OwnRun { start, end, exact } = run;
+        batcher
+            .add(spaces, start, end, exact, &|address, buffer| {
+                self.memory.read_exact_at(buffer, address)
+            })
+            .map_err(|source| CaptureError::Pages { pid: self.pid, start, end, source })
+    }
 }
 
 /// Copies the data of a file, leaving out its holes.
@@ -422,7 +498,8 @@ pub(crate) fn copy_file(
     use nix::unistd::{Whence, lseek};
     let failed =
         |source| CaptureError::Read { what: "a shared or unlinked file".to_owned(), source };
-    let mut batcher = Batcher::new(sink, space);
+    let spaces = [space].into();
+    let mut batcher = Batcher::new(sink);
     let mut next = 0u64;
     while next < bytes {
         let at = i64::try_from(next).map_err(|_| failed(io::ErrorKind::FileTooLarge.into()))?;
@@ -438,7 +515,9 @@ pub(crate) fn copy_file(
         let start = start.max(next.next_multiple_of(PAGE));
         if start < end {
             batcher
-                .add(start, end, false, &|address, buffer| read_padded(file, buffer, address))
+                .add(&spaces, start, end, false, &|address, buffer| {
+                    read_padded(file, buffer, address)
+                })
                 .map_err(|source| CaptureError::Sink { source })?;
         }
         next = end.max(next + 1);
@@ -823,6 +902,7 @@ pub(crate) fn map(
     alive: &Alive,
     root: &Root,
     shared: &Shared,
+    heritage: Option<&Heritage>,
     runs: &[PageRun],
 ) -> Result<(), RestoreError> {
     let places: Vec<u64> = alive
@@ -833,7 +913,7 @@ pub(crate) fn map(
         .collect();
     move_vdso(process, &places)?;
     for group in alive.mappings.chunks(CHUNK) {
-        map_some(process, channel, group, root, shared, runs)?;
+        map_some(process, channel, group, root, shared, heritage, runs)?;
     }
     Ok(())
 }
@@ -847,8 +927,14 @@ fn map_some(
     mappings: &[record::Mapping],
     root: &Root,
     shared: &Shared,
+    heritage: Option<&Heritage>,
     runs: &[PageRun],
 ) -> Result<(), RestoreError> {
+    /// What is behind a mapping: a path with the flags to open it, or what has been opened.
+    enum Need<'a> {
+        Path(&'a [u8], i32, FileCheck),
+        Open(File),
+    }
     let mut files: Vec<File> = Vec::new();
     let mut index: BTreeMap<(&[u8], i32), usize> = BTreeMap::new();
     let mut needs = Vec::new();
@@ -860,41 +946,41 @@ fn map_some(
             })?;
             Shared::reopen(file, flags).map_err(make("a shared object"))
         };
-        let file = match &mapping.backing {
+        if heritage.is_some_and(|heritage| heritage.keeps(mapping)) {
+            needs.push(None);
+            continue;
+        }
+        let need = match &mapping.backing {
             Backing::Anonymous { .. } | Backing::SystemV { .. } | Backing::Vdso { .. } => None,
-            Backing::PrivateFile { path, .. } => Some((path.as_slice(), libc::O_RDONLY, None)),
-            Backing::SharedFile { path, may_write, .. } => {
-                Some((path.as_slice(), access(*may_write), None))
+            Backing::PrivateFile { path, check, .. } => {
+                Some(Need::Path(path, libc::O_RDONLY, *check))
+            }
+            Backing::SharedFile { path, may_write, check, .. } => {
+                Some(Need::Path(path, access(*may_write), *check))
             }
             Backing::PrivateUnlinked { file, .. } => {
-                Some((b"".as_slice(), 0, Some(object(&shared.unlinked, *file, libc::O_RDONLY)?)))
+                Some(Need::Open(object(&shared.unlinked, *file, libc::O_RDONLY)?))
             }
             Backing::PrivateMemory { memory, .. } => {
-                Some((b"".as_slice(), 0, Some(object(&shared.memory, *memory, libc::O_RDONLY)?)))
+                Some(Need::Open(object(&shared.memory, *memory, libc::O_RDONLY)?))
             }
-            Backing::SharedUnlinked { file, may_write, .. } => Some((
-                b"".as_slice(),
-                0,
-                Some(object(&shared.unlinked, *file, access(*may_write))?),
-            )),
-            Backing::Shared { memory, may_write, .. } => Some((
-                b"".as_slice(),
-                0,
-                Some(object(&shared.memory, *memory, access(*may_write))?),
-            )),
+            Backing::SharedUnlinked { file, may_write, .. } => {
+                Some(Need::Open(object(&shared.unlinked, *file, access(*may_write))?))
+            }
+            Backing::Shared { memory, may_write, .. } => {
+                Some(Need::Open(object(&shared.memory, *memory, access(*may_write))?))
+            }
         };
-        needs.push(match file {
+        needs.push(match need {
             None => None,
-            Some((_, _, Some(file))) => {
+            Some(Need::Open(file)) => {
                 files.push(file);
                 Some(files.len() - 1)
             }
-            Some((path, flags, None)) => Some(match index.get(&(path, flags)) {
+            Some(Need::Path(path, flags, check)) => Some(match index.get(&(path, flags)) {
                 Some(known) => *known,
                 None => {
-                    let file = open_checked(root, path, flags, &is_mappable)?;
-                    check_file(&mapping.backing, &file)?;
-                    files.push(file);
+                    files.push(open_mapped(root, path, flags, check)?);
                     index.insert((path, flags), files.len() - 1);
                     files.len() - 1
                 }
@@ -916,13 +1002,22 @@ fn map_some(
             tape.call(format!("protect {:#x}", mapping.start), libc::SYS_mprotect, arguments);
             continue;
         }
+        const RW: u32 = 3;
+        if heritage.is_some_and(|heritage| heritage.keeps(mapping)) {
+            if mapping.protection | RW != RW {
+                let protection = u64::from(mapping.protection | RW);
+                let arguments = [mapping.start, mapping.end - mapping.start, protection, 0, 0, 0];
+                tape.call(format!("protect {:#x}", mapping.start), libc::SYS_mprotect, arguments);
+            }
+            continue;
+        }
         let Some((flags, offset)) = placement(mapping) else { continue };
         let fd = need
             .and_then(|index| numbers.get(index))
             .map_or(u64::MAX, |fd| u64::from(fd.unsigned_abs()));
         let filled = is_filled(&mapping.backing) && touches(runs, mapping);
         let protection =
-            if filled { u64::from(mapping.protection) | 3 } else { u64::from(mapping.protection) };
+            u64::from(if filled { mapping.protection | RW } else { mapping.protection });
         let arguments = [mapping.start, mapping.end - mapping.start, protection, flags, fd, offset];
         tape.call(
             format!("map {:#x}-{:#x}", mapping.start, mapping.end),
@@ -948,13 +1043,14 @@ fn is_mappable(metadata: &Metadata) -> bool {
     metadata.is_file() || metadata.file_type().is_char_device() && number == ZERO
 }
 
-/// Private pages are only right over the file they came from.
-fn check_file(backing: &Backing, file: &File) -> Result<(), RestoreError> {
-    let (Backing::PrivateFile { path, check, .. } | Backing::SharedFile { path, check, .. }) =
-        backing
-    else {
-        return Ok(());
-    };
+/// Opens a file of the container that was mapped. Private pages are only right over the file they came from.
+pub(crate) fn open_mapped(
+    root: &Root,
+    path: &[u8],
+    flags: i32,
+    check: FileCheck,
+) -> Result<File, RestoreError> {
+    let file = open_checked(root, path, flags, &is_mappable)?;
     let bytes = file.metadata().map_err(make("the size of a mapped file"))?.len();
     if bytes != check.bytes {
         let path = String::from_utf8_lossy(path);
@@ -963,7 +1059,7 @@ fn check_file(backing: &Backing, file: &File) -> Result<(), RestoreError> {
             "{path} has {bytes} bytes, and had {was} when it was mapped"
         )));
     }
-    Ok(())
+    Ok(file)
 }
 
 /// linux/mman.h; a type of mapping like `MAP_PRIVATE`.
@@ -1002,24 +1098,29 @@ fn touches(runs: &[PageRun], mapping: &record::Mapping) -> bool {
     runs.get(next).is_some_and(|run| run.first < end)
 }
 
-/// Copies the private memory of all processes from the capsule.
+/// Copies the private memory of all processes from the capsule, but for what they have inherited.
 pub(crate) fn fill(
     tree: &Tree,
     container: &Container,
+    inheritance: &Inheritance,
     source: &dyn Source,
 ) -> Result<(), RestoreError> {
+    let whole = [PageRun { first: 0, count: PAGE_NUMBER_END }];
     let mut targets: BTreeMap<SpaceId, Pid> = BTreeMap::new();
+    let mut wanted: Vec<(SpaceId, &[PageRun])> = Vec::new();
     for record in &container.processes {
         if let (ProcessState::Alive(alive), Some(process)) =
             (&record.state, tree.processes.get(&record.pid))
             && alive.sharing.memory.is_none()
         {
-            targets.insert(SpaceId(alive.space), process.pid);
+            let space = SpaceId(alive.space);
+            targets.insert(space, process.pid);
+            let heritage = inheritance.heritage(record.pid);
+            wanted.push((space, heritage.map_or(whole.as_slice(), |heritage| &heritage.missing)));
         }
     }
-    let spaces: Vec<SpaceId> = targets.keys().copied().collect();
     source
-        .transfer(&spaces, &|space, runs, bytes| {
+        .transfer_some(&wanted, &|space, runs, bytes| {
             let pid = targets.get(&space).copied().ok_or(io::ErrorKind::InvalidData)?;
             write_runs(pid, 0, runs, bytes)
         })

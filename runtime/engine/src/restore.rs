@@ -23,6 +23,7 @@ use samara_kernel::wait::{self, Status};
 use samara_kernel::{Pid, proc};
 
 use crate::capture::vdso_digest;
+use crate::copy_on_write::{Heritage, Inheritance};
 use crate::descriptors::{Channel, Processes};
 use crate::memory::{HUGE_PAGE, Shared};
 use crate::phase::{self, Phase};
@@ -92,7 +93,7 @@ pub fn restore(
     descriptors::make_room().map_err(make("room for the container's descriptors"))?;
     let root = Root::of(request.init).map_err(make("the container's root directory"))?;
     let mut terminals = terminals::restore(container, &root, &tree.outside)?;
-    tree.spawn(container, &terminals)?;
+    let inheritance = tree.spawn(container, &terminals, &root, source)?;
     // The dead too: somebody may have been at the other end of a socket.
     let numbers = tree.processes.iter().map(|(pid, process)| (*pid, process.pid)).collect();
     let mut sockets = unix_sockets::restore(&mut tree, container, &root, &numbers)?;
@@ -113,7 +114,8 @@ pub fn restore(
     system_v::restore(&mut tree, container, source)?;
     for record in &container.processes {
         if let ProcessState::Alive(alive) = &record.state {
-            tree.map(record.pid, alive, &root, &shared, source)?;
+            let heritage = inheritance.heritage(record.pid);
+            tree.map(record.pid, alive, &root, &shared, heritage, source)?;
         }
     }
     tree.note_shared_memory(&container.processes)?;
@@ -123,7 +125,7 @@ pub fn restore(
     let begun = Instant::now();
     memory::seal(&shared, container)?;
     system_v::finish(&mut tree, &container.system_v)?;
-    memory::fill(&tree, container, source)?;
+    memory::fill(&tree, container, &inheritance, source)?;
     let fill = begun.elapsed();
     phase::reached(Phase::Filled);
 
@@ -310,12 +312,14 @@ impl Tree {
         })
     }
 
-    /// Makes all processes and threads, blank.
+    /// Makes all processes and threads, blank but for memory that they shall share by copy on write.
     fn spawn(
         &mut self,
         container: &Container,
         terminals: &terminals::Made,
-    ) -> Result<(), RestoreError> {
+        root: &Root,
+        source: &dyn Source,
+    ) -> Result<Inheritance, RestoreError> {
         let records = &container.processes;
         let init = self.process(1)?.pid;
         let leads = proc::status(init)
@@ -325,9 +329,14 @@ impl Tree {
         if leads {
             terminals.take_control_of_init(container, self)?;
         }
-        for step in plan::tree(records, leads)? {
+        let steps = plan::tree(records, leads)?;
+        let mut inheritance = Inheritance::plan(container, &steps, source)?;
+        for step in steps {
             match step {
                 Step::Fork { creator, pid, sibling, exit_signal, shared } => {
+                    if let Some(process) = self.processes.get_mut(&creator) {
+                        inheritance.bequeath(creator, process, &mut self.channel, root, source)?;
+                    }
                     self.fork(creator, pid, sibling, exit_signal, shared)?
                 }
                 Step::NewSession { pid } => {
@@ -358,7 +367,8 @@ impl Tree {
             }
         }
         terminals.share_control(container, self)?;
-        self.number_on(records)
+        self.number_on(records)?;
+        Ok(inheritance)
     }
 
     /// Lets the numbers of what is forked later follow those that mean something already: a program may remember them.
@@ -544,6 +554,7 @@ impl Tree {
         alive: &Alive,
         root: &Root,
         shared: &memory::Shared,
+        heritage: Option<&Heritage>,
         source: &dyn Source,
     ) -> Result<(), RestoreError> {
         if alive.sharing.memory.is_some() {
@@ -555,8 +566,11 @@ impl Tree {
             .processes
             .get_mut(&pid)
             .ok_or_else(|| RestoreError::Damaged(format!("process {pid} is missing")))?;
+        if let Some(heritage) = heritage {
+            heritage.reduce(process)?;
+        }
         process::set_layout(process, &mut self.channel, alive, root, shared)?;
-        memory::map(process, &mut self.channel, alive, root, shared, &runs)
+        memory::map(process, &mut self.channel, alive, root, shared, heritage, &runs)
     }
 
     /// Tells processes that share memory where the first of them has put things.

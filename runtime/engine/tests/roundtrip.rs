@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use samara_capsule::record::{Bytes, ProcessState};
 use samara_capsule::transfer::{
-    PAGE_BYTES, PageBatch, PageRun, Place, Sink, Source, SpaceId, StreamName,
+    PAGE_BYTES, PageBatch, PageRun, Place, Sink, Source, SpaceId, StoredRun, StreamName,
 };
 use samara_engine::capture::{CaptureRequest, Captured, capture};
 use samara_engine::names::GivenNames;
@@ -24,7 +24,32 @@ use samara_engine::{Confinement, SeccompPolicy};
 /// A capsule in memory.
 #[derive(Default)]
 struct Memory {
-    pages: Mutex<BTreeMap<(SpaceId, u64), Vec<u8>>>,
+    contents: Vec<Vec<u8>>,
+    /// For each page which of the contents it has.
+    pages: BTreeMap<(SpaceId, u64), usize>,
+}
+
+impl Memory {
+    fn keep(&mut self, batch: &PageBatch, exact: bool) {
+        let mut contents = batch.bytes.chunks_exact(PAGE_BYTES);
+        for page in batch.runs.iter().flat_map(|run| run.first..run.first + run.count) {
+            let content = contents.next().expect("as many pages as the runs say");
+            if exact || content.iter().any(|byte| *byte != 0) {
+                for space in batch.spaces.iter() {
+                    self.pages.insert((*space, page), self.contents.len());
+                }
+                self.contents.push(content.to_vec());
+            }
+        }
+    }
+
+    fn of_space(&self, space: SpaceId) -> impl Iterator<Item = StoredRun> {
+        let pages = self.pages.range((space, 0)..=(space, u64::MAX));
+        pages.map(|((_, page), place)| StoredRun {
+            run: PageRun { first: *page, count: 1 },
+            place: *place as u64,
+        })
+    }
 }
 
 impl Sink for Memory {
@@ -33,28 +58,12 @@ impl Sink for Memory {
     }
 
     fn pages(&mut self, batch: PageBatch) -> io::Result<()> {
-        let mut pages = self.pages.lock().expect("no panic holds it");
-        let mut contents = batch.bytes.chunks_exact(PAGE_BYTES);
-        for run in batch.runs {
-            for page in run.first..run.first + run.count {
-                let content = contents.next().expect("as many pages as the runs say");
-                if content.iter().any(|byte| *byte != 0) {
-                    pages.insert((batch.space, page), content.to_vec());
-                }
-            }
-        }
+        self.keep(&batch, false);
         Ok(())
     }
 
     fn exact_pages(&mut self, batch: PageBatch) -> io::Result<()> {
-        let mut pages = self.pages.lock().expect("no panic holds it");
-        let mut contents = batch.bytes.chunks_exact(PAGE_BYTES);
-        for run in batch.runs {
-            for page in run.first..run.first + run.count {
-                let content = contents.next().expect("as many pages as the runs say");
-                pages.insert((batch.space, page), content.to_vec());
-            }
-        }
+        self.keep(&batch, true);
         Ok(())
     }
 
@@ -65,15 +74,22 @@ impl Sink for Memory {
 
 impl Source for Memory {
     fn runs(&self, space: SpaceId) -> io::Result<Vec<PageRun>> {
-        let pages = self.pages.lock().expect("no panic holds it");
-        let of_space = pages.range((space, 0)..=(space, u64::MAX));
-        Ok(of_space.map(|((_, page), _)| PageRun { first: *page, count: 1 }).collect())
+        Ok(self.of_space(space).map(|stored| stored.run).collect())
     }
 
-    fn transfer(&self, spaces: &[SpaceId], place: &Place<'_>) -> io::Result<()> {
-        for ((space, page), content) in &*self.pages.lock().expect("no panic holds it") {
-            if spaces.contains(space) {
-                place(*space, &[PageRun { first: *page, count: 1 }], content)?;
+    fn stored(&self, spaces: &[SpaceId]) -> io::Result<Vec<Vec<StoredRun>>> {
+        Ok(spaces.iter().map(|space| self.of_space(*space).collect()).collect())
+    }
+
+    fn transfer_some(&self, wanted: &[(SpaceId, &[PageRun])], place: &Place<'_>) -> io::Result<()> {
+        for (space, runs) in wanted {
+            for run in *runs {
+                let end = run.first.saturating_add(run.count);
+                for ((space, page), content) in self.pages.range((*space, run.first)..(*space, end))
+                {
+                    let run = PageRun { first: *page, count: 1 };
+                    place(*space, &[run], &self.contents[*content])?;
+                }
             }
         }
         Ok(())
@@ -309,5 +325,87 @@ fn a_thread_whose_label_would_differ_is_refused() {
     let ProcessState::Alive(alive) = &mut container.processes[0].state else { panic!("no init") };
     alive.threads[0].attributes.label = had;
     bring_back(&memory, &container, &log).unwrap_or_else(|error| panic!("{}", chain(&error)));
+    drop(guard);
+}
+
+/// What anonymous memory a process and those below it need together, in KiB.
+fn together(pid: i32) -> u64 {
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).expect("smaps_rollup");
+    let line = rollup.lines().find_map(|line| line.strip_prefix("Pss_Anon:")).expect("Pss_Anon");
+    let own: u64 = line.trim_end_matches("kB").trim().parse().expect("a number");
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+    let children = children.expect("children");
+    let children = children.split_whitespace().map(|pid| pid.parse().expect("a pid"));
+    own + children.map(together).sum::<u64>()
+}
+
+/// Workers of R, Python, PostgreSQL, Redis: stored and brought back apart, they take many times the memory.
+#[test]
+fn what_a_fork_left_in_common_is_stored_once_and_shared_again() {
+    let program = r#"
+import hashlib, mmap, os, time
+size = 16 << 20
+data = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+data[:] = os.urandom(size)
+def work(number):
+    if number == 1:
+        data[5 << 20:6 << 20] = os.urandom(1 << 20)
+    if number == 2 and os.fork() == 0:
+        data[0:100] = os.urandom(100)
+        number = 7
+    before = hashlib.sha256(data).digest()
+    os.write(1, b"ready\n")
+    for step in range(100000):
+        time.sleep(0.02)
+        if os.path.exists(os.environ["END"]):
+            break
+    os.write(1, b"same\n" if hashlib.sha256(data).digest() == before else b"differs\n")
+children = []
+for number in range(4):
+    child = os.fork()
+    if child == 0:
+        work(number)
+        os._exit(0)
+    children.append(child)
+work(9)
+for child in children:
+    os.waitpid(child, 0)
+while True:
+    try:
+        os.wait()
+    except ChildProcessError:
+        break
+"#;
+    const PROCESSES: usize = 6;
+    const MIB: u64 = 1 << 20;
+    let guard = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let folder = Folder::new("fork");
+    let (log, end) = (folder.0.join("log"), folder.0.join("end"));
+    let count = |word: &str| {
+        let text = fs::read_to_string(&log).unwrap_or_default();
+        text.lines().filter(|line| *line == word).count()
+    };
+    let variable = format!("END={}", end.display());
+    let command = ["env", variable.as_str(), "python3", "-c", program];
+    let mut namespace = Namespace::start(&command, &log, &[]);
+    wait_for("all to be ready", || (count("ready") == PROCESSES).then_some(()));
+    let needed = together(namespace.init);
+    for _ in 0..2 {
+        let (memory, captured) = snapshot(namespace.init);
+        let stored = (memory.contents.len() * PAGE_BYTES) as u64;
+        assert!(stored > 17 * MIB && stored < 40 * MIB, "{stored} bytes are stored");
+        assert!(memory.pages.len() * PAGE_BYTES > PROCESSES * (16 << 20));
+        let Captured { container, frozen, .. } = captured;
+        frozen.end(143).expect("end");
+        assert_eq!(namespace.exit_code(), Some(143));
+        drop(namespace);
+        namespace = bring_back(&memory, &container, &log)
+            .unwrap_or_else(|error| panic!("{}", chain(&error)));
+        let now = together(namespace.init);
+        assert!(now <= needed + needed / 10, "{needed} KiB were needed, and now {now}");
+    }
+    fs::write(&end, "").expect("a file");
+    assert_eq!(namespace.exit_code(), Some(0));
+    assert_eq!((count("same"), count("differs")), (PROCESSES, 0));
     drop(guard);
 }

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::mem::size_of;
+use std::num::NonZeroU64;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
@@ -76,6 +77,32 @@ const PAGE_IS_GUARD: u64 = 1 << 8;
 /// Regions fetched per call: 96 KiB of buffer, and a bounded hold of the process's mmap lock.
 const REGIONS_AT_ONCE: usize = 4096;
 
+/// Entries of the table, admin-guide/mm/pagemap.rst: bits 0-54 are the page's frame, or type and offset in swap.
+const PRESENT: u64 = 1 << 63;
+const SWAPPED: u64 = 1 << 62;
+const FILE: u64 = 1 << 61;
+const GUARD: u64 = 1 << 58;
+const EXCLUSIVE: u64 = 1 << 56;
+const PLACE: u64 = (1 << 55) - 1;
+
+/// Entries fetched per call: 512 KiB of buffer.
+const ENTRIES_AT_ONCE: u64 = 64 << 10;
+
+/// Where the content of a page is: a frame of memory, or a place in swap. Processes that have the same one at the same time have
+/// the same content there; how long they have it is the kernel's choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PhysicalPage(NonZeroU64);
+
+impl PhysicalPage {
+    fn of_entry(entry: u64) -> Option<PhysicalPage> {
+        let alone = entry & (EXCLUSIVE | GUARD) != 0;
+        if alone || entry & (PRESENT | SWAPPED) == 0 || entry & PLACE == 0 {
+            return None;
+        }
+        NonZeroU64::new(entry & (PRESENT | SWAPPED | PLACE)).map(PhysicalPage)
+    }
+}
+
 impl Pagemap {
     /// Opens the pagemap of a process and finds out what the kernel can tell.
     pub fn open(pid: Pid) -> io::Result<Pagemap> {
@@ -93,32 +120,78 @@ impl Pagemap {
 
     /// The runs of pages in `start..end` that are in memory or swapped out, less those that still are the shared page of zeros.
     pub fn populated(&self, start: u64, end: u64) -> io::Result<Vec<Run>> {
-        match self.scan {
-            Scan::Table => self.populated_by_table(start, end),
-            Scan::Guards | Scan::Plain => self.populated_by_scan(start, end),
-        }
-    }
-
-    fn populated_by_scan(&self, start: u64, end: u64) -> io::Result<Vec<Run>> {
-        let mut regions = vec![PageRegion::default(); REGIONS_AT_ONCE];
         let mut runs = Vec::new();
         let mut next = start;
         while next < end {
-            let (count, walk_end) = self.scan_once(next, end, &mut regions)?;
-            for region in regions.iter().take(count) {
-                runs.push(Run {
-                    start: region.start,
-                    end: region.end,
-                    file: region.categories & PAGE_IS_FILE != 0,
-                    guard: region.categories & PAGE_IS_GUARD != 0,
-                });
-            }
-            if walk_end <= next {
-                break;
-            }
+            let (some, walk_end) = self.populated_some(next, end, REGIONS_AT_ONCE)?;
+            runs.extend(some);
             next = walk_end;
         }
         Ok(runs)
+    }
+
+    /// The first of the runs that [`Pagemap::populated`] would tell, about `runs_max` of them, and the address to go on from.
+    pub fn populated_some(
+        &self,
+        start: u64,
+        end: u64,
+        runs_max: usize,
+    ) -> io::Result<(Vec<Run>, u64)> {
+        match self.scan {
+            Scan::Table => {
+                let part_end = end.min(start.saturating_add(ENTRIES_AT_ONCE * PAGE));
+                Ok((self.populated_by_table(start, part_end)?, part_end))
+            }
+            Scan::Guards | Scan::Plain => self.populated_by_scan(start, end, runs_max),
+        }
+    }
+
+    fn populated_by_scan(
+        &self,
+        start: u64,
+        end: u64,
+        runs_max: usize,
+    ) -> io::Result<(Vec<Run>, u64)> {
+        let mut regions = vec![PageRegion::default(); runs_max.clamp(1, REGIONS_AT_ONCE)];
+        let (count, walk_end) = self.scan_once(start, end, &mut regions)?;
+        let runs = regions.iter().take(count).map(|region| Run {
+            start: region.start,
+            end: region.end,
+            file: region.categories & PAGE_IS_FILE != 0,
+            guard: region.categories & PAGE_IS_GUARD != 0,
+        });
+        Ok((runs.collect(), if walk_end <= start { end } else { walk_end }))
+    }
+
+    /// For each page of `start..end` where its content is, as far as others may have it too. Replaces what `pages` holds.
+    ///
+    /// None for a page that nobody else has, that has no content, or of which the kernel does not tell: it wants a reader that
+    /// had CAP_SYS_ADMIN in the first user namespace when the pagemap was opened.
+    pub fn shared(
+        &self,
+        start: u64,
+        end: u64,
+        pages: &mut Vec<Option<PhysicalPage>>,
+    ) -> io::Result<()> {
+        pages.clear();
+        self.entries(start, end, &mut |_, entry| pages.push(PhysicalPage::of_entry(entry)))
+    }
+
+    /// Passes address and entry of each page.
+    fn entries(&self, start: u64, end: u64, take: &mut dyn FnMut(u64, u64)) -> io::Result<()> {
+        const ENTRY: usize = 8;
+        let mut next = start;
+        while next < end {
+            let pages = ((end - next) / PAGE).min(ENTRIES_AT_ONCE);
+            let mut bytes = vec![0u8; usize::try_from(pages).expect("bounded above") * ENTRY];
+            self.file.read_exact_at(&mut bytes, next / PAGE * ENTRY as u64)?;
+            for (index, entry) in bytes.chunks_exact(ENTRY).enumerate() {
+                let entry = u64::from_le_bytes(entry.try_into().expect("chunks of eight bytes"));
+                take(next + index as u64 * PAGE, entry);
+            }
+            next += pages * PAGE;
+        }
+        Ok(())
     }
 
     fn scan_once(
@@ -149,27 +222,17 @@ impl Pagemap {
     }
 
     fn populated_by_table(&self, start: u64, end: u64) -> io::Result<Vec<Run>> {
-        const ENTRY: usize = 8;
-        const ENTRIES_AT_ONCE: u64 = 64 << 10;
         let mut runs: Vec<Run> = Vec::new();
-        let mut next = start;
-        while next < end {
-            let pages = ((end - next) / PAGE).min(ENTRIES_AT_ONCE);
-            let mut bytes = vec![0u8; usize::try_from(pages).expect("bounded above") * ENTRY];
-            self.file.read_exact_at(&mut bytes, next / PAGE * ENTRY as u64)?;
-            for (index, entry) in bytes.chunks_exact(ENTRY).enumerate() {
-                let entry = u64::from_le_bytes(entry.try_into().expect("chunks of eight bytes"));
-                if entry >> 62 == 0 {
-                    continue;
-                }
-                let (address, file) = (next + index as u64 * PAGE, entry >> 61 & 1 == 1);
-                match runs.last_mut() {
-                    Some(last) if last.end == address && last.file == file => last.end += PAGE,
-                    _ => runs.push(Run { start: address, end: address + PAGE, file, guard: false }),
-                }
+        self.entries(start, end, &mut |address, entry| {
+            if entry & (PRESENT | SWAPPED) == 0 {
+                return;
             }
-            next += pages * PAGE;
-        }
+            let file = entry & FILE != 0;
+            match runs.last_mut() {
+                Some(last) if last.end == address && last.file == file => last.end += PAGE,
+                _ => runs.push(Run { start: address, end: address + PAGE, file, guard: false }),
+            }
+        })?;
         Ok(runs)
     }
 }
@@ -203,5 +266,63 @@ mod tests {
             }
             assert_eq!(pages, [3, 4, 5, 9], "{scan:?}");
         }
+    }
+
+    /// A child that never returns to the test's code; ended with the value.
+    struct Fork(Pid);
+
+    impl Fork {
+        fn new(change: *mut u8) -> Fork {
+            // SAFETY: the child makes no call but `pause`, which is async-signal-safe.
+            let pid = unsafe { libc::fork() };
+            if pid == 0 {
+                // SAFETY: the byte is in a buffer of the parent, which the child has a copy of.
+                unsafe { change.write_volatile(7) };
+                loop {
+                    // SAFETY: takes nothing.
+                    unsafe { libc::pause() };
+                }
+            }
+            assert!(pid > 0, "fork failed");
+            Fork(pid)
+        }
+    }
+
+    impl Drop for Fork {
+        fn drop(&mut self) {
+            // SAFETY: a child of this process that nobody has waited for.
+            unsafe { libc::kill(self.0, libc::SIGKILL) };
+            // SAFETY: as above; no status is asked for.
+            unsafe { libc::waitpid(self.0, std::ptr::null_mut(), 0) };
+        }
+    }
+
+    /// Without this, pages that differ could be taken for the same, or what a fork shares be stored twice. Needs root.
+    #[test]
+    fn tells_what_a_fork_has_left_in_common() {
+        let mut memory = vec![1u8; 8 * 4096];
+        let base = memory.as_ptr().addr().next_multiple_of(4096);
+        let offset = base - memory.as_ptr().addr();
+        let (start, end) = (base as u64, base as u64 + 4 * 4096);
+        let own = Pagemap::open(i32::try_from(std::process::id()).expect("a pid")).expect("open");
+        let child = Fork::new(&raw mut memory[offset + 2 * 4096]);
+        let other = Pagemap::open(child.0).expect("open");
+        let (mut here, mut there) = (Vec::new(), Vec::new());
+        for _ in 0..1000 {
+            own.shared(start, end, &mut here).expect("entries");
+            other.shared(start, end, &mut there).expect("entries");
+            if there[2].is_none() {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        assert_eq!(there[2], None, "the child's own page");
+        for page in [0, 1, 3] {
+            assert!(
+                here[page].is_some() && here[page] == there[page],
+                "{page}: {here:?} {there:?}"
+            );
+        }
+        assert_ne!(here[0], here[1]);
     }
 }

@@ -58,7 +58,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             page[..8].copy_from_slice(&number.to_le_bytes());
         }
         let runs = vec![PageRun { first: number * pages, count: pages }];
-        writer.pages(PageBatch { space: SpaceId(0), runs, bytes })?;
+        writer.pages(PageBatch { spaces: [SpaceId(0)].into(), runs, bytes })?;
     }
     let facts = CapsuleFacts {
         created: SystemTime::now(),

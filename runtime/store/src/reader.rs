@@ -14,12 +14,14 @@ use samara_capsule::BLOB_BYTES_MAX;
 use samara_capsule::cbor::RECORDS_BYTES_MAX;
 use samara_capsule::config::{CapsuleConfig, ConfigError};
 use samara_capsule::digest::Digest;
-use samara_capsule::frame::{FrameDecoder, FrameError};
+use samara_capsule::frame::{FRAME_PAGES_MAX, FrameDecoder, FrameError};
 use samara_capsule::log::CapsuleRef;
 use samara_capsule::manifest::{BlobRef, MANIFEST_BYTES_MAX, Manifest, ManifestError};
 use samara_capsule::pagemap::{MapFrame, MapRun, PAGE_NUMBER_END, Segment, SegmentError};
 use samara_capsule::stream::WINDOW_LOG_MAX;
-use samara_capsule::transfer::{PAGE_BYTES, PageRun, Place, Source, SpaceId, StreamName};
+use samara_capsule::transfer::{
+    PAGE_BYTES, PageRun, Place, Source, SpaceId, StoredRun, StreamName,
+};
 use tokio::task::JoinHandle;
 
 use crate::log::LogError;
@@ -184,17 +186,34 @@ impl CapsuleReader {
         space: SpaceId,
         mut take: impl FnMut(Segment) -> Result<(), ReadError>,
     ) -> Result<(), ReadError> {
-        let Some(blobs) = self.manifest.maps.get(&space) else { return Ok(()) };
-        let fetches = futures::stream::iter(blobs).map(|&blob| async move {
+        self.segments_of([space], |_, segment| take(segment))
+    }
+
+    /// As [`CapsuleReader::segments`] for one space after the other, each with its index.
+    fn segments_of(
+        &self,
+        spaces: impl IntoIterator<Item = SpaceId>,
+        mut take: impl FnMut(usize, Segment) -> Result<(), ReadError>,
+    ) -> Result<(), ReadError> {
+        let blobs = spaces.into_iter().enumerate().flat_map(|(index, space)| {
+            let blobs = self.manifest.maps.get(&space).into_iter().flatten();
+            blobs.map(move |&blob| (index, space, blob))
+        });
+        let fetches = futures::stream::iter(blobs).map(|(index, space, blob)| async move {
             let content = self.store.get_blob(blob).await?;
+            let digest = blob.digest;
             let decoded = Segment::decode(&content);
-            decoded.map_err(|source| ReadError::Segment { space, digest: blob.digest, source })
+            let segment = decoded.map_err(|source| ReadError::Segment { space, digest, source })?;
+            Ok::<_, ReadError>((index, space, segment))
         });
         let mut segments = fetches.buffered(SEGMENT_FETCHES_MAX);
-        let mut end = 0;
+        let (mut current, mut end) = (0, 0);
         self.store.block_on(async {
             while let Some(segment) = segments.next().await {
-                let segment = segment?;
+                let (index, space, segment) = segment?;
+                if index != current {
+                    (current, end) = (index, 0);
+                }
                 let (Some(first), Some(last)) = (segment.runs().first(), segment.runs().last())
                 else {
                     continue;
@@ -208,7 +227,7 @@ impl CapsuleReader {
                 {
                     return Err(ReadError::UnknownPack { space, pack });
                 }
-                take(segment)?;
+                take(index, segment)?;
             }
             Ok(())
         })
@@ -230,9 +249,30 @@ impl CapsuleReader {
         Ok(runs)
     }
 
-    fn transfer_all(&self, spaces: &[SpaceId], place: &Place<'_>) -> Result<(), TransferError> {
-        let plan = self.plan(spaces)?;
-        let threads = self.store.threads().min(plan.packs.len()).min(DECODERS_MAX);
+    /// The runs of spaces, and where they lie.
+    fn all_stored(&self, spaces: &[SpaceId]) -> Result<Vec<Vec<StoredRun>>, ReadError> {
+        let mut frames = Frames::default();
+        let mut stored = vec![Vec::new(); spaces.len()];
+        self.segments_of(spaces.iter().copied(), |index, segment| {
+            let mut numbers = frames.of_segment(&segment, &self.pack_bytes);
+            for run in segment.runs() {
+                let place =
+                    u64::from(numbers.number(run)) << PAGE_IN_FRAME_BITS | u64::from(run.page);
+                let run = PageRun { first: run.first, count: run.count.into() };
+                stored.get_mut(index).expect("the space's index").push(StoredRun { run, place });
+            }
+            Ok(())
+        })?;
+        Ok(stored)
+    }
+
+    fn transfer_wanted(
+        &self,
+        wanted: &[(SpaceId, &[PageRun])],
+        place: &Place<'_>,
+    ) -> Result<(), TransferError> {
+        let plan = self.plan(wanted)?;
+        let threads = self.store.threads().min(plan.packs().len()).min(DECODERS_MAX);
         if threads == 0 {
             return Ok(());
         }
@@ -254,7 +294,7 @@ impl CapsuleReader {
             }
             // Once every worker has ended, as they do on their first error each, sending fails and the fetches end.
             drop(queue);
-            let fetches = futures::stream::iter(plan.packs.iter().enumerate());
+            let fetches = futures::stream::iter(plan.packs().iter().enumerate());
             let in_flight = FETCHES_MAX.saturating_sub(threads).max(2);
             let mut fetches = fetches
                 .map(|(index, &blob)| {
@@ -292,55 +332,29 @@ impl CapsuleReader {
     }
 
     /// Which pages of which frames are wanted, ordered by pack and frame.
-    fn plan(&self, spaces: &[SpaceId]) -> Result<Plan, ReadError> {
-        let mut plan = Plan::default();
-        let mut pack_numbers: HashMap<Digest, u32> = HashMap::new();
-        let mut frame_numbers: HashMap<(u32, u32), u32> = HashMap::new();
-        for (index, &space) in spaces.iter().enumerate() {
-            let space_index = u32::try_from(index).expect("there are fewer than 2^24 spaces");
-            plan.spaces.push(space);
-            self.segments(space, |segment| {
-                let mut packs = Vec::with_capacity(segment.packs().len());
-                for &digest in segment.packs() {
-                    let number = *pack_numbers.entry(digest).or_insert_with(|| {
-                        let bytes = self.pack_bytes.get(&digest).copied().unwrap_or_default();
-                        plan.packs.push(BlobRef { digest, bytes });
-                        count(plan.packs.len() - 1)
-                    });
-                    packs.push(number);
+    fn plan(&self, wanted: &[(SpaceId, &[PageRun])]) -> Result<Plan, ReadError> {
+        let mut plan =
+            Plan { spaces: wanted.iter().map(|(space, _)| *space).collect(), ..Plan::default() };
+        self.segments_of(plan.spaces.clone(), |index, segment| {
+            let (_, runs) = wanted.get(index).expect("the space's index");
+            let space = count(index);
+            let mut numbers = plan.frames.of_segment(&segment, &self.pack_bytes);
+            for run in segment.runs() {
+                for part in parts_within(run, runs) {
+                    plan.wanted.push(Wanted::new(&part, numbers.number(&part), space));
                 }
-                let mut frames = Vec::with_capacity(segment.frames().len());
-                for frame in segment.frames() {
-                    let pack =
-                        *packs.get(frame.pack as usize).expect("a segment's indices were checked");
-                    let number = *frame_numbers.entry((pack, frame.offset)).or_insert_with(|| {
-                        plan.frames.push(MapFrame { pack, ..*frame });
-                        count(plan.frames.len() - 1)
-                    });
-                    frames.push(number);
-                }
-                for run in segment.runs() {
-                    let frame =
-                        *frames.get(run.frame as usize).expect("a segment's indices were checked");
-                    plan.wanted.push(Wanted::new(run, frame, space_index));
-                }
-                Ok(())
-            })?;
-        }
+            }
+            Ok(())
+        })?;
         // By frame, and within a frame by space and page: what lies together is placed together.
-        let frames = &plan.frames;
+        let frames = &plan.frames.frames;
         let pack_of =
             |wanted: &Wanted| frames.get(wanted.frame as usize).map_or(0, |frame| frame.pack);
         plan.wanted.sort_unstable_by_key(|wanted| {
             (pack_of(wanted), wanted.frame, wanted.space(), wanted.first())
         });
-        plan.starts = plan
-            .packs
-            .iter()
-            .enumerate()
-            .map(|(pack, _)| {
-                plan.wanted.partition_point(|wanted| (pack_of(wanted) as usize) < pack)
-            })
+        plan.starts = (0..plan.frames.packs.len())
+            .map(|pack| plan.wanted.partition_point(|wanted| (pack_of(wanted) as usize) < pack))
             .collect();
         Ok(plan)
     }
@@ -355,12 +369,12 @@ impl CapsuleReader {
         let mut decoder = FrameDecoder::new().map_err(ReadError::Decompress)?;
         let mut raw = Vec::new();
         for (index, content) in queue {
-            let pack = *plan.packs.get(index).expect("the index is that of a planned pack");
+            let pack = *plan.packs().get(index).expect("the index is that of a planned pack");
             self.store.check_blob(pack, &content).map_err(ReadError::Store)?;
             for wanted in plan.of_pack(index).chunk_by(|a, b| a.frame == b.frame) {
                 let [first, ..] = wanted else { continue };
-                let frame =
-                    plan.frames.get(first.frame as usize).expect("the plan's indices are its own");
+                let frame = plan.frames.frames.get(first.frame as usize);
+                let frame = frame.expect("the plan's indices are its own");
                 decode_frame(&mut decoder, pack.digest, frame, &content, &mut raw)?;
                 for wanted in wanted.chunk_by(Wanted::is_followed_by) {
                     let [first, ..] = wanted else { continue };
@@ -423,13 +437,80 @@ impl<T> Drop for AbortOnDrop<T> {
     }
 }
 
+/// Packs and frames of a capsule, in the order in which they were first asked for.
+#[derive(Debug, Default)]
+struct Frames {
+    packs: Vec<BlobRef>,
+    /// `pack` counts `packs`.
+    frames: Vec<MapFrame>,
+    pack_numbers: HashMap<Digest, u32>,
+    /// By pack and offset.
+    frame_numbers: HashMap<(u32, u32), u32>,
+}
+
+impl Frames {
+    fn of_segment<'a>(
+        &'a mut self,
+        segment: &'a Segment,
+        pack_bytes: &'a HashMap<Digest, u64>,
+    ) -> SegmentFrames<'a> {
+        let numbers = vec![None; segment.frames().len()];
+        SegmentFrames { all: self, segment, pack_bytes, numbers }
+    }
+}
+
+/// How [`Frames`] numbers the frames of a segment.
+struct SegmentFrames<'a> {
+    all: &'a mut Frames,
+    segment: &'a Segment,
+    pack_bytes: &'a HashMap<Digest, u64>,
+    numbers: Vec<Option<u32>>,
+}
+
+impl SegmentFrames<'_> {
+    /// The number of the frame of one of the segment's runs.
+    fn number(&mut self, run: &MapRun) -> u32 {
+        const CHECKED: &str = "a segment's indices were checked";
+        let known = self.numbers.get_mut(run.frame as usize).expect(CHECKED);
+        if let Some(number) = known {
+            return *number;
+        }
+        let frame = *self.segment.frames().get(run.frame as usize).expect(CHECKED);
+        let digest = *self.segment.packs().get(frame.pack as usize).expect(CHECKED);
+        let Frames { packs, frames, pack_numbers, frame_numbers } = &mut *self.all;
+        let pack = *pack_numbers.entry(digest).or_insert_with(|| {
+            let bytes = self.pack_bytes.get(&digest).copied().unwrap_or_default();
+            packs.push(BlobRef { digest, bytes });
+            count(packs.len() - 1)
+        });
+        let number = *frame_numbers.entry((pack, frame.offset)).or_insert_with(|| {
+            frames.push(MapFrame { pack, ..frame });
+            count(frames.len() - 1)
+        });
+        *known = Some(number);
+        number
+    }
+}
+
+/// A frame has at most 256 pages.
+const PAGE_IN_FRAME_BITS: u32 = 8;
+const _: () = assert!(FRAME_PAGES_MAX <= 1 << PAGE_IN_FRAME_BITS);
+
+/// The parts of a run that lie in `wanted`, which is in ascending order.
+fn parts_within<'a>(run: &'a MapRun, wanted: &'a [PageRun]) -> impl Iterator<Item = MapRun> + 'a {
+    let (low, high) = (run.first, run.first + u64::from(run.count));
+    let first = wanted.partition_point(|one| one.first.saturating_add(one.count) <= low);
+    let touching = wanted.get(first..).unwrap_or_default().iter();
+    touching
+        .take_while(move |one| one.first < high)
+        .map(|one| run.clip(one.first, one.first.saturating_add(one.count)))
+}
+
 /// What a transfer fetches and where it goes.
 #[derive(Debug, Default)]
 struct Plan {
     spaces: Vec<SpaceId>,
-    packs: Vec<BlobRef>,
-    /// `pack` counts `packs`.
-    frames: Vec<MapFrame>,
+    frames: Frames,
     /// Ordered by pack, frame, space and page.
     wanted: Vec<Wanted>,
     /// For each pack, where its part of `wanted` begins.
@@ -437,6 +518,10 @@ struct Plan {
 }
 
 impl Plan {
+    fn packs(&self) -> &[BlobRef] {
+        &self.frames.packs
+    }
+
     fn of_pack(&self, pack: usize) -> &[Wanted] {
         let start = self.starts.get(pack).copied().unwrap_or(self.wanted.len());
         let end = self.starts.get(pack + 1).copied().unwrap_or(self.wanted.len());
@@ -507,8 +592,12 @@ impl Source for CapsuleReader {
         self.all_runs(space).map_err(io::Error::other)
     }
 
-    fn transfer(&self, spaces: &[SpaceId], place: &Place<'_>) -> io::Result<()> {
-        self.transfer_all(spaces, place).map_err(|error| match error {
+    fn stored(&self, spaces: &[SpaceId]) -> io::Result<Vec<Vec<StoredRun>>> {
+        self.all_stored(spaces).map_err(io::Error::other)
+    }
+
+    fn transfer_some(&self, wanted: &[(SpaceId, &[PageRun])], place: &Place<'_>) -> io::Result<()> {
+        self.transfer_wanted(wanted, place).map_err(|error| match error {
             TransferError::Read(error) => io::Error::other(error),
             TransferError::Place(error) => error,
         })

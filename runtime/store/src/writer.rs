@@ -28,7 +28,7 @@ use samara_capsule::frame::{Codec, FrameEncoder};
 use samara_capsule::log::CapsuleRef;
 use samara_capsule::manifest::{BlobRef, Manifest, ManifestError};
 use samara_capsule::pack::PackBuilder;
-use samara_capsule::pagemap::{MapBuilder, MapError, MapFrame, Segment};
+use samara_capsule::pagemap::{MapBuilder, MapError, MapFrame, SPACES_MAX, Segment};
 use samara_capsule::stream::{STREAMS_MAX, StreamNameError, check_name};
 use samara_capsule::transfer::{
     BATCH_BYTES_MAX, PAGE_BYTES, PageBatch, PageRun, Sink, SpaceId, StreamName,
@@ -143,7 +143,7 @@ pub struct CapsuleFacts {
 pub struct Committed {
     pub capsule: CapsuleRef,
     pub epoch: u64,
-    /// Bytes of pages, streams and records before compression.
+    /// Bytes of pages, streams and records before compression. Pages that several spaces have in common count once.
     pub raw_bytes: u64,
     /// Bytes of all blobs but config and manifest, each counted once.
     pub stored_bytes: u64,
@@ -199,7 +199,7 @@ struct PendingStream {
 
 #[derive(Debug)]
 struct Part {
-    space: SpaceId,
+    spaces: Arc<[SpaceId]>,
     exact: bool,
     runs: Vec<PageRun>,
 }
@@ -223,10 +223,13 @@ enum Done {
     Stream { number: usize, stored: Vec<u8> },
 }
 
+/// A run of pages, and the spaces that have it.
+type OwnedRun = (Arc<[SpaceId]>, PageRun);
+
 /// One frame, whose bytes lie behind those of the frame before it.
 #[derive(Debug)]
 struct Frame {
-    runs: Vec<(SpaceId, PageRun)>,
+    runs: Vec<OwnedRun>,
     pages: usize,
     codec: Codec,
     digest: FrameDigest,
@@ -356,7 +359,8 @@ impl CapsuleWriter {
         shared.seal_rest()?;
         let state = shared.wait(|state| state.in_flight == 0 && state.uploading == 0)?;
 
-        let pages = { state }.map.pages();
+        let (pages, stored_pages) = (state.map.pages(), state.map.stored_pages());
+        drop(state);
         shared.store_maps()?;
         shared.store_records(records)?;
         let mut state = shared.wait(|state| state.uploading == 0)?;
@@ -378,8 +382,9 @@ impl CapsuleWriter {
         let mut packs = std::mem::take(&mut state.packs);
         packs.sort_unstable();
         packs.dedup();
-        let raw_bytes =
-            pages * PAGE_BYTES as u64 + streams_raw.values().sum::<u64>() + records.len() as u64;
+        let raw_bytes = stored_pages * PAGE_BYTES as u64
+            + streams_raw.values().sum::<u64>()
+            + records.len() as u64;
         let records_blob = state.records.take().expect("the records were uploaded");
         let zero_pages = state.zero_pages;
         drop(state);
@@ -445,16 +450,17 @@ impl CapsuleWriter {
     }
 
     fn take_pages(&mut self, batch: PageBatch, exact: bool) -> Result<(), WriteError> {
-        let PageBatch { space, runs, bytes } = batch;
+        let PageBatch { spaces, runs, bytes } = batch;
         let pages = runs.iter().try_fold(0u64, |sum, run| sum.checked_add(run.count));
         let pages = pages.unwrap_or(u64::MAX);
         if bytes.len() > BATCH_BYTES_MAX
             || pages.checked_mul(PAGE_BYTES as u64) != Some(bytes.len() as u64)
         {
+            let space = spaces.first().copied().unwrap_or(SpaceId(SPACES_MAX));
             return Err(WriteError::Batch { space, bytes: bytes.len(), pages });
         }
         self.shared.progress.raw_bytes.fetch_add(bytes.len() as u64, Relaxed);
-        let part = Part { space, exact, runs };
+        let part = Part { spaces, exact, runs };
         if self.pending.bytes.len() + bytes.len() > BATCH_BYTES_MAX
             || bytes.len() >= LONE_BATCH_BYTES
         {
@@ -888,8 +894,10 @@ impl State {
             digest,
         });
         let mut page = 0;
-        for (space, run) in runs {
-            map.add_run(space, run, frame, page)?;
+        for (spaces, run) in runs {
+            for space in spaces.iter() {
+                map.add_run(*space, run, frame, page)?;
+            }
             page += u16::try_from(run.count).expect("a frame has at most 256 pages");
         }
         Ok(())
@@ -928,14 +936,14 @@ impl State {
 
 /// Takes runs of `pages` pages off the front of `runs`, cutting the last one if need be.
 fn take_runs(
-    runs: &mut std::iter::Peekable<std::vec::IntoIter<(SpaceId, PageRun)>>,
+    runs: &mut std::iter::Peekable<std::vec::IntoIter<OwnedRun>>,
     mut pages: u64,
-) -> Vec<(SpaceId, PageRun)> {
+) -> Vec<OwnedRun> {
     let mut taken = Vec::new();
     while pages > 0 {
-        let Some((space, run)) = runs.peek_mut() else { break };
+        let Some((spaces, run)) = runs.peek_mut() else { break };
         let count = run.count.min(pages);
-        taken.push((*space, PageRun { first: run.first, count }));
+        taken.push((spaces.clone(), PageRun { first: run.first, count }));
         pages -= count;
         run.first += count;
         run.count -= count;
@@ -947,12 +955,12 @@ fn take_runs(
 }
 
 /// Removes the pages that are all zeros and need not be stored, and returns the runs of those that are left.
-fn drop_zero_pages(parts: Vec<Part>, bytes: &mut Vec<u8>) -> Vec<(SpaceId, PageRun)> {
+fn drop_zero_pages(parts: Vec<Part>, bytes: &mut Vec<u8>) -> Vec<OwnedRun> {
     const ZEROS: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
-    let mut kept: Vec<(SpaceId, PageRun)> = Vec::new();
+    let mut kept: Vec<OwnedRun> = Vec::new();
     // Pages before `end` are kept; the next page to look at begins at `at`.
     let (mut end, mut at) = (0, 0);
-    for Part { space, exact, runs } in parts {
+    for Part { spaces, exact, runs } in parts {
         for PageRun { first, count } in runs {
             for number in first..first.saturating_add(count) {
                 let page = at..at + PAGE_BYTES;
@@ -965,10 +973,10 @@ fn drop_zero_pages(parts: Vec<Part>, bytes: &mut Vec<u8>) -> Vec<(SpaceId, PageR
                 }
                 end += PAGE_BYTES;
                 match kept.last_mut() {
-                    Some((last, run)) if *last == space && run.first + run.count == number => {
+                    Some((last, run)) if *last == spaces && run.first + run.count == number => {
                         run.count += 1
                     }
-                    _ => kept.push((space, PageRun { first: number, count: 1 })),
+                    _ => kept.push((spaces.clone(), PageRun { first: number, count: 1 })),
                 }
             }
         }

@@ -119,7 +119,7 @@ fn batch(number: u64) -> PageBatch {
     fill(&mut bytes, number);
     let runs =
         (0..256).map(|page| PageRun { first: (number * 256 + page) * 2, count: 1 }).collect();
-    PageBatch { space: SpaceId(0), runs, bytes }
+    PageBatch { spaces: [SpaceId(0)].into(), runs, bytes }
 }
 
 fn fill(bytes: &mut Vec<u8>, seed: u64) {
@@ -139,10 +139,10 @@ fn write(store: &Store) {
     let mut lease = store.take_epoch(&BTreeMap::new()).unwrap().lease;
     let mut writer = CapsuleWriter::new(store).unwrap();
     for number in 0..BATCHES {
-        let PageBatch { space, runs, bytes } = batch(number);
+        let PageBatch { spaces, runs, bytes } = batch(number);
         let mut buffer = writer.buffer();
         buffer.extend_from_slice(&bytes);
-        writer.pages(PageBatch { space, runs, bytes: buffer }).unwrap();
+        writer.pages(PageBatch { spaces, runs, bytes: buffer }).unwrap();
     }
     let mut piece = Vec::new();
     for number in 0..STREAM_MIB {

@@ -1,6 +1,6 @@
 //! What is written comes back: pages of several spaces, zero pages, streams and records.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::Read as _;
 
 use samara_capsule::transfer::{
@@ -9,7 +9,9 @@ use samara_capsule::transfer::{
 use samara_store::config::StoreConfig;
 use samara_store::{CapsuleReader, CapsuleWriter, Location, Store};
 
-use crate::sample::{batch, facts, folder_config, name, open, page, read_pages, take_epoch};
+use crate::sample::{
+    batch, collect_pages, facts, folder_config, name, open, page, read_pages, take_epoch,
+};
 
 #[test]
 fn everything_comes_back() {
@@ -17,6 +19,9 @@ fn everything_comes_back() {
     let store = open(folder.path());
     everything_comes_back_from(&store, &open(folder.path()));
 }
+
+/// First and count of pages that two spaces have in common.
+const COMMON: (u64, u64) = (2_000_000, 100);
 
 /// Writes through one handle and reads through another.
 pub(crate) fn everything_comes_back_from(store: &Store, other: &Store) {
@@ -42,7 +47,7 @@ pub(crate) fn everything_comes_back_from(store: &Store, other: &Store) {
     }
     // Zeros are left out, unless they must be there.
     let zeros = |space| PageBatch {
-        space: SpaceId(space),
+        spaces: [SpaceId(space)].into(),
         runs: vec![PageRun { first: 1_000_000, count: 2 }],
         bytes: vec![0; 2 * PAGE_BYTES],
     };
@@ -50,6 +55,19 @@ pub(crate) fn everything_comes_back_from(store: &Store, other: &Store) {
     writer.exact_pages(zeros(5)).unwrap();
     for number in [1_000_000, 1_000_001] {
         wanted.insert((SpaceId(5), number), vec![0; PAGE_BYTES]);
+    }
+
+    // Pages that spaces have in common, beside some of their own.
+    let common = PageBatch { spaces: [SpaceId(0), SpaceId(5)].into(), ..batch(77, &[COMMON]) };
+    writer.pages(common).unwrap();
+    writer.pages(batch(5, &[(COMMON.0 + COMMON.1, 2)])).unwrap();
+    for number in COMMON.0..COMMON.0 + COMMON.1 {
+        for space in [0, 5] {
+            wanted.insert((SpaceId(space), number), page(77, number));
+        }
+    }
+    for number in [COMMON.0 + COMMON.1, COMMON.0 + COMMON.1 + 1] {
+        wanted.insert((SpaceId(5), number), page(5, number));
     }
 
     // A layer of several parts, because most of it can't be compressed.
@@ -64,6 +82,9 @@ pub(crate) fn everything_comes_back_from(store: &Store, other: &Store) {
     let committed = writer.commit(&mut lease, b"the records", facts()).unwrap();
     assert_eq!(committed.pages, wanted.len() as u64);
     assert_eq!(committed.zero_pages, 2);
+    let others = (layer.len() + 1 + b"the records".len()) as u64;
+    let once = wanted.len() as u64 - COMMON.1;
+    assert_eq!(committed.raw_bytes, once * PAGE_BYTES as u64 + others);
     assert!(committed.stored_bytes < committed.raw_bytes);
 
     let reader = CapsuleReader::open_latest(other).unwrap();
@@ -78,6 +99,34 @@ pub(crate) fn everything_comes_back_from(store: &Store, other: &Store) {
     let runs = reader.runs(SpaceId(5)).unwrap();
     assert_eq!(runs.iter().map(|run| run.count).sum::<u64>(), only.len() as u64);
     assert!(reader.runs(SpaceId(77)).unwrap().is_empty());
+
+    // What is in common lies in the same place, and nothing else does.
+    let spaces = [SpaceId(0), SpaceId(77), SpaceId(5)];
+    let stored = reader.stored(&spaces).unwrap();
+    let places = |index: usize| -> BTreeMap<u64, u64> {
+        let runs = stored[index].iter();
+        runs.flat_map(|stored| {
+            (0..stored.run.count).map(|i| (stored.place + i, stored.run.first + i))
+        })
+        .collect()
+    };
+    let (first, second) = (places(0), places(2));
+    assert_eq!(second.len(), only.len());
+    assert!(stored[1].is_empty());
+    let both = first.iter().filter(|(place, page)| second.get(place) == Some(page));
+    let both: Vec<u64> = both.map(|(_, page)| *page).collect();
+    assert_eq!(both, (COMMON.0..COMMON.0 + COMMON.1).collect::<Vec<_>>());
+    assert_eq!(first.keys().filter(|place| second.contains_key(place)).count(), both.len());
+
+    // Parts of spaces, cut within frames.
+    let parts = [PageRun { first: 0, count: 5 }, PageRun { first: COMMON.0 + 90, count: 11 }];
+    let some = [(SpaceId(5), parts.as_slice()), (SpaceId(0), &parts[1..])];
+    let some = collect_pages(|place| reader.transfer_some(&some, place)).unwrap();
+    let of_five = (0..5).chain(COMMON.0 + 90..COMMON.0 + 101).map(|number| (SpaceId(5), number));
+    let of_first = (COMMON.0 + 90..COMMON.0 + 100).map(|number| (SpaceId(0), number));
+    let numbers: Vec<_> = of_first.chain(of_five).collect();
+    assert_eq!(some.len(), numbers.len());
+    assert!(numbers.iter().all(|number| some.get(number) == wanted.get(number)));
 
     let mut back = Vec::new();
     reader.stream(&name("root")).unwrap().unwrap().read_to_end(&mut back).unwrap();
@@ -115,7 +164,7 @@ fn wrong_input_fails_the_writer_for_good() {
     let mut lease = take_epoch(&store);
     let mut writer = CapsuleWriter::new(&store).unwrap();
     let short = PageBatch {
-        space: SpaceId(0),
+        spaces: [SpaceId(0)].into(),
         runs: vec![PageRun { first: 0, count: 2 }],
         bytes: vec![1; PAGE_BYTES],
     };

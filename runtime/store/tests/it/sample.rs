@@ -10,7 +10,7 @@ use std::time::SystemTime;
 use samara_capsule::cbor::encode_record;
 use samara_capsule::config::{Provenance, Requirements};
 use samara_capsule::transfer::{
-    PAGE_BYTES, PageBatch, PageRun, Sink as _, Source as _, SpaceId, StreamName,
+    PAGE_BYTES, PageBatch, PageRun, Place, Sink as _, Source as _, SpaceId, StreamName,
 };
 use samara_store::config::StoreConfig;
 use samara_store::writer::{CapsuleFacts, Committed, WriteError};
@@ -59,7 +59,7 @@ pub(crate) fn batch(space: u32, runs: &[(u64, u64)]) -> PageBatch {
     let numbers = runs.iter().flat_map(|&(first, count)| first..first + count);
     let bytes = numbers.flat_map(|number| page(space, number)).collect();
     let runs = runs.iter().map(|&(first, count)| PageRun { first, count }).collect();
-    PageBatch { space: SpaceId(space), runs, bytes }
+    PageBatch { spaces: [SpaceId(space)].into(), runs, bytes }
 }
 
 /// Passes the pages of a small capsule to a writer; `seed` makes them differ from others.
@@ -78,8 +78,15 @@ pub(crate) fn write(store: &Store, lease: &mut Lease, seed: u64) -> Result<Commi
 pub(crate) type Pages = HashMap<(SpaceId, u64), Vec<u8>>;
 
 pub(crate) fn read_pages(reader: &CapsuleReader, spaces: &[SpaceId]) -> io::Result<Pages> {
+    collect_pages(|place| reader.transfer(spaces, place))
+}
+
+/// The pages that a transfer places.
+pub(crate) fn collect_pages(
+    transfer: impl FnOnce(&Place<'_>) -> io::Result<()>,
+) -> io::Result<Pages> {
     let pages = Mutex::new(HashMap::new());
-    reader.transfer(spaces, &|space, runs, bytes| {
+    transfer(&|space, runs, bytes| {
         let numbers = runs.iter().flat_map(|run| run.first..run.first + run.count);
         let mut pages = pages.lock().unwrap();
         let (bytes, rest) = bytes.as_chunks::<PAGE_BYTES>();
