@@ -403,13 +403,15 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
         provenance: provenance(&saved, &record),
         requirements: requirements(&base, &saved.container.vdso_sha256),
     };
-    let keep = |held: &Held| match Held::load(&dir) {
-        Some(known) if known.address == held.address => match held.save(&dir) {
-            // Its container has ended meanwhile.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            other => other.map_err(io("keep the lease")),
-        },
-        _ => Ok(()),
+    // The capsule is there by then, and an older lease finds the way to the newest slot by itself: no reason to call it a failure.
+    let keep = |held: &Held| {
+        if Held::load(&dir).is_some_and(|known| known.address == held.address)
+            && let Err(error) = held.save(&dir)
+            // Its container may have ended meanwhile.
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(%error, "the lease could not be kept");
+        }
     };
     phase::reached(Phase::FilesCopied);
     let (committed, pause) = if order.leave_running {
@@ -423,13 +425,13 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
         phase::reached(Phase::Thawed);
         progress("storing");
         let committed = writer.commit(&mut held.lease, &records, facts)?;
-        keep(&held)?;
+        keep(&held);
         phase::reached(Phase::Committed);
         (committed, pause)
     } else {
         progress("storing");
         let committed = writer.commit(&mut held.lease, &records, facts)?;
-        keep(&held)?;
+        keep(&held);
         phase::reached(Phase::Committed);
         ENDING.store(true, Ordering::SeqCst);
         ending::ask(&dir, "checkpoint");

@@ -13,7 +13,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Process};
 use samara_engine::phase::{self, Phase};
 use samara_kernel::netdevice;
 use samara_kernel::setns::{Namespace, inside};
-use samara_store::Location;
+use samara_store::{Kept, Location};
 
 use crate::address::{self, Address, Node, RestorePolicy};
 use crate::bundle::{self, Bundle, BundleError};
@@ -129,6 +129,8 @@ pub struct Created {
     /// This process' own cgroups. Dropped, it goes back to them, which takes milliseconds; so a
     /// caller that stays drops it after `start`.
     pub elsewhere: Option<Elsewhere>,
+    /// What was read of the capsule that it continues from.
+    pub kept: Kept,
 }
 
 /// Makes a container.
@@ -209,7 +211,8 @@ pub fn create(request: &CreateRequest<'_>) -> Result<Created, CreateError> {
         write_pid_file(pid_file, init_pid)?;
     }
     undo.keep();
-    Ok(Created { dir, record, ready, elsewhere })
+    let kept = incoming.map(|incoming| incoming.kept()).unwrap_or_default();
+    Ok(Created { dir, record, ready, elsewhere, kept })
 }
 
 /// The capsule that the container will continue from, if there is one; its root is made equal to the saved one.
@@ -377,7 +380,10 @@ pub(crate) fn write_pid_file(path: &Path, pid: i32) -> Result<(), CreateError> {
     let temporary = path.with_file_name(format!(".{name}"));
     std::fs::write(&temporary, pid.to_string())
         .and_then(|()| std::fs::rename(&temporary, path))
-        .map_err(|source| io("write the pid file", source))
+        .map_err(|source| {
+            let _ = std::fs::remove_file(&temporary);
+            io("write the pid file", source)
+        })
 }
 
 pub(crate) fn failed(error: LibcontainerError, cause: &Cause) -> CreateError {

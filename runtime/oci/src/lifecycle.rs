@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use libcontainer::container::{Container, ContainerStatus};
 use libcontainer::notify_socket::{NOTIFY_FILE, NotifySocket};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use samara_store::Kept;
 use serde::Serialize;
 
 use crate::bundle::{Bundle, BundleError};
@@ -74,8 +75,8 @@ pub enum LifecycleError {
     PsFailed(String),
 }
 
-/// Lets the container's init become its program, or the saved one.
-pub fn start(dir: &StateDir) -> Result<Option<Restored>, LifecycleError> {
+/// Lets the container's init become its program, or the saved one; then what is in `kept` need not be read again.
+pub fn start(dir: &StateDir, kept: Kept) -> Result<Option<Restored>, LifecycleError> {
     let mut record = dir.load()?;
     match record.status() {
         Status::Created => {}
@@ -85,7 +86,7 @@ pub fn start(dir: &StateDir) -> Result<Option<Restored>, LifecycleError> {
     NotifySocket::new(dir.libcontainer().join(NOTIFY_FILE))
         .notify_container_start()
         .map_err(LifecycleError::Notify)?;
-    let restored = crate::restore::finish(dir).map_err(Box::new)?;
+    let restored = crate::restore::finish(dir, kept).map_err(Box::new)?;
     record.started = true;
     dir.save(&record)?;
     mark_running(dir)?;

@@ -28,7 +28,7 @@ use samara_store::location::Location;
 use samara_store::log::LogError;
 use samara_store::reader::ReadError;
 use samara_store::store::StoreError;
-use samara_store::{CapsuleReader, Store};
+use samara_store::{CapsuleReader, Kept, Store};
 use serde::{Deserialize, Serialize};
 
 use crate::address::{AddressError, Node, RestorePolicy};
@@ -160,6 +160,7 @@ pub struct Incoming {
     pub seccomp_filters: u32,
     held: Held,
     manifest: Digest,
+    kept: Kept,
 }
 
 /// Where a container starts, and how.
@@ -187,7 +188,7 @@ impl Start {
     }
 }
 
-/// A capsule that nothing stands against. Nothing has been made yet.
+/// A capsule that is whole and that nothing stands against. Nothing has been made yet.
 struct Chosen {
     manifest: Digest,
     reader: CapsuleReader,
@@ -214,13 +215,15 @@ impl Chosen {
         if state.failed_resumes >= FAILED_RESUMES_MAX && !start.by_hand {
             return Err(RestoreError::FailedTwice { address });
         }
-        let reader = CapsuleReader::open(store, &latest).map_err(unreadable(&address))?;
+        let mut reader = CapsuleReader::open(store, &latest).map_err(unreadable(&address))?;
         let saved: Saved = decode_record(&reader.records().map_err(unreadable(&address))?)?;
         saved.origin.continues_as(&Origin::of(&bundle.spec, 0))?;
         let mountinfo = fs::read("/proc/self/mountinfo").map_err(io("read the mounts"))?;
         let root = RootChanges::locate(&bundle.rootfs, &mountinfo)?;
         check_host(&reader, &address, &root, bundle, &saved)?;
         check_records(&saved.container)?;
+        // Last, since it takes as long as reading the whole capsule does.
+        reader.check().map_err(unreadable(&address))?;
         Ok(Some(Chosen { manifest: latest.digest, reader, saved, root }))
     }
 }
@@ -291,8 +294,14 @@ impl Incoming {
             seccomp_filters: u32::from(bundle.linux()?.seccomp().is_some()),
             held: held.clone(),
             manifest,
+            kept: reader.kept(),
         };
         Ok((held, Some(incoming)))
+    }
+
+    /// What was read of the capsule and need not be read again.
+    pub(crate) fn kept(&self) -> Kept {
+        self.kept.clone()
     }
 
     /// Notes in the container's folder what it will be filled with.
@@ -436,11 +445,12 @@ impl Restored {
     }
 }
 
-/// Fills a container whose blank init has been started, if it waits for a capsule. `None`: it does not.
+/// Fills a container whose blank init has been started, if it waits for a capsule. `None`: it does not. What is in `kept` is not
+/// read again.
 ///
 /// # Errors
 /// The container has been killed; its folder is still there.
-pub fn finish(dir: &StateDir) -> Result<Option<Restored>, RestoreError> {
+pub fn finish(dir: &StateDir, kept: Kept) -> Result<Option<Restored>, RestoreError> {
     let path = Waiting::path(dir);
     let waiting = match fs::read(&path) {
         Ok(text) => text,
@@ -450,7 +460,7 @@ pub fn finish(dir: &StateDir) -> Result<Option<Restored>, RestoreError> {
     let waiting: Waiting = serde_json::from_slice(&waiting)
         .map_err(|error| io("read the capsule's note")(error.into()))?;
     let record = dir.load()?;
-    let filled = fill(dir, &waiting);
+    let filled = fill(dir, &waiting, kept);
     if let Err(error) = &filled {
         // A container that is not what was saved must not run. Its end says nothing of its program.
         ending::ask(dir, "a restore that failed");
@@ -469,7 +479,7 @@ pub fn finish(dir: &StateDir) -> Result<Option<Restored>, RestoreError> {
     Ok(Some(restored))
 }
 
-fn fill(dir: &StateDir, waiting: &Waiting) -> Result<Restored, RestoreError> {
+fn fill(dir: &StateDir, waiting: &Waiting, kept: Kept) -> Result<Restored, RestoreError> {
     let record = dir.load()?;
     let spec = Bundle::reload(&dir.config())?;
     let held = Held::load(dir).ok_or(RestoreError::State(StateError::Missing))?;
@@ -480,8 +490,9 @@ fn fill(dir: &StateDir, waiting: &Waiting) -> Result<Restored, RestoreError> {
     let location =
         Location::parse(&held.address).map_err(|error| Box::new(CheckpointError::from(error)))?;
     let store = Store::open(&location, &node.config.store, false)?;
-    let reader =
-        CapsuleReader::open_digest(&store, waiting.manifest).map_err(unreadable(&held.address))?;
+    let reader = CapsuleReader::open_digest(&store, waiting.manifest)
+        .map_err(unreadable(&held.address))?
+        .with_kept(kept);
     let saved: Saved = decode_record(&reader.records().map_err(unreadable(&held.address))?)?;
     let init = record.init.pid;
     wait_for_blank(init)?;

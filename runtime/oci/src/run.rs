@@ -98,7 +98,7 @@ pub fn run(
     }
     let mut created = created?;
     show("bringing back processes and memory");
-    let started = lifecycle::start(&created.dir);
+    let started = lifecycle::start(&created.dir, std::mem::take(&mut created.kept));
     show("");
     created.elsewhere = None;
     if let (Some(capsule), Ok(Some(restored))) = (capsule.filter(|c| c.said), &started) {

@@ -269,6 +269,10 @@ pub(crate) fn replace(path: &Path, text: &[u8]) -> std::io::Result<()> {
         .open(&temporary)
         .and_then(|mut file| file.write_all(text))
         .and_then(|()| std::fs::rename(&temporary, path))
+        .inspect_err(|_| {
+            // On a full disk it would be in the way of whoever makes room.
+            let _ = std::fs::remove_file(&temporary);
+        })
 }
 
 #[cfg(test)]

@@ -4,184 +4,17 @@
 
 #[path = "support/sandbox.rs"]
 mod sandbox;
+#[path = "support/site.rs"]
+mod site;
 
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::PathBuf;
-use std::process::Output;
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Signal, kill_process};
 use samara_capsule::digest::Digest;
-use samara_capsule::log::{Event, LogState};
-use samara_store::config::StoreConfig;
-use samara_store::{Location, Store};
-use sandbox::{SAMARA, Sandbox, poll, spec, text};
+use samara_capsule::log::Event;
+use sandbox::{SAMARA, poll, spec, text};
 use serde_json::{Value, json};
-
-/// A sandbox whose containers have one address.
-struct Site {
-    sandbox: Sandbox,
-}
-
-impl Site {
-    fn new() -> Site {
-        let site = Site { sandbox: Sandbox::new() };
-        let text =
-            format!("[store]\nallowed_prefixes = [\"file://{}\"]\n", site.path("").display());
-        std::fs::write(site.path("node.toml"), text).unwrap();
-        std::fs::set_permissions(site.path("node.toml"), std::fs::Permissions::from_mode(0o600))
-            .unwrap();
-        site
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        match name {
-            "" => self.sandbox.path().to_owned(),
-            name => self.sandbox.path().join(name),
-        }
-    }
-
-    fn address(&self) -> String {
-        format!("file://{}", self.path("address").display())
-    }
-
-    fn store(&self) -> Store {
-        let location = Location::parse(&self.address()).unwrap();
-        Store::open(&location, &StoreConfig::default(), false).unwrap()
-    }
-
-    fn state(&self) -> LogState {
-        self.store().head().unwrap().state
-    }
-
-    /// A specification with the address in its environment, running a script.
-    fn spec(&self, script: &str) -> Value {
-        let mut spec = spec(&self.sandbox, &["sh", "-c", script]);
-        let address = format!("SAMARA_CAPSULE={}", self.address());
-        spec["process"]["env"].as_array_mut().unwrap().push(json!(address));
-        spec
-    }
-
-    fn call(&self, args: &[&str]) -> Output {
-        let mut command = self.sandbox.command(SAMARA, args);
-        // Files, since a container that is detached keeps them.
-        let path = self.path("stderr");
-        let log = std::fs::File::create(&path).unwrap();
-        let status = command
-            .current_dir(self.path(""))
-            .env("SAMARA_CONFIG", "node.toml")
-            .stdout(std::process::Stdio::null())
-            .stderr(log)
-            .status()
-            .unwrap();
-        Output { status, stdout: Vec::new(), stderr: std::fs::read(path).unwrap() }
-    }
-
-    #[track_caller]
-    fn ok(&self, args: &[&str]) {
-        let output = self.call(args);
-        assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
-    }
-
-    /// Calls `run`, detached.
-    fn run(&self, spec: &Value) -> (String, Output) {
-        let id = self.sandbox.new_id(SAMARA);
-        let bundle = self.sandbox.bundle(&id, spec);
-        let output = self.call(&["run", "-d", "-b", bundle.to_str().unwrap(), &id]);
-        (id, output)
-    }
-
-    #[track_caller]
-    fn start(&self, spec: &Value) -> String {
-        let (id, output) = self.run(spec);
-        assert!(output.status.success(), "{}", text(&output.stderr));
-        id
-    }
-
-    #[track_caller]
-    fn wait_until_stopped(&self, id: &str) {
-        self.sandbox.wait_for_status(SAMARA, id, "stopped");
-    }
-
-    fn init(&self, id: &str) -> Pid {
-        let state = self.sandbox.state(SAMARA, id);
-        Pid::from_raw(i32::try_from(state["pid"].as_i64().unwrap()).unwrap()).unwrap()
-    }
-
-    /// Saves a container that counts, ends it, and answers its specification.
-    fn save_counter(&self) -> Value {
-        let spec = self.spec(COUNTER);
-        let id = self.start(&spec);
-        poll("it counts", || self.count() > 0);
-        self.ok(&["checkpoint", "--capsule", &self.address(), &id]);
-        self.ok(&["delete", &id]);
-        spec
-    }
-
-    /// Stores `content` as a blob, and answers its descriptor's new fields.
-    fn blob(&self, content: &[u8]) -> (String, usize) {
-        let digest = Digest::of(content);
-        std::fs::write(self.path("address/blobs/sha256").join(digest.hex()), content).unwrap();
-        (digest.to_string(), content.len())
-    }
-
-    fn read_blob(&self, digest: &Value) -> Value {
-        let hex = digest.as_str().unwrap().strip_prefix("sha256:").unwrap();
-        let path = self.path("address/blobs/sha256").join(hex);
-        serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
-    }
-
-    /// Puts a capsule with another config in the place of the newest one.
-    fn forge(&self, change: impl FnOnce(&mut Value)) {
-        let latest = self.state().latest.unwrap();
-        let slot = self.path("address/log").join(format!("{:020}.json", latest.slot));
-        let mut event: Value = serde_json::from_slice(&std::fs::read(&slot).unwrap()).unwrap();
-        let mut manifest = self.read_blob(&json!(latest.digest.to_string()));
-        let mut config = self.read_blob(&manifest["config"]["digest"]);
-        change(&mut config);
-        let (digest, bytes) = self.blob(config.to_string().as_bytes());
-        manifest["config"]["digest"] = json!(digest);
-        manifest["config"]["size"] = json!(bytes);
-        let (digest, bytes) = self.blob(manifest.to_string().as_bytes());
-        for place in ["/event/capsule/manifest", "/state/latest"] {
-            let capsule = event.pointer_mut(place).unwrap();
-            capsule["digest"] = json!(digest);
-            capsule["bytes"] = json!(bytes);
-        }
-        std::fs::write(&slot, event.to_string()).unwrap();
-        // Later slots repeat the state.
-        for later in latest.slot + 1.. {
-            let path = self.path("address/log").join(format!("{later:020}.json"));
-            if std::fs::remove_file(path).is_err() {
-                break;
-            }
-        }
-    }
-
-    /// A start is refused with status 176 and these words, and nothing was made or changed.
-    #[track_caller]
-    fn refused(&self, spec: &Value, words: &str) {
-        let mark = self.sandbox.rootfs().join("tmp/mark");
-        std::fs::write(&mark, "").unwrap();
-        let before = self.state();
-        let (id, output) = self.run(spec);
-        let said = text(&output.stderr);
-        assert_eq!(output.status.code(), Some(176), "{said}");
-        assert!(said.lines().count() == 1 && said.contains(words), "{words}: {said}");
-        assert!(!self.sandbox.state_root(SAMARA).join(&id).exists());
-        assert!(monitors(&id).is_empty());
-        assert!(mark.exists(), "the root was changed");
-        assert_eq!(self.state(), before, "whoever runs there would be ended");
-    }
-
-    fn count(&self) -> u64 {
-        let text = std::fs::read_to_string(self.sandbox.rootfs().join("tmp/count"));
-        text.unwrap_or_default().trim().parse().unwrap_or(0)
-    }
-}
-
-/// Counts in a file, for ever.
-const COUNTER: &str = "n=0; while :; do n=$((n + 1)); echo $n > /tmp/new; \
-                       busybox mv /tmp/new /tmp/count; busybox usleep 20000; done";
+use site::{COUNTER, Site, monitors};
 
 /// A finished job that is started again must not continue from a capsule of before.
 #[test]
@@ -225,18 +58,6 @@ fn the_log_names_the_container() {
     site.wait_until_stopped(&id);
     let Event::Start { facts } = site.store().slot(0).unwrap().event else { panic!() };
     assert_eq!((&facts["container"], facts["name"].as_str()), (&id, "the-job"));
-}
-
-/// Monitors of the container, with their arguments.
-fn monitors(id: &str) -> Vec<(Pid, Vec<String>)> {
-    let processes = procfs::process::all_processes().unwrap().flatten();
-    let lines = processes.filter_map(|process| {
-        let line = process.cmdline().ok()?;
-        let pid = Pid::from_raw(process.pid)?;
-        let ours = line.first()?.ends_with("samara-monitor") && line.get(1)?.ends_with(id);
-        ours.then_some((pid, line))
-    });
-    lines.collect()
 }
 
 /// Somebody kills the monitor, and then its successor: the end is still seen.
@@ -293,7 +114,8 @@ fn a_capsule_that_failed_twice_is_not_tried_again() {
     site.ok(&["restore", "--capsule", &site.address(), "-b", bundle, "-d", &id]);
 }
 
-/// What is found only while the container is filled leaves nothing behind, and is not tried for ever.
+/// What is damaged only after it was looked at, and found while the container is filled, leaves nothing behind, and is not tried
+/// for ever.
 #[test]
 fn a_start_that_fails_by_the_capsule_leaves_nothing_and_counts() {
     let site = Site::new();
@@ -303,13 +125,20 @@ fn a_start_that_fails_by_the_capsule_leaves_nothing_and_counts() {
     let is_pack =
         |layer: &&Value| layer["mediaType"].as_str().unwrap().ends_with("capsule.pack.v1");
     let pack = layers.iter().find(is_pack).unwrap()["digest"].as_str().unwrap();
-    std::fs::remove_file(site.path("address/blobs").join(pack.replace(':', "/"))).unwrap();
+    let pack = site.path("address/blobs").join(pack.replace(':', "/"));
+    let away = site.path("away");
     for failures in 1..=2 {
-        let (id, output) = site.run(&spec);
+        let id = site.sandbox.new_id(SAMARA);
+        let bundle = site.sandbox.bundle(&id, &spec);
+        site.ok(&["create", "-b", bundle.to_str().unwrap(), &id]);
+        std::fs::rename(&pack, &away).unwrap();
+        let output = site.call(&["start", &id]);
+        std::fs::rename(&away, &pack).unwrap();
         let words = text(&output.stderr);
         assert_eq!(output.status.code(), Some(176), "{words}");
         assert!(words.contains("is not there"), "{words}");
-        assert!(!site.sandbox.state_root(SAMARA).join(&id).exists(), "{words}");
+        site.ok(&["delete", "--force", &id]);
+        site.nothing_is_left_of(&id, "a start that failed");
         assert_eq!(site.state().failed_resumes, failures);
     }
     site.refused(&spec, "failed twice");

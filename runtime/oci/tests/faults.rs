@@ -6,25 +6,16 @@
 
 #[path = "support/sandbox.rs"]
 mod sandbox;
+#[path = "support/site.rs"]
+mod site;
 
-use std::os::unix::fs::PermissionsExt as _;
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::process::Command;
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use samara_engine::phase::Phase;
 use samara_oci::fail_point;
-use samara_store::config::StoreConfig;
-use samara_store::{CapsuleReader, Location, Store};
-use sandbox::{SAMARA, Sandbox, poll, spec, text};
-
-/// Counts into a file of its root, without other processes.
-const COUNTER: &str = "n=0; while :; do n=$((n + 1)); echo $n > /count; done";
-
-struct Site {
-    sandbox: Sandbox,
-}
+use sandbox::{SAMARA, poll, spec, text};
+use site::{BUSY_COUNTER, Site, parent, signal};
 
 /// Which process ends by SIGKILL while another one stands at the edge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,143 +27,24 @@ enum Victim {
     Caller,
 }
 
-impl Site {
-    fn new() -> Site {
-        let site = Site { sandbox: Sandbox::new() };
-        let text =
-            format!("[store]\nallowed_prefixes = [\"file://{}\"]\n", site.path("").display());
-        std::fs::write(site.path("node.toml"), text).unwrap();
-        std::fs::set_permissions(site.path("node.toml"), std::fs::Permissions::from_mode(0o600))
-            .unwrap();
-        site
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.sandbox.path().join(name)
-    }
-
-    fn address(&self) -> String {
-        format!("file://{}", self.path("address").display())
-    }
-
-    fn command(&self, args: &[&str]) -> Command {
-        let mut command = self.sandbox.command(SAMARA, args);
-        let log = std::fs::File::create(self.path("stderr")).unwrap();
-        command
-            .current_dir(self.path("/"))
-            .env("SAMARA_CONFIG", self.path("node.toml"))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log);
-        command
-    }
-
-    fn stderr(&self) -> String {
-        text(&std::fs::read(self.path("stderr")).unwrap())
-    }
-
-    #[track_caller]
-    fn ok(&self, args: &[&str]) {
-        let status = self.command(args).status().unwrap();
-        assert!(status.success(), "{args:?}: {}", self.stderr());
-    }
-
-    /// The flags of a run or restore that uses `bundle`.
-    fn bundle(&self) -> String {
-        let spec = spec(&self.sandbox, &["sh", "-c", COUNTER]);
-        self.sandbox.bundle("bundle", &spec).display().to_string()
-    }
-
-    fn start_counter(&self) -> String {
-        let id = self.sandbox.new_id(SAMARA);
-        self.ok(&["run", "-d", "-b", &self.bundle(), &id]);
-        poll("it counts", || self.count() > 0);
-        id
-    }
-
-    fn count(&self) -> u64 {
-        // Empty for the moment between opening and writing.
-        let text = std::fs::read_to_string(self.sandbox.rootfs().join("count"));
-        text.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
-    }
-
-    #[track_caller]
-    fn counts_on(&self, what: &str) {
-        let before = (0..100).map(|_| self.count()).max().unwrap();
-        poll(what, || self.count() > before);
-    }
-
-    fn init(&self, id: &str) -> i32 {
-        i32::try_from(self.sandbox.state(SAMARA, id)["pid"].as_i64().unwrap()).unwrap()
-    }
-
-    /// Digest of the newest capsule, which is whole.
-    #[track_caller]
-    fn newest(&self) -> Option<String> {
-        let location = Location::parse(&self.address()).unwrap();
-        let store = Store::open(&location, &StoreConfig::default(), true).unwrap();
-        let latest = store.head().unwrap().state.latest?;
-        let report = CapsuleReader::open_digest(&store, latest.digest).unwrap().verify(&|_, _| ());
-        assert!(report.faults.is_empty(), "{:?}", report.faults);
-        Some(latest.digest.to_string())
-    }
-
-    /// Our processes that know this sandbox: their pid, name, and state.
-    fn ours(&self) -> Vec<(i32, String, char)> {
-        let folder = self.sandbox.path().display().to_string();
-        let entries = std::fs::read_dir("/proc").unwrap().flatten();
-        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        pids.filter_map(|pid: i32| {
-            let words = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-            let ours = text(&words).contains(&folder) || {
-                let environment = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
-                text(&environment).contains(&folder)
-            };
-            let parent = parent(pid)?;
-            let child_of_ours = std::fs::read(format!("/proc/{parent}/cmdline"))
-                .is_ok_and(|words| text(&words).contains(&folder));
-            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-            let (name, rest) = stat.split_once('(')?.1.rsplit_once(')')?;
-            let state = rest.trim_start().chars().next()?;
-            ((ours || child_of_ours) && name.starts_with("samara")).then(|| {
-                let role = text(&words).replace('\0', " ");
-                (pid, format!("{name} {role}"), state)
-            })
-        })
-        .collect()
-    }
-
-    /// Waits until one of our processes stands at an edge.
-    #[track_caller]
-    fn wait_at(&self, edge: &str, caller: &mut Child) -> i32 {
-        for _ in 0..2000 {
-            if let Some((pid, _, _)) = self.ours().into_iter().find(|(_, _, state)| *state == 'T') {
-                return pid;
-            }
-            if let Some(status) = caller.try_wait().unwrap() {
-                panic!("{edge} was never reached: {status}, {}", self.stderr());
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        panic!("{edge} was not reached in time");
-    }
+/// The flags of a run or restore that uses `bundle`.
+fn bundle(site: &Site) -> String {
+    let spec = spec(&site.sandbox, &["sh", "-c", BUSY_COUNTER]);
+    site.sandbox.bundle("bundle", &spec).display().to_string()
 }
 
-fn parent(pid: i32) -> Option<i32> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse().ok()
-}
-
-fn signal(pid: i32, signal: Signal) {
-    // Gone already is as good.
-    let _ = kill_process(Pid::from_raw(pid).unwrap(), signal);
+fn start_counter(site: &Site) -> String {
+    let id = site.sandbox.new_id(SAMARA);
+    site.ok(&["run", "-d", "-b", &bundle(site), &id]);
+    poll("it counts", || site.count() > 0);
+    id
 }
 
 /// A container that stays frozen, ends, or loses its newest capsule because a process of ours died.
 #[test]
 fn a_kill_at_any_edge_of_a_capture_harms_nothing() {
     let site = Site::new();
-    let id = site.start_counter();
+    let id = start_counter(&site);
     for leave_running in [true, false] {
         for edge in Phase::CHECKPOINT {
             // A container that ends is not let go; and once it is committed, it ends in the next moment.
@@ -202,13 +74,7 @@ fn a_kill_at_any_edge_of_a_capture_harms_nothing() {
                 poll("the worker's end", || {
                     !std::path::Path::new(&format!("/proc/{worker}")).exists()
                 });
-                if !leave_running && site.sandbox.state(SAMARA, &id)["status"] == "stopped" {
-                    panic!("{at}: the container ended");
-                }
-                site.counts_on(&at);
-                let init = site.init(&id);
-                let status = std::fs::read_to_string(format!("/proc/{init}/status")).unwrap();
-                assert!(status.contains("TracerPid:\t0"), "{at}: it is still traced");
+                site.runs_undisturbed(&id, &at);
                 let after = site.newest();
                 if done {
                     assert!(
@@ -231,7 +97,7 @@ fn a_kill_at_any_edge_of_a_capture_harms_nothing() {
 #[test]
 fn a_kill_at_any_edge_of_a_restore_leaves_nothing_that_runs() {
     let site = Site::new();
-    let id = site.start_counter();
+    let id = start_counter(&site);
     site.ok(&["checkpoint", "--capsule", &site.address(), &id]);
     site.ok(&["delete", &id]);
     let saved = site.count();
@@ -239,7 +105,7 @@ fn a_kill_at_any_edge_of_a_restore_leaves_nothing_that_runs() {
         let edge = edge.name();
         let id = site.sandbox.new_id(SAMARA);
         let url = site.address();
-        let bundle = site.bundle();
+        let bundle = bundle(&site);
         let args = ["restore", "-d", "--capsule", &url, "-b", &bundle, &id];
         let mut caller = site.command(&args).env(fail_point::VARIABLE, edge).spawn().unwrap();
         let runtime = site.wait_at(edge, &mut caller);
@@ -266,6 +132,6 @@ fn a_kill_at_any_edge_of_a_restore_leaves_nothing_that_runs() {
         assert_eq!(text(&groups.stdout), "", "{edge}: control groups are left");
     }
     let id = site.sandbox.new_id(SAMARA);
-    site.ok(&["restore", "-d", "--capsule", &site.address(), "-b", &site.bundle(), &id]);
+    site.ok(&["restore", "-d", "--capsule", &site.address(), "-b", &bundle(&site), &id]);
     site.counts_on("the container after all failed restores");
 }

@@ -21,6 +21,7 @@ use samara_oci::process::ProcessIdentity;
 use samara_oci::protocol::Failure;
 use samara_oci::report::Log;
 use samara_oci::state_dir::{StateDir, Status};
+use samara_store::Kept;
 use sandbox::{SAMARA, Sandbox, poll, spec};
 use serde_json::json;
 
@@ -146,7 +147,7 @@ fn a_blank_init_waits_in_the_containers_place() {
     };
     let made = make(&sandbox, &confined, Init::Blank { offsets });
     let Made { created, .. } = &made;
-    lifecycle::start(&created.dir).unwrap();
+    lifecycle::start(&created.dir, Kept::default()).unwrap();
     wait_ready(created.ready.as_ref().unwrap());
     assert_eq!(created.dir.load().unwrap().status(), Status::Running);
     assert_eq!(created.record.seccomp_filters, 0);
@@ -265,7 +266,7 @@ fn a_failed_create_leaves_nothing() {
 /// A running container whose monitor has the test worker.
 fn watched(sandbox: &Sandbox) -> Made {
     let made = make(sandbox, &spec(sandbox, &["sleep", "1000"]), Init::Program);
-    lifecycle::start(&made.created.dir).unwrap();
+    lifecycle::start(&made.created.dir, Kept::default()).unwrap();
     made
 }
 

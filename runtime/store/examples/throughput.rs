@@ -83,7 +83,17 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let cpu_before = cpu()?;
     let start = Instant::now();
-    let reader = CapsuleReader::open_latest(&store)?;
+    let mut reader = CapsuleReader::open_latest(&store)?;
+    reader.check()?;
+    let (checked, spent) = (start.elapsed().as_secs_f64(), (cpu()? - cpu_before) / raw);
+    writeln!(
+        out,
+        "check: {raw:.2} GB in {checked:.2} s, {spent:.2} cpu s/GB, peak {} MiB",
+        peak()?
+    )?;
+
+    let cpu_before = cpu()?;
+    let start = Instant::now();
     let placed = AtomicU64::new(0);
     reader.transfer(&[SpaceId(0)], &|_, _, bytes| {
         placed.fetch_add(bytes.len() as u64, Relaxed);

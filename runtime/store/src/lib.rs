@@ -7,6 +7,7 @@
 //! environment, and writes conditionally in one way only, put-if-absent.
 
 pub mod config;
+mod kept;
 pub mod layout;
 pub mod list;
 pub mod location;
@@ -19,6 +20,7 @@ pub mod verify;
 pub mod writer;
 
 pub use config::NodeConfig;
+pub use kept::Kept;
 pub use location::Location;
 pub use log::Lease;
 pub use reader::CapsuleReader;

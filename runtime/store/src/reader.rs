@@ -1,9 +1,12 @@
-//! Reading a capsule: every blob is checked against its digest before anything of it is used.
+//! Reading a capsule: everything is checked against its digest before anything of it is used, packs frame by frame.
+//!
+//! [`CapsuleReader::check`] reads all blobs before any is used, for who must know that the capsule is whole before it begins
+//! something. What is read later than that is checked when it arrives all the same.
 //!
 //! A transfer fetches each pack that it needs once, a few at a time, and decodes them on several threads. It needs the
 //! page maps of the spaces in memory, 16 bytes a run; beyond that memory does not depend on the size of the capsule.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::{self, Read};
 use std::sync::Mutex;
 
@@ -13,10 +16,10 @@ use futures::StreamExt as _;
 use samara_capsule::BLOB_BYTES_MAX;
 use samara_capsule::cbor::RECORDS_BYTES_MAX;
 use samara_capsule::config::{CapsuleConfig, ConfigError};
-use samara_capsule::digest::Digest;
+use samara_capsule::digest::{Digest, FrameDigest};
 use samara_capsule::frame::{FRAME_PAGES_MAX, FrameDecoder, FrameError};
 use samara_capsule::log::CapsuleRef;
-use samara_capsule::manifest::{BlobRef, MANIFEST_BYTES_MAX, Manifest, ManifestError};
+use samara_capsule::manifest::{BlobKind, BlobRef, MANIFEST_BYTES_MAX, Manifest, ManifestError};
 use samara_capsule::pagemap::{MapFrame, MapRun, PAGE_NUMBER_END, Segment, SegmentError};
 use samara_capsule::stream::WINDOW_LOG_MAX;
 use samara_capsule::transfer::{
@@ -24,6 +27,7 @@ use samara_capsule::transfer::{
 };
 use tokio::task::JoinHandle;
 
+use crate::kept::{Keeping, Kept};
 use crate::log::LogError;
 use crate::pool::Pool;
 use crate::store::{Store, StoreError, blob_path};
@@ -34,6 +38,9 @@ const FETCHES_MAX: usize = 6;
 /// Threads that decode. Each holds a pack: with those that are fetched or wait, twelve packs are in memory at most,
 /// 96 MiB of those that this version writes, 192 MiB of the largest that the format allows.
 const DECODERS_MAX: usize = 8;
+
+/// Blobs that [`CapsuleReader::check`] reads at a time: one that arrives for each that is hashed, on two cores.
+const CHECKS_MAX: usize = 4;
 
 /// Page-map segments that are fetched at a time: their sizes are tens to hundreds of KiB.
 const SEGMENT_FETCHES_MAX: usize = 16;
@@ -63,6 +70,8 @@ pub enum ReadError {
     UnknownPack { space: SpaceId, pack: Digest },
     #[error("the pack {pack} is damaged: a frame at {offset} lies outside of it")]
     Frame { pack: Digest, offset: u32 },
+    #[error("the pack {pack} is damaged: the frame at {offset} has another digest")]
+    FrameDigest { pack: Digest, offset: u32 },
     #[error("the pack {pack} is damaged at the frame at {offset}")]
     FrameContent { pack: Digest, offset: u32, source: FrameError },
     #[error("the stream {name} is damaged")]
@@ -95,6 +104,7 @@ impl ReadError {
             | ReadError::SegmentOrder { .. }
             | ReadError::UnknownPack { .. }
             | ReadError::Frame { .. }
+            | ReadError::FrameDigest { .. }
             | ReadError::FrameContent { .. }
             | ReadError::Stream { .. } => true,
         }
@@ -109,6 +119,7 @@ pub struct CapsuleReader {
     manifest: Manifest,
     config: CapsuleConfig,
     pack_bytes: HashMap<Digest, u64>,
+    kept: Kept,
 }
 
 impl CapsuleReader {
@@ -141,8 +152,52 @@ impl CapsuleReader {
         let config =
             config.map_err(|source| ReadError::Config { digest: digest_of_config, source })?;
         let pack_bytes = manifest.packs.iter().map(|pack| (pack.digest, pack.bytes)).collect();
-        Ok(CapsuleReader { store: store.clone(), digest, manifest, config, pack_bytes })
+        let kept = Kept::default();
+        Ok(CapsuleReader { store: store.clone(), digest, manifest, config, pack_bytes, kept })
     }
+
+    /// Reads all blobs, checks their digests, and keeps what there is room for: [`CapsuleReader::kept`].
+    ///
+    /// On success the whole capsule was there. What is not kept is fetched again when it is needed, and then checked again.
+    ///
+    /// # Errors
+    /// The first blob that is damaged or can't be read.
+    pub fn check(&mut self) -> Result<(), ReadError> {
+        let mut seen = HashSet::from([self.manifest.config.digest]);
+        let (packs, others): (Vec<_>, Vec<_>) = self
+            .manifest
+            .blobs()
+            .filter(|(_, blob)| seen.insert(blob.digest))
+            .partition(|(kind, _)| *kind == BlobKind::Pack);
+        let pool = Pool::default();
+        // Packs last: what is kept of them is what there is room for.
+        let checks = futures::stream::iter(others.into_iter().chain(packs)).map(|(_, blob)| {
+            let (store, buffer) = (self.store.clone(), pool.take());
+            let task = AbortOnDrop(self.store.handle().spawn(checked_blob(store, blob, buffer)));
+            async move { (blob, task.join().await) }
+        });
+        let mut checks = checks.buffered(CHECKS_MAX);
+        let mut keeping = Keeping::default();
+        while let Some((blob, content)) = self.store.block_on(checks.next()) {
+            if let Err(content) = keeping.keep(blob.digest, content?) {
+                pool.give(content);
+            }
+        }
+        drop(checks);
+        self.kept = keeping.end();
+        Ok(())
+    }
+
+    /// What [`CapsuleReader::check`] has kept.
+    pub fn kept(&self) -> Kept {
+        self.kept.clone()
+    }
+
+    /// Takes from `kept` what it holds, instead of fetching it.
+    pub fn with_kept(self, kept: Kept) -> CapsuleReader {
+        CapsuleReader { kept, ..self }
+    }
+
 
     pub(crate) fn store(&self) -> &Store {
         &self.store
@@ -169,10 +224,10 @@ impl CapsuleReader {
     /// The records, as they were passed to the writer.
     pub fn records(&self) -> Result<Vec<u8>, ReadError> {
         let blob = self.manifest.records;
-        let content = self.store.block_on(self.store.get_blob(blob))?;
+        let content = self.store.block_on(self.kept.blob(&self.store, blob))?;
         let damaged = |source| ReadError::Records { digest: blob.digest, source };
         let mut records = Vec::new();
-        let decoder = stream_decoder(content.as_slice()).map_err(damaged)?;
+        let decoder = stream_decoder(content.as_ref()).map_err(damaged)?;
         decoder.take(RECORDS_BYTES_MAX as u64 + 1).read_to_end(&mut records).map_err(damaged)?;
         match records.len() {
             0..=RECORDS_BYTES_MAX => Ok(records),
@@ -200,7 +255,7 @@ impl CapsuleReader {
             blobs.map(move |&blob| (index, space, blob))
         });
         let fetches = futures::stream::iter(blobs).map(|(index, space, blob)| async move {
-            let content = self.store.get_blob(blob).await?;
+            let content = self.kept.blob(&self.store, blob).await?;
             let digest = blob.digest;
             let decoded = Segment::decode(&content);
             let segment = decoded.map_err(|source| ReadError::Segment { space, digest, source })?;
@@ -277,7 +332,7 @@ impl CapsuleReader {
             return Ok(());
         }
         // One pack's content waits here at most; the others that are in memory are being fetched or decoded.
-        let (fetched, queue) = crossbeam_channel::bounded::<(usize, Vec<u8>)>(1);
+        let (fetched, queue) = crossbeam_channel::bounded::<(usize, Bytes)>(1);
         let pool = Pool::default();
         let failed = Mutex::new(None);
         let fail = |error: TransferError| {
@@ -285,9 +340,9 @@ impl CapsuleReader {
         };
         std::thread::scope(|scope| {
             for _ in 0..threads {
-                let (queue, plan, pool, fail) = (queue.clone(), &plan, &pool, &fail);
+                let (queue, plan, fail) = (queue.clone(), &plan, &fail);
                 scope.spawn(move || {
-                    if let Err(error) = self.decode_packs(&queue, plan, pool, place) {
+                    if let Err(error) = self.decode_packs(&queue, plan, place) {
                         fail(error);
                     }
                 });
@@ -298,13 +353,8 @@ impl CapsuleReader {
             let in_flight = FETCHES_MAX.saturating_sub(threads).max(2);
             let mut fetches = fetches
                 .map(|(index, &blob)| {
-                    let (store, buffer) = (self.store.clone(), pool.take());
-                    let task = self
-                        .store
-                        .handle()
-                        .spawn(async move { store.get_blob_unchecked(blob, buffer).await });
-                    let task = AbortOnDrop(task);
-                    async move { (index, task.join().await) }
+                    let content = self.fetch_pack(blob, &pool);
+                    async move { (index, content.await) }
                 })
                 .buffered(in_flight);
             while let Some((index, content)) = self.store.block_on(fetches.next()) {
@@ -328,6 +378,27 @@ impl CapsuleReader {
         match failed.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
             Some(error) => Err(error),
             None => Ok(()),
+        }
+    }
+
+    /// A pack whose frames are not checked yet. The fetch begins with the call.
+    fn fetch_pack(
+        &self,
+        pack: BlobRef,
+        pool: &Pool,
+    ) -> impl Future<Output = Result<Bytes, ReadError>> + use<> {
+        let kept = self.kept.get(&pack.digest);
+        let pool = pool.clone();
+        let fetch = kept.is_none().then(|| {
+            let (store, buffer) = (self.store.clone(), pool.take());
+            let fetch = async move { store.get_blob_unchecked(pack, buffer).await };
+            AbortOnDrop(self.store.handle().spawn(fetch))
+        });
+        async move {
+            match fetch {
+                Some(fetch) => Ok(pool.lend(fetch.join().await?)),
+                None => Ok(kept.unwrap_or_default()),
+            }
         }
     }
 
@@ -361,16 +432,14 @@ impl CapsuleReader {
 
     fn decode_packs(
         &self,
-        queue: &Receiver<(usize, Vec<u8>)>,
+        queue: &Receiver<(usize, Bytes)>,
         plan: &Plan,
-        pool: &Pool,
         place: &Place<'_>,
     ) -> Result<(), TransferError> {
         let mut decoder = FrameDecoder::new().map_err(ReadError::Decompress)?;
         let mut raw = Vec::new();
         for (index, content) in queue {
             let pack = *plan.packs().get(index).expect("the index is that of a planned pack");
-            self.store.check_blob(pack, &content).map_err(ReadError::Store)?;
             for wanted in plan.of_pack(index).chunk_by(|a, b| a.frame == b.frame) {
                 let [first, ..] = wanted else { continue };
                 let frame = plan.frames.frames.get(first.frame as usize);
@@ -392,14 +461,24 @@ impl CapsuleReader {
                         .map_err(TransferError::Place)?;
                 }
             }
-            pool.give(content);
         }
         Ok(())
     }
 }
 
-/// Decodes one frame of a pack whose digest was checked.
-pub(crate) fn decode_frame(
+/// Reads a blob into the memory of `buffer`, which must be empty, and hashes it where nothing else waits for it.
+async fn checked_blob(store: Store, blob: BlobRef, buffer: Vec<u8>) -> Result<Vec<u8>, ReadError> {
+    let content = store.get_blob_unchecked(blob, buffer).await?;
+    let check = move || store.check_blob(blob, &content).map(|()| content);
+    let checked = tokio::task::spawn_blocking(check).await;
+    Ok(checked.map_err(|_| ReadError::Panicked)??)
+}
+
+/// Checks and decodes one frame of a pack.
+///
+/// Its own digest is what is checked, in the page map, which was checked against the manifest: it costs a quarter of the
+/// pack's, and also serves who fetches less than a pack.
+fn decode_frame(
     decoder: &mut FrameDecoder,
     pack: Digest,
     frame: &MapFrame,
@@ -410,6 +489,9 @@ pub(crate) fn decode_frame(
     let end = offset.checked_add(frame.stored_bytes).ok_or(ReadError::Frame { pack, offset })?;
     let stored =
         content.get(offset as usize..end as usize).ok_or(ReadError::Frame { pack, offset })?;
+    if FrameDigest::of(stored) != frame.digest {
+        return Err(ReadError::FrameDigest { pack, offset });
+    }
     let raw_bytes = usize::from(frame.pages) * PAGE_BYTES;
     let decoded = decoder.decode(frame.codec, stored, raw_bytes, raw);
     decoded.map_err(|source| ReadError::FrameContent { pack, offset, source })
@@ -422,7 +504,10 @@ fn count(index: usize) -> u32 {
 /// A task that ends when nobody waits for it any more.
 struct AbortOnDrop<T>(JoinHandle<T>);
 
-impl<T> AbortOnDrop<Result<T, StoreError>> {
+impl<T, E> AbortOnDrop<Result<T, E>>
+where
+    ReadError: From<E>,
+{
     async fn join(mut self) -> Result<T, ReadError> {
         match (&mut self.0).await {
             Ok(result) => Ok(result?),
@@ -606,7 +691,7 @@ impl Source for CapsuleReader {
     fn stream(&self, name: &StreamName) -> io::Result<Option<Box<dyn Read + Send + '_>>> {
         let Some(parts) = self.manifest.streams.get(name) else { return Ok(None) };
         let parts = PartsReader {
-            store: &self.store,
+            reader: self,
             parts: parts.iter(),
             next: None,
             current: Bytes::new(),
@@ -626,9 +711,9 @@ fn stream_decoder<R: io::BufRead>(input: R) -> io::Result<zstd::stream::read::De
 
 /// The stored bytes of a stream, one checked blob after another; the next one is fetched meanwhile.
 struct PartsReader<'a> {
-    store: &'a Store,
+    reader: &'a CapsuleReader,
     parts: std::slice::Iter<'a, BlobRef>,
-    next: Option<AbortOnDrop<Result<Vec<u8>, StoreError>>>,
+    next: Option<AbortOnDrop<Result<Bytes, StoreError>>>,
     current: Bytes,
     started: bool,
 }
@@ -636,8 +721,9 @@ struct PartsReader<'a> {
 impl PartsReader<'_> {
     fn fetch_next(&mut self) {
         self.next = self.parts.next().map(|&blob| {
-            let store = self.store.clone();
-            AbortOnDrop(self.store.handle().spawn(async move { store.get_blob(blob).await }))
+            let (store, kept) = (self.reader.store.clone(), self.reader.kept.clone());
+            let fetch = async move { kept.blob(&store, blob).await };
+            AbortOnDrop(self.reader.store.handle().spawn(fetch))
         });
     }
 }
@@ -650,7 +736,8 @@ impl Read for PartsReader<'_> {
         }
         while self.current.is_empty() {
             let Some(fetch) = self.next.take() else { return Ok(0) };
-            self.current = self.store.block_on(fetch.join()).map_err(io::Error::other)?.into();
+            self.current =
+                self.reader.store.block_on(fetch.join()).map_err(io::Error::other)?;
             self.fetch_next();
         }
         let bytes = self.current.len().min(buffer.len());

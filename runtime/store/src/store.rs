@@ -51,13 +51,19 @@ struct Inner {
     threads: usize,
 }
 
-/// The runtime is always there; it is taken out when dropped, so that ending does not wait for a call that hangs.
+/// The runtime is always there; it is taken out when dropped. Its threads have ended then, which a caller that forks needs, but for
+/// those that wait for a call that hangs.
 struct Threads(Option<Runtime>);
 
 impl Drop for Threads {
     fn drop(&mut self) {
-        if let Some(runtime) = self.0.take() {
-            runtime.shutdown_background();
+        /// Threads without a call end in less than a millisecond.
+        const END_MAX: Duration = Duration::from_millis(100);
+        let Some(runtime) = self.0.take() else { return };
+        // One of its own threads, which finished what nobody waited for, can't wait for itself.
+        match Handle::try_current() {
+            Ok(_) => runtime.shutdown_background(),
+            Err(_) => runtime.shutdown_timeout(END_MAX),
         }
     }
 }

@@ -155,7 +155,8 @@ fn write(store: &Store) {
 }
 
 fn read(store: &Store) {
-    let reader = CapsuleReader::open_latest(store).unwrap();
+    let mut reader = CapsuleReader::open_latest(store).unwrap();
+    reader.check().unwrap();
     let pages = AtomicU64::new(0);
     let place = |_, runs: &[PageRun], _: &[u8]| {
         pages.fetch_add(runs.iter().map(|run| run.count).sum(), Relaxed);

@@ -11,6 +11,7 @@ use samara_oci::create::{self, CreateRequest, Init};
 use samara_oci::report::Log;
 use samara_oci::run::Resume;
 use samara_oci::state_dir::StateDir;
+use samara_store::Kept;
 use samara_oci::{
     capture, ending, events, exec, fail_point, features, hooks, lifecycle, output, report, run,
     sealed, spec_template, update,
@@ -133,7 +134,7 @@ fn act(line: CommandLine, log: &Log) -> Result<u8, Failure> {
         Verb::CaptureWorker => capture::worker()?,
         Verb::TellEnd { note } => ending::teller(&note)?,
         Verb::Start { id } => {
-            lifecycle::start(&dir(&id)).map_err(|error| {
+            lifecycle::start(&dir(&id), Kept::default()).map_err(|error| {
                 let refused = error.is_refused();
                 Failure::new(error, refused)
             })?;

@@ -105,8 +105,15 @@ pub(crate) fn collect_pages(
 
 /// Reads the newest capsule, every part of it, and checks that it is what [`write`] wrote with `seed`.
 pub(crate) fn check(store: &Store, seed: u64) -> Result<(), Box<dyn Error + Send + Sync>> {
-    let reader = CapsuleReader::open_latest(store)?;
-    let pages = read_pages(&reader, &reader.spaces())?;
+    check_reader(&CapsuleReader::open_latest(store)?, seed)
+}
+
+/// Like [`check`], for a capsule that is open.
+pub(crate) fn check_reader(
+    reader: &CapsuleReader,
+    seed: u64,
+) -> Result<(), Box<dyn Error + Send + Sync>> {
+    let pages = read_pages(reader, &reader.spaces())?;
     let first = seed * 10_000;
     let numbers = (first..first + 200)
         .chain([first + 500])
