@@ -386,8 +386,25 @@ pub(crate) fn write_pid_file(path: &Path, pid: i32) -> Result<(), CreateError> {
         })
 }
 
+/// What the host answered to libcontainer, which its own words may leave out: a full disk, for one.
+fn host_failure(error: &LibcontainerError) -> Option<String> {
+    let mut innermost: &dyn std::error::Error = error;
+    while let Some(source) = innermost.source() {
+        innermost = source;
+    }
+    let is_hosts = innermost.is::<std::io::Error>()
+        || innermost.downcast_ref::<serde_json::Error>().is_some_and(serde_json::Error::is_io);
+    is_hosts.then(|| innermost.to_string())
+}
+
 pub(crate) fn failed(error: LibcontainerError, cause: &Cause) -> CreateError {
-    let cause = cause.best().unwrap_or_else(|| crate::report::chain(&error));
+    let cause = match cause.best() {
+        None => crate::report::chain(&error),
+        Some(words) => match host_failure(&error).filter(|failure| !words.contains(failure)) {
+            None => words,
+            Some(failure) => format!("{words}: {failure}"),
+        },
+    };
     CreateError::Container { cause, error: Box::new(error) }
 }
 
@@ -442,6 +459,8 @@ impl Drop for Undo {
             let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty());
         }
         monitor::stop(&self.dir);
+        // A detached caller's process is in the container's until it ends.
+        crate::cgroup::leave_all();
         crate::cgroup::remove_by_path(&self.cgroup);
         // The first failure is the one to report.
         let _ = self.dir.remove();

@@ -254,6 +254,8 @@ impl Store {
             match self.slot(slot) {
                 Ok(found) if found.nonce == nonce => return Ok((slot, next)),
                 Ok(found) => (slot, state) = (slot + 1, found.state),
+                // Somebody's slot is there, and it is the reading that failed.
+                Err(reading) if matches!(error, StoreError::Exists { .. }) => return Err(reading),
                 // Not an answer to the question that matters.
                 Err(_) => return Err(error.into()),
             }

@@ -198,7 +198,6 @@ impl CapsuleReader {
         CapsuleReader { kept, ..self }
     }
 
-
     pub(crate) fn store(&self) -> &Store {
         &self.store
     }
@@ -736,8 +735,7 @@ impl Read for PartsReader<'_> {
         }
         while self.current.is_empty() {
             let Some(fetch) = self.next.take() else { return Ok(0) };
-            self.current =
-                self.reader.store.block_on(fetch.join()).map_err(io::Error::other)?;
+            self.current = self.reader.store.block_on(fetch.join()).map_err(io::Error::other)?;
             self.fetch_next();
         }
         let bytes = self.current.len().min(buffer.len());

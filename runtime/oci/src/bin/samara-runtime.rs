@@ -11,11 +11,11 @@ use samara_oci::create::{self, CreateRequest, Init};
 use samara_oci::report::Log;
 use samara_oci::run::Resume;
 use samara_oci::state_dir::StateDir;
-use samara_store::Kept;
 use samara_oci::{
     capture, ending, events, exec, fail_point, features, hooks, lifecycle, output, report, run,
     sealed, spec_template, update,
 };
+use samara_store::Kept;
 
 fn main() -> ExitCode {
     let args: Result<Vec<String>, _> =

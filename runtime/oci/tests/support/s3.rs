@@ -99,7 +99,7 @@ impl Server {
     /// The configuration of a node whose calls end after a second.
     pub(crate) fn configuration(&self) -> String {
         format!(
-            "[store]\nallowed_prefixes = [\"s3://\"]\ntimeout_seconds = 1\n[store.s3]\nendpoint = \"http://{}\"\n\
+            "[store]\nallowed_prefixes = [\"s3://capsules/\"]\ntimeout_seconds = 1\n[store.s3]\nendpoint = \"http://{}\"\n\
              allow_http = true\naccess_key_id = \"key\"\nsecret_access_key = \"secret\"\n",
             self.address
         )
@@ -154,9 +154,9 @@ impl Shared {
         let state = self.lock();
         state.ended
             || state.struck.is_some()
-                && state
-                    .order
-                    .is_some_and(|order| (order.fault, order.reach) == (Fault::Vanish, Reach::FromThenOn))
+                && state.order.is_some_and(|order| {
+                    (order.fault, order.reach) == (Fault::Vanish, Reach::FromThenOn)
+                })
     }
 
     fn serve(&self, client: TcpStream) -> io::Result<()> {
@@ -183,8 +183,7 @@ impl Shared {
                 }
                 Some(Fault::Stall) => {
                     let stalls = |state: &mut State| {
-                        !state.ended
-                            && state.order.is_some_and(|order| order.fault == Fault::Stall)
+                        !state.ended && state.order.is_some_and(|order| order.fault == Fault::Stall)
                     };
                     drop(self.changed.wait_while(self.lock(), stalls).unwrap());
                     break;
@@ -340,7 +339,8 @@ impl Answer {
 
     /// Sends it, whole or up to its middle.
     fn send(self, request: &Request, writer: &mut TcpStream, whole: bool) -> io::Result<()> {
-        let mut text = format!("HTTP/1.1 {} -\r\nContent-Length: {}\r\n", self.status, self.body.len());
+        let mut text =
+            format!("HTTP/1.1 {} -\r\nContent-Length: {}\r\n", self.status, self.body.len());
         for (name, value) in &self.headers {
             text.push_str(&format!("{name}: {value}\r\n"));
         }

@@ -136,11 +136,18 @@ impl Sandbox {
     }
 }
 
+impl Sandbox {
+    /// Ends and removes all containers.
+    pub(crate) fn remove_containers(&self) {
+        for (runtime, id) in self.containers.take() {
+            let _ = self.call(&runtime, &["delete", "--force", &id]);
+        }
+    }
+}
+
 impl Drop for Sandbox {
     fn drop(&mut self) {
-        for (runtime, id) in self.containers.borrow().iter() {
-            let _ = self.call(runtime, &["delete", "--force", id]);
-        }
+        self.remove_containers();
     }
 }
 

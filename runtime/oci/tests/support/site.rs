@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test program uses a part")]
 
+use std::cell::OnceCell;
+use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -29,6 +31,15 @@ pub(crate) struct Site {
     address: String,
     /// Where the blobs of the address lie.
     folder: PathBuf,
+    disk: OnceCell<Disk>,
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        // They may have their state there.
+        self.sandbox.remove_containers();
+        self.disk.take();
+    }
 }
 
 impl Site {
@@ -40,7 +51,8 @@ impl Site {
     pub(crate) fn with_address_in(name: &str) -> Site {
         let sandbox = Sandbox::new();
         let folder = sandbox.path().join(name);
-        let site = Site { address: format!("file://{}", folder.display()), folder, sandbox };
+        let address = format!("file://{}", folder.display());
+        let site = Site { address, folder, sandbox, disk: OnceCell::new() };
         let prefix = site.path("").display().to_string();
         site.configure(&format!("[store]\nallowed_prefixes = [\"file://{prefix}\"]\n"));
         site
@@ -54,9 +66,15 @@ impl Site {
     ) -> Site {
         let sandbox = Sandbox::new();
         let folder = sandbox.path().join(folder);
-        let site = Site { address: address.to_owned(), folder, sandbox };
+        let disk = OnceCell::new();
+        let site = Site { address: address.to_owned(), folder, sandbox, disk };
         site.configure(&configuration(&site.path("")));
         site
+    }
+
+    /// Mounts a small file system in the sandbox, the only one.
+    pub(crate) fn mount(&self, name: &str, mib: u32) -> &Disk {
+        self.disk.get_or_init(|| Disk::mount(&self.path(name), mib))
     }
 
     /// Replaces the node's configuration.
@@ -405,4 +423,46 @@ pub(crate) fn parent(pid: i32) -> Option<i32> {
 pub(crate) fn signal(pid: i32, signal: Signal) {
     // Gone already is as good.
     let _ = kill_process(Pid::from_raw(pid).unwrap(), signal);
+}
+
+/// A small file system of its own, with as much room left as a test wants. Unmounted when dropped.
+pub(crate) struct Disk {
+    point: PathBuf,
+}
+
+impl Disk {
+    /// Mounts one at `point`, which is made.
+    pub(crate) fn mount(point: &Path, mib: u32) -> Disk {
+        std::fs::create_dir(point).unwrap();
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={mib}m,mode=700"), "samara-test"])
+            .arg(point)
+            .status();
+        assert!(mounted.unwrap().success());
+        Disk { point: point.to_owned() }
+    }
+
+    fn ballast(&self) -> PathBuf {
+        self.point.join("ballast")
+    }
+
+    /// Fills it up to this.
+    pub(crate) fn leave(&self, kib: u64) {
+        self.clear();
+        let mut ballast = std::fs::File::create(self.ballast()).unwrap();
+        let room = rustix::fs::statvfs(&self.point).unwrap();
+        let bytes = (room.f_bavail * room.f_frsize).saturating_sub(kib << 10);
+        ballast.write_all(&vec![0; usize::try_from(bytes).unwrap()]).unwrap();
+    }
+
+    /// Makes room again.
+    pub(crate) fn clear(&self) {
+        let _ = std::fs::remove_file(self.ballast());
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(&self.point).status();
+    }
 }
