@@ -49,8 +49,9 @@ pub fn serve(dir: &StateDir, creator: i32) -> Result<(), MonitorError> {
     };
     let parent_is_creator =
         rustix::process::getppid().is_some_and(|pid| pid.as_raw_nonzero().get() == creator);
+    // Once there is an init, `create` may end.
     let creator = Pid::from_raw(creator)
-        .filter(|_| parent_is_creator)
+        .filter(|_| parent_is_creator && init.is_none())
         .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
     if creator.is_none() && init.is_none() {
         return Ok(());

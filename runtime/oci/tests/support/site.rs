@@ -112,6 +112,9 @@ impl Site {
     /// Digest of the newest capsule, which is whole.
     #[track_caller]
     pub(crate) fn newest(&self) -> Option<Digest> {
+        if !self.folder.exists() {
+            return None;
+        }
         let store = self.store();
         let latest = store.head().unwrap().state.latest?;
         assert_whole(&store, latest.digest);
