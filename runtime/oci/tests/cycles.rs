@@ -131,7 +131,7 @@ fn capsules(site: &Site) -> (BTreeSet<String>, Vec<(u64, usize)>) {
 fn nothing_drifts_and_nothing_piles_up() {
     let cycles: usize = match std::env::var("SAMARA_TEST_CYCLES") {
         Ok(text) => text.parse().unwrap(),
-        Err(_) => 50,
+        Err(_) => 20,
     };
     let site = Site::new();
     let spec = site.spec(PROGRAM);
