@@ -507,6 +507,9 @@ impl Common {
     }
 }
 
+/// Pages that a memory holds, and the regions that are mapped in it, each in ascending order.
+type Holding = (Rc<[StoredRun]>, Rc<[Region]>);
+
 /// The decision: which memory holds what before copies are made of it, and what each process makes of its own.
 fn decide(lineage: &Lineage, owners: &[Owner]) -> Inheritance {
     let heritable: Vec<Vec<StoredRun>> = owners.iter().map(Owner::heritable).collect();
@@ -519,7 +522,7 @@ fn decide(lineage: &Lineage, owners: &[Owner]) -> Inheritance {
     let mut bequeathed = bequeathed(&common, lineage, owners);
     let mut bequests = BTreeMap::new();
     // What each memory holds when it is copied, and in which regions.
-    let mut held: Vec<(Rc<[StoredRun]>, Rc<[Region]>)> = Vec::new();
+    let mut held: Vec<Holding> = Vec::new();
     for memory in 0..lineage.makers.len() {
         let inherited = held.get(lineage.maker(memory)).cloned();
         let (below, mapped) = inherited.unwrap_or_else(|| ([].into(), [].into()));
