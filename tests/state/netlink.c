@@ -175,11 +175,6 @@ static void netlink_unread_check(void)
 static void netlink_unread_spoil(void) { netlink_unread_check(); }
 STATE(netlink_unread, .refused = "unread messages in a netlink socket")
 
-static void packet_socket_setup(void) { route = MUST(socket(AF_PACKET, SOCK_DGRAM, 0)); }
-static void packet_socket_check(void) { CHECK(net_option(route, SOL_SOCKET, SO_DOMAIN) == AF_PACKET, "it is another"); }
-static void packet_socket_spoil(void) { netlink_spoil(); }
-STATE(packet_socket, .refused = "a packet socket")
-
 static void vm_socket_setup(void) { route = MUST(socket(AF_VSOCK, SOCK_STREAM, 0)); }
 static void vm_socket_check(void) { CHECK(net_option(route, SOL_SOCKET, SO_DOMAIN) == AF_VSOCK, "it is another"); }
 static void vm_socket_spoil(void) { netlink_spoil(); }

@@ -489,6 +489,7 @@ pub enum FileKind {
     },
     Internet(Box<InternetSocket>),
     Netlink(Box<NetlinkSocket>),
+    Packet(Box<PacketSocket>),
     /// A shared memory object (memfd): index into [`Container::shared_memory`].
     SharedMemory {
         memory: u32,
@@ -822,6 +823,33 @@ pub struct NetlinkSocket {
     pub groups: Vec<u32>,
     /// Port and groups that it is connected to.
     pub peer: (u32, u32),
+}
+
+/// A socket of the link layer (`AF_PACKET`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PacketSocket {
+    /// `SOCK_RAW`, `SOCK_DGRAM` or `SOCK_PACKET`.
+    pub kind: i32,
+    pub options: SocketOptions,
+    /// What it receives, as linux/if_ether.h numbers it; 0 for nothing.
+    pub protocol: u16,
+    /// Where it is bound, by name; none for all interfaces.
+    pub interface: Option<Bytes>,
+    pub copy_threshold: u32,
+    pub memberships: Vec<LinkMembership>,
+    /// The group that shares what comes (`PACKET_FANOUT`); 0 for none.
+    pub fanout: u32,
+}
+
+/// What an interface receives for a socket of the link layer (`PACKET_ADD_MEMBERSHIP`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinkMembership {
+    /// By name: numbers of interfaces differ.
+    pub interface: Bytes,
+    pub kind: u16,
+    pub address: Bytes,
+    /// How often the socket has asked for it.
+    pub count: u32,
 }
 
 /// Memory that several mappings or descriptors share.

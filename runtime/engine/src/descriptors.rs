@@ -727,7 +727,9 @@ fn make_file(
             set_flags(&process, flags)?;
             process
         }
-        FileKind::Internet(_) | FileKind::Netlink(_) => return Err(damaged("a socket")),
+        FileKind::Internet(_) | FileKind::Netlink(_) | FileKind::Packet(_) => {
+            return Err(damaged("a socket"));
+        }
         FileKind::EndedPidFd { process, thread } => {
             let number = processes.ended.get(*process as usize);
             let number = number.ok_or_else(|| damaged("a process"))?;

@@ -21,7 +21,7 @@ use samara_kernel::sockopt;
 use crate::capture::{CaptureError, Tables, read};
 use crate::descriptors::Found;
 use crate::restore::{RestoreError, make};
-use crate::{datagrams, descriptors, netlink, tcp};
+use crate::{datagrams, descriptors, netlink, packets, tcp};
 
 pub(crate) const TCP: i32 = libc::IPPROTO_TCP;
 pub(crate) const MPTCP: i32 = 262;
@@ -52,6 +52,7 @@ pub(crate) fn note(
             datagrams::note(found, socket, (domain, kind, protocol), tables)
         }
         (libc::AF_NETLINK, _, _) => netlink::note(found, socket, (kind, protocol)),
+        (libc::AF_PACKET, _, _) => packets::note(found, socket, kind, tables.request.init),
         _ => Ok(Err(format!("{} is not supported", family(domain, protocol)))),
     }
 }
@@ -64,7 +65,6 @@ fn family(domain: i32, protocol: i32) -> String {
         (libc::AF_INET | libc::AF_INET6, _) => {
             return format!("an internet socket of protocol {protocol}");
         }
-        (libc::AF_PACKET, _) => "a packet socket (AF_PACKET)",
         (libc::AF_ALG, _) => "a cryptographic socket (AF_ALG)",
         (libc::AF_VSOCK, _) => "a socket to the host of a virtual machine (AF_VSOCK)",
         (libc::AF_XDP, _) => "an express data path socket (AF_XDP)",
@@ -281,7 +281,7 @@ pub(crate) fn at(address: SocketAddr, error: io::Error) -> io::Error {
 /// Sockets of the internet that have been made, by the index of their file.
 pub(crate) type Made = BTreeMap<u32, OwnedFd>;
 
-/// Makes all sockets of the internet and netlink: connections first, because a port that somebody listens on can't be bound again.
+/// Makes all sockets of the internet, of netlink and of the link layer: connections first, because a port that somebody listens on can't be bound again.
 pub(crate) fn restore(init: Pid, container: &Container) -> Result<Made, RestoreError> {
     let sockets: Vec<(u32, &InternetSocket)> = (0u32..)
         .zip(&container.files)
@@ -291,15 +291,21 @@ pub(crate) fn restore(init: Pid, container: &Container) -> Result<Made, RestoreE
         })
         .collect();
     descriptors::make_room().map_err(make("room for the container's descriptors"))?;
-    let mut netlinks = Made::new();
+    let mut others = Made::new();
     for (file, record) in (0u32..).zip(&container.files) {
-        if let FileKind::Netlink(record) = &record.kind {
-            netlinks
-                .insert(file, netlink::restore(init, record).map_err(make("a netlink socket"))?);
-        }
+        let made = match &record.kind {
+            FileKind::Netlink(record) => {
+                netlink::restore(init, record).map_err(make("a netlink socket"))?
+            }
+            FileKind::Packet(record) => {
+                packets::restore(init, record).map_err(make("a packet socket"))?
+            }
+            _ => continue,
+        };
+        others.insert(file, made);
     }
     if sockets.is_empty() {
-        return Ok(netlinks);
+        return Ok(others);
     }
     let made = inside(init, Namespace::Network, || {
         let addresses = Addresses::compare(&container.addresses)?;
@@ -308,7 +314,7 @@ pub(crate) fn restore(init: Pid, container: &Container) -> Result<Made, RestoreE
         Ok(made)
     });
     let mut made = made.map_err(make("its sockets"))?;
-    made.append(&mut netlinks);
+    made.append(&mut others);
     Ok(made)
 }
 

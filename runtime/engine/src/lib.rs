@@ -21,6 +21,7 @@ mod memory;
 pub mod names;
 mod netlink;
 mod notices;
+mod packets;
 pub mod phase;
 mod pipes;
 mod plan;

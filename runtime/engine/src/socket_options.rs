@@ -12,7 +12,10 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
-use libc::{IPPROTO_ICMPV6, SOL_IP, SOL_IPV6, SOL_NETLINK, SOL_RAW, SOL_SOCKET, SOL_TCP, SOL_UDP};
+use libc::{
+    IPPROTO_ICMPV6, SOL_IP, SOL_IPV6, SOL_NETLINK, SOL_PACKET, SOL_RAW, SOL_SOCKET, SOL_TCP,
+    SOL_UDP,
+};
 use samara_capsule::record::{Bytes, SocketOption, SocketOptions};
 use samara_kernel::sockopt;
 
@@ -89,6 +92,10 @@ const KNOWN: &[Known] = known! {
     SOL_NETLINK, After, INT => NETLINK_PKTINFO = 3, NETLINK_BROADCAST_ERROR = 4,
         NETLINK_NO_ENOBUFS = 5, NETLINK_LISTEN_ALL_NSID = 8, NETLINK_CAP_ACK = 10,
         NETLINK_EXT_ACK = 11, NETLINK_GET_STRICT_CHK = 12;
+    SOL_PACKET, After, INT => PACKET_AUXDATA = 8, PACKET_ORIGDEV = 9, PACKET_VERSION = 10,
+        PACKET_RESERVE = 12, PACKET_LOSS = 14, PACKET_VNET_HDR = 15, PACKET_TIMESTAMP = 17,
+        PACKET_TX_HAS_OFF = 19, PACKET_QDISC_BYPASS = 20, PACKET_IGNORE_OUTGOING = 23,
+        PACKET_VNET_HDR_SZ = 24;
     SOL_SOCKET, Before, INT => SO_REUSEADDR = 2, SO_REUSEPORT = 15, SO_MARK = 36;
     SOL_SOCKET, Before, 16 => SO_BINDTODEVICE = 25;
     SOL_SOCKET, After, INT => SO_DEBUG = 1, SO_DONTROUTE = 5, SO_BROADCAST = 6, SO_KEEPALIVE = 9,
@@ -117,6 +124,7 @@ const SO_BUF_LOCK: i32 = 72;
 pub(crate) const INTERNET: &[i32] =
     &[SOL_IP, SOL_IPV6, SOL_TCP, SOL_UDP, SOL_UDPLITE, SOL_RAW, IPPROTO_ICMPV6];
 pub(crate) const NETLINK: &[i32] = &[SOL_NETLINK];
+pub(crate) const PACKET: &[i32] = &[SOL_PACKET];
 
 /// Reads the options of a socket: those of all sockets, and of the given levels. Or says what can't be saved.
 pub(crate) fn capture(

@@ -14,6 +14,7 @@ pub mod keyctl;
 pub mod mount_setattr;
 pub mod mq_overview;
 pub mod netdevice;
+pub mod packet;
 pub mod pagemap;
 pub mod pidfd;
 pub mod proc;

@@ -1,4 +1,4 @@
-//! `sock_diag(7)` for unix and TCP sockets, and the socket options that other crates do not offer.
+//! `sock_diag(7)` for unix, TCP and packet sockets, and the socket options that other crates do not offer.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -79,6 +79,45 @@ pub fn tcp_sockets(pid: Pid) -> io::Result<Vec<TcpSocket>> {
     Ok(sockets)
 }
 
+/// What the kernel tells of a packet socket.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PacketSocket {
+    /// As linux/if_ether.h numbers them; 0 for none.
+    pub protocol: u16,
+    /// Number of the interface that it is bound to; 0 for all, -1 for one that is gone.
+    pub interface: i32,
+    /// Packets from this size on are queued beside a ring.
+    pub copy_threshold: u32,
+    pub memberships: Vec<PacketMembership>,
+    /// It has memory of its own that packets are exchanged through (`PACKET_RX_RING`, `PACKET_TX_RING`).
+    pub has_ring: bool,
+}
+
+/// What an interface receives for a packet socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PacketMembership {
+    pub interface: i32,
+    /// How often the socket has asked for it.
+    pub count: u32,
+    /// `PACKET_MR_` of linux/if_packet.h.
+    pub kind: u16,
+    pub address: Vec<u8>,
+}
+
+/// All packet sockets of the network namespace that process `pid` is in, by inode.
+///
+/// # Errors
+/// As [`unix_sockets`].
+pub fn packet_sockets(pid: Pid) -> io::Result<BTreeMap<u32, PacketSocket>> {
+    let mut sockets = BTreeMap::new();
+    dump(inside(pid, Namespace::Network, diagnostics_socket)?, &packet_request(), |body| {
+        let (inode, found) = packet_socket_of(body)?;
+        sockets.insert(inode, found);
+        Some(())
+    })?;
+    Ok(sockets)
+}
+
 /// Asks the kernel, and gives the body of each message to `take`, which returns `None` for one that it does not understand.
 fn dump(
     socket: OwnedFd,
@@ -154,6 +193,69 @@ fn tcp_request(family: u8) -> Vec<u8> {
     bytes
 }
 
+/// `struct nlmsghdr` and `struct packet_diag_req` (linux/packet_diag.h), asking for all but statistics.
+fn packet_request() -> Vec<u8> {
+    /// `PACKET_SHOW_INFO`, `PACKET_SHOW_MCLIST`, `PACKET_SHOW_RING_CFG`.
+    const SHOW: u32 = 1 | 2 | 4;
+    let mut bytes = Vec::new();
+    bytes.extend(36u32.to_le_bytes());
+    bytes.extend(SOCK_DIAG_BY_FAMILY.to_le_bytes());
+    bytes.extend(REQUEST_DUMP.to_le_bytes());
+    bytes.extend([0; 8]);
+    bytes.extend([u8::try_from(libc::AF_PACKET).expect("families are small"), 0, 0, 0]);
+    bytes.extend(0u32.to_le_bytes());
+    bytes.extend(SHOW.to_le_bytes());
+    bytes.extend([0; 8]);
+    bytes
+}
+
+/// `struct packet_diag_msg` and its attributes.
+fn packet_socket_of(body: &[u8]) -> Option<(u32, PacketSocket)> {
+    const INFO: u16 = 0;
+    const MEMBERSHIPS: u16 = 1;
+    const RECEIVE_RING: u16 = 2;
+    const SEND_RING: u16 = 3;
+    let protocol = u16::from_le_bytes(body.get(2..4)?.try_into().ok()?);
+    let mut socket = PacketSocket { protocol, ..PacketSocket::default() };
+    for (kind, value) in attributes(body.get(16..)?)? {
+        match kind {
+            INFO => {
+                socket.interface = word(value, 0)?.cast_signed();
+                socket.copy_threshold = word(value, 12)?;
+            }
+            MEMBERSHIPS => {
+                // `struct packet_diag_mclist`, whose address has room for `MAX_ADDR_LEN` bytes.
+                let entries = value.chunks_exact(44).map(|entry| {
+                    let half =
+                        |at| Some(u16::from_le_bytes(entry.get(at..at + 2)?.try_into().ok()?));
+                    Some(PacketMembership {
+                        interface: word(entry, 0)?.cast_signed(),
+                        count: word(entry, 4)?,
+                        kind: half(8)?,
+                        address: entry.get(12..12 + usize::from(half(10)?))?.to_vec(),
+                    })
+                });
+                socket.memberships = entries.collect::<Option<_>>()?;
+            }
+            RECEIVE_RING | SEND_RING => socket.has_ring = true,
+            _ => {}
+        }
+    }
+    Some((word(body, 4)?, socket))
+}
+
+/// Splits the attributes behind a message.
+fn attributes(mut rest: &[u8]) -> Option<Vec<(u16, &[u8])>> {
+    let mut found = Vec::new();
+    while rest.len() >= 4 {
+        let length = usize::from(u16::from_le_bytes(rest.get(..2)?.try_into().ok()?));
+        let kind = u16::from_le_bytes(rest.get(2..4)?.try_into().ok()?);
+        found.push((kind, rest.get(4..length)?));
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+    Some(found)
+}
+
 /// `struct inet_diag_msg`.
 fn tcp_socket_of(body: &[u8]) -> Option<TcpSocket> {
     let [family, state] = body.get(..2)?.try_into().ok()?;
@@ -193,11 +295,7 @@ fn socket_of(body: &[u8]) -> Option<(u32, UnixSocket)> {
     const LISTENS: u8 = 10;
     let inode = word(body, 4)?;
     let mut socket = UnixSocket { listens: *body.get(2)? == LISTENS, ..UnixSocket::default() };
-    let mut rest = body.get(16..)?;
-    while rest.len() >= 4 {
-        let length = usize::from(u16::from_le_bytes(rest.get(..2)?.try_into().ok()?));
-        let kind = u16::from_le_bytes(rest.get(2..4)?.try_into().ok()?);
-        let value = rest.get(4..length)?;
+    for (kind, value) in attributes(body.get(16..)?)? {
         match kind {
             PEER => socket.peer = Some(word(value, 0)?),
             CONNECTIONS => {
@@ -207,7 +305,6 @@ fn socket_of(body: &[u8]) -> Option<(u32, UnixSocket)> {
             SHUTDOWN => socket.shutdown = *value.first()?,
             _ => {}
         }
-        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
     }
     Some((inode, socket))
 }
