@@ -229,6 +229,41 @@ static void filter_of_thread_check(void)
 static void filter_of_thread_spoil(void) { deny(SYS_getppid, 75, 0); }
 STATE(filter_of_thread)
 
+/* What one thread installs for all needs that they have one list, which this one began. */
+static void *follower_body(void *data)
+{
+	(void)data;
+	pthread_barrier_wait(&ready);
+	pthread_barrier_wait(&go);
+	expect_denied(SYS_getppid, 76);
+	expect_denied(SYS_getpgrp, 77);
+	return NULL;
+}
+static void filter_for_all_setup(void) { deny(SYS_getppid, 76, 0); start_other(follower_body); }
+static void filter_for_all_check(void)
+{
+	deny(SYS_getpgrp, 77, SECCOMP_FILTER_FLAG_TSYNC);
+	finish_other();
+}
+static void filter_for_all_spoil(void) { deny(SYS_getppid, 78, 0); }
+STATE(filter_for_all)
+
+/* Who has logged in, which a program may say once. */
+static char login[32];
+static void login_user_setup(void)
+{
+	snprintf(login, sizeof login, "%s", content("/proc/self/loginuid"));
+	if (strcmp(login, "4294967295"))
+		return;
+	strcpy(login, "4711");
+	int file = MUST(open("/proc/self/loginuid", O_WRONLY));
+	MUST(write(file, login, strlen(login)));
+	close(file);
+}
+static void login_user_check(void) { CHECK(!strcmp(content("/proc/self/loginuid"), login), "it is %s", content("/proc/self/loginuid")); }
+static void login_user_spoil(void) { strcpy(login, "4712"); }
+STATE(login_user)
+
 /* One thread has given up more than the other. */
 static void *humble_body(void *data)
 {

@@ -26,6 +26,34 @@ static char *map(int fd, size_t bytes, int protection, int flags)
 	return at;
 }
 
+/* A program in memory can be run although its descriptor would write to it. */
+static int program_fd;
+static void memfd_program_setup(void)
+{
+	char buffer[65536];
+	ssize_t got;
+	int from = MUST(open("/proc/self/exe", O_RDONLY));
+	program_fd = memfd("program", MFD_CLOEXEC, 0);
+	while ((got = MUST(read(from, buffer, sizeof buffer))) > 0)
+		MUST(write(program_fd, buffer, (size_t)got));
+	close(from);
+}
+static int memfd_run(void)
+{
+	char *arguments[] = {"state", NULL}, *environment[] = {NULL};
+	close(2);
+	syscall(SYS_execveat, program_fd, "", arguments, environment, AT_EMPTY_PATH);
+	return errno;
+}
+static void memfd_program_check(void)
+{
+	CHECK(lseek(program_fd, 0, SEEK_CUR) > PAGE, "its position");
+	/* Without arguments it says how it is used. */
+	expect_exit(in_child(memfd_run), 2);
+}
+static void memfd_program_spoil(void) { MUST(ftruncate(program_fd, 10)); }
+STATE(memfd_program)
+
 static int private_fd;
 static char *private_at, *private_shared;
 

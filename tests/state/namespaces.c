@@ -86,6 +86,11 @@ static void mount_made_check(void) { CHECK(access("/tmp/mounted/file", F_OK) == 
 static void mount_made_spoil(void) { MUST(umount("/tmp/mounted")); }
 STATE(mount_made, .privileged = true, .refused = "has mounted tmpfs at /tmp/mounted")
 
+static void mount_below_proc_setup(void) { MUST(mount("/proc/sys/net", "/proc/sys/net", NULL, MS_BIND, NULL)); }
+static void mount_below_proc_check(void) { MUST(umount("/proc/sys/net")); }
+static void mount_below_proc_spoil(void) { mount_below_proc_check(); }
+STATE(mount_below_proc, .privileged = true, .refused = "has mounted proc at /proc/sys/net")
+
 static void mount_over_another_setup(void) { MUST(mount("tmpfs", "/dev/shm", "tmpfs", 0, NULL)); }
 static void mount_over_another_check(void) { MUST(umount("/dev/shm")); }
 static void mount_over_another_spoil(void)

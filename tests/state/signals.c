@@ -105,6 +105,37 @@ PENDING(pending_hangup, SIGHUP)
 PENDING(pending_alarm, SIGALRM)
 PENDING(pending_fault, SIGSEGV)
 PENDING(pending_trap, SIGTRAP)
+/* The action, and one for the thread alone, are what a debugger's own breakpoints would take. */
+static volatile sig_atomic_t trapped;
+static void on_trap(int number) { (void)number; trapped++; }
+static void trap_action_setup(void) { signal(SIGTRAP, on_trap); }
+static void trap_action_check(void)
+{
+	MUST(raise(SIGTRAP));
+	__asm__ volatile("int3");
+	CHECK(trapped == 2, "%d came", trapped);
+}
+static void trap_action_spoil(void) { struct sigaction none = {.sa_handler = SIG_IGN}; MUST(sigaction(SIGURG, &none, NULL)); trapped = 5; }
+STATE(trap_action)
+static void trap_ignored_setup(void) { signal(SIGTRAP, SIG_IGN); }
+static void trap_ignored_check(void)
+{
+	struct sigaction now;
+	MUST(sigaction(SIGTRAP, NULL, &now));
+	CHECK(now.sa_handler == SIG_IGN, "it is not ignored");
+}
+static void trap_ignored_spoil(void) { signal(SIGTRAP, SIG_DFL); }
+STATE(trap_ignored)
+static void trap_for_thread_setup(void) { signal(SIGTRAP, on_trap); block(SIGTRAP); MUST(syscall(SYS_tgkill, getpid(), syscall(SYS_gettid), SIGTRAP)); }
+static void trap_for_thread_check(void)
+{
+	siginfo_t info;
+	take(SIGTRAP, &info);
+	CHECK(info.si_code == SI_TKILL, "its code is %d", info.si_code);
+	none_left(SIGTRAP);
+}
+static void trap_for_thread_spoil(void) { siginfo_t info; take(SIGTRAP, &info); }
+STATE(trap_for_thread)
 PENDING(pending_bad_call, SIGSYS)
 PENDING(pending_continue, SIGCONT)
 PENDING(pending_terminal_stop, SIGTSTP)

@@ -746,7 +746,7 @@ static void with_proc(void (*act)(void))
 static void raise_limits(void)
 {
 	set_limit("kernel/msgmax", "9000");
-	set_limit("kernel/sem", "100 3200 50 33");
+	set_limit("kernel/sem", "100000000 320000000 50000000 31000");
 	set_limit("kernel/shmmni", "77");
 	set_limit("fs/mqueue/msg_max", "21");
 }
@@ -754,7 +754,7 @@ static void raise_limits(void)
 static void compare_limits(void)
 {
 	CHECK(!strcmp(limit_of("kernel/msgmax"), "9000\n"), "msgmax %s", limit_of("kernel/msgmax"));
-	CHECK(!strcmp(limit_of("kernel/sem"), "100\t3200\t50\t33\n"), "sem %s", limit_of("kernel/sem"));
+	CHECK(!strcmp(limit_of("kernel/sem"), "100000000\t320000000\t50000000\t31000\n"), "sem %s", limit_of("kernel/sem"));
 	CHECK(!strcmp(limit_of("kernel/shmmni"), "77\n"), "shmmni %s", limit_of("kernel/shmmni"));
 	CHECK(!strcmp(limit_of("fs/mqueue/msg_max"), "21\n"), "msg_max %s", limit_of("fs/mqueue/msg_max"));
 }

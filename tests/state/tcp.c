@@ -257,6 +257,19 @@ static void tcp_listen_reuseport_spoil(void)
 }
 STATE(tcp_listen_reuseport)
 
+/* Both listen, and one has taken back that it lets others. */
+static void tcp_listen_reuseport_off_setup(void) { tcp_listen_reuseport_setup(); net_set(other, SOL_SOCKET, SO_REUSEPORT, 0); }
+static void tcp_listen_reuseport_off_check(void)
+{
+	CHECK(net_option(listener, SOL_SOCKET, SO_REUSEPORT) == 1 && net_option(other, SOL_SOCKET, SO_REUSEPORT) == 0, "SO_REUSEPORT");
+	struct pollfd fds[2] = {{listener, POLLIN, 0}, {other, POLLIN, 0}};
+	client = tcp("127.0.0.1");
+	tcp_dial(client, "127.0.0.1", 7400);
+	CHECK(poll(fds, 2, 5000) == 1, "nobody accepts");
+}
+static void tcp_listen_reuseport_off_spoil(void) { net_set(other, SOL_SOCKET, SO_REUSEPORT, 1); }
+STATE(tcp_listen_reuseport_off)
+
 static void tcp_listen_options_setup(void)
 {
 	listener = tcp("127.0.0.1");

@@ -1050,6 +1050,9 @@ pub struct ThreadAttributes {
     pub no_cpuid: bool,
     /// `PR_MCE_KILL_GET`; none for the system's policy.
     pub machine_check: Option<u32>,
+    /// Who has logged in, for the audit (`loginuid`); none where nobody has.
+    #[serde(default)]
+    pub login_user: Option<u32>,
     /// Kinds of speculation and what `PR_SET_SPECULATION_CTRL` has been told of them.
     pub speculation: Vec<(u32, u32)>,
     /// What its security module calls it, as `/proc/TID/attr/current` tells. None: no module gives labels.

@@ -122,6 +122,7 @@ impl Questions {
         });
         Ok(ThreadAttributes {
             personality: None,
+            login_user: None,
             no_time_stamps: low_int(time_stamps) == libc::PR_TSC_SIGSEGV,
             no_cpuid: answer(self.cpuid) == Some(0),
             machine_check: answer(self.machine_check).filter(|how| *how != PR_MCE_KILL_DEFAULT),
@@ -138,7 +139,45 @@ pub(crate) fn complete(
 ) -> Result<ThreadAttributes, CaptureError> {
     let personality = u32::from_str_radix(&attribute(tid, "personality")?, 16).ok();
     let label = labels::of_thread(tid).map_err(read("the security label of a thread"))?;
-    Ok(ThreadAttributes { personality, label: label.map(Bytes::from), ..answers })
+    let label = label.map(Bytes::from);
+    Ok(ThreadAttributes { personality, label, login_user: login_user(tid), ..answers })
+}
+
+/// Who has logged in, for the audit. `None`: nobody, or the kernel has no audit.
+fn login_user(tid: Pid) -> Option<u32> {
+    let user = proc::attribute(tid, "loginuid").ok()?.trim_end().parse().ok()?;
+    (user != u32::MAX).then_some(user)
+}
+
+/// Gives a thread its user for the audit where the new container has none, as programs may do once. Only the thread itself may.
+pub(crate) fn restore_login(
+    process: &mut Process,
+    index: usize,
+    attributes: &ThreadAttributes,
+) -> Result<(), TraceeError> {
+    let Some(user) = attributes.login_user else { return Ok(()) };
+    let Some(tid) = process.threads.get(index).map(|thread| thread.tid) else { return Ok(()) };
+    if login_user(tid).is_some() {
+        return Ok(());
+    }
+    let here = i64::from(libc::AT_FDCWD).cast_unsigned();
+    let mut tape = process.tape()?;
+    let path = tape.data(b"/proc/thread-self/loginuid\0");
+    let flags = u64::from((libc::O_WRONLY | libc::O_CLOEXEC).unsigned_abs());
+    tape.try_call("open its login", libc::SYS_openat, [here, path, flags, 0, 0, 0]);
+    let results = process.run_all(index, &tape, End::Breakpoint)?;
+    if let Some(Ok(file)) = results.first().map(|result| Call::outcome(*result)) {
+        let mut tape = process.tape()?;
+        let user = user.to_string().into_bytes();
+        let text = tape.data(&user);
+        tape.try_call("set its login", libc::SYS_write, [file, text, user.len() as u64, 0, 0, 0]);
+        tape.call("close its login", libc::SYS_close, [file, 0, 0, 0, 0, 0]);
+        process.run_all(index, &tape, End::Breakpoint)?;
+    }
+    if login_user(tid) != Some(user) {
+        tracing::warn!(tid, user, "the user that has logged in is not restored for the audit");
+    }
+    Ok(())
 }
 
 /// Appends what gives the calling thread its attributes.

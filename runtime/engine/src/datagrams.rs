@@ -444,15 +444,16 @@ fn make(
     if let Some(address) = local(new.as_fd())?
         && !state.queue.is_empty()
     {
-        let device = sockopt::get(new.as_fd(), libc::SOL_SOCKET, libc::SO_BINDTODEVICE, 16)?;
-        let to_device =
-            |name: &[u8]| sockopt::set(new.as_fd(), libc::SOL_SOCKET, libc::SO_BINDTODEVICE, name);
-        if !device.is_empty() {
-            to_device(b"\0")?;
+        let option = socket_options::SO_BINDTOIFINDEX;
+        let device = sockopt::get(new.as_fd(), libc::SOL_SOCKET, option, 4)?;
+        let to_device = |number: &[u8]| sockopt::set(new.as_fd(), libc::SOL_SOCKET, option, number);
+        let is_bound = device.iter().any(|byte| *byte != 0);
+        if is_bound {
+            to_device(&0i32.to_le_bytes())?;
         }
         let chosen = shared && state.peer.is_none();
         refill(new.as_fd(), address, &state.queue, chosen, addresses, raw)?;
-        if !device.is_empty() {
+        if is_bound {
             to_device(&device)?;
         }
     }

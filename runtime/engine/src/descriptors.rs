@@ -575,6 +575,7 @@ pub(crate) fn make_files(
     terminals: &mut terminals::Made,
 ) -> Result<Files, RestoreError> {
     let mut pipes = pipes::Made::default();
+    let mut originals = Originals::default();
     let mut files = Vec::with_capacity(container.files.len());
     for (number, file) in (0u32..).zip(&container.files) {
         if let Some(terminal) = terminals.take(number) {
@@ -587,7 +588,16 @@ pub(crate) fn make_files(
                 socket
             }
             None => make_file(
-                init, file, container, root, outside, shared, processes, &mut pipes, sockets,
+                init,
+                file,
+                container,
+                root,
+                outside,
+                shared,
+                &mut originals,
+                processes,
+                &mut pipes,
+                sockets,
             )?,
         };
         if file.notices.write_hint != 0 {
@@ -613,6 +623,7 @@ fn make_file(
     root: &Root,
     outside: &[Option<OwnedFd>],
     shared: &Shared,
+    originals: &mut Originals,
     processes: &Processes,
     pipes: &mut pipes::Made,
     sockets: &unix_sockets::Made,
@@ -668,9 +679,15 @@ fn make_file(
         FileKind::SharedMemory { memory, position } => {
             let object =
                 shared.memory.get(*memory as usize).ok_or_else(|| damaged("shared memory"))?;
-            let file = Shared::reopen(object, flags).map_err(make("shared memory"))?;
+            let file = if originals.take(*memory, flags) {
+                object.try_clone().map_err(make("shared memory"))?
+            } else {
+                Shared::reopen(object, flags).map_err(make("shared memory"))?
+            };
             seek(&file, *position)?;
-            file.into()
+            let file = file.into();
+            set_flags(&file, flags)?;
+            file
         }
         FileKind::Device { path, major, minor } => {
             let number = (*major, *minor);
@@ -791,6 +808,19 @@ fn make_file(
                 .map_err(make("a FIFO without a name"))?
         }
     })
+}
+
+/// Whose description from `memfd_create` a program has by now, by the index of the object.
+///
+/// Unlike one that was opened, it does not count as somebody who writes to the file, so that the file can be executed.
+#[derive(Debug, Default)]
+struct Originals(BTreeSet<u32>);
+
+impl Originals {
+    /// Whether a description with these flags is to be that one: the first that reads and writes.
+    fn take(&mut self, memory: u32, flags: i32) -> bool {
+        flags & libc::O_ACCMODE == libc::O_RDWR && self.0.insert(memory)
+    }
 }
 
 fn outside_stream(outside: &[Option<OwnedFd>], stream: u32) -> Result<&OwnedFd, RestoreError> {

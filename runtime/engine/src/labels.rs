@@ -62,7 +62,7 @@ pub(crate) fn enter_profile(
     for path in REQUESTS {
         let path = tape.data(path);
         let flags = u64::from((libc::O_WRONLY | libc::O_CLOEXEC).unsigned_abs());
-        let here = u64::from(libc::AT_FDCWD.unsigned_abs()).wrapping_neg();
+        let here = i64::from(libc::AT_FDCWD).cast_unsigned();
         tape.try_call("open its label", libc::SYS_openat, [here, path, flags, 0, 0, 0]);
     }
     let opened = process.run_all(index, &tape, End::Breakpoint)?;

@@ -434,7 +434,9 @@ impl<'a> PrivateMemory<'a> {
         }
         let Some((mapping, next)) = self.current.take() else { return Ok(()) };
         let own = match mapping.backing {
-            Backing::Anonymous { .. } => Own::All,
+            // The kernel may drop it at any time, and whoever keeps secrets of its randomness there relies on never using them twice.
+            Backing::Anonymous { droppable: true, .. } => Own::Nothing,
+            Backing::Anonymous { droppable: false, .. } => Own::All,
             Backing::PrivateFile { .. }
             | Backing::PrivateUnlinked { .. }
             | Backing::PrivateMemory { .. } => Own::Changed,

@@ -1041,10 +1041,9 @@ pub(crate) fn furnish(
             continue;
         }
         // Ignoring it first discards what came of the making: the ends of children are no news to the program.
-        let what = format!("set its action for signal {signal}");
-        tape.call(what.as_str(), libc::SYS_rt_sigaction, [signal, ignore, 0, 8, 0, 0]);
-        let address = tape.words(&[action.handler, action.flags, action.restorer, action.mask]);
-        tape.call(what, libc::SYS_rt_sigaction, [signal, address, 0, 8, 0, 0]);
+        let what = format!("ignore signal {signal}");
+        tape.call(what, libc::SYS_rt_sigaction, [signal, ignore, 0, 8, 0, 0]);
+        set_action(&mut tape, signal, action);
     }
     process.run_all(0, &tape, End::Breakpoint)?;
     let pid = process.pid;
@@ -1232,12 +1231,16 @@ pub(crate) fn confine(
         attributes(&mut tape, thread);
         attributes::restore_thread(&mut tape, &thread.attributes);
         process.run_all(index, &tape, End::Breakpoint)?;
+        attributes::restore_login(process, index, &thread.attributes)?;
         let own = thread.pending.iter().map(|info| (Some(thread.tid), info));
         let common = alive.pending.iter().map(|info| (None, info)).filter(|_| index == 0);
         let mut tape = process.tape()?;
         for (tid, info) in own.chain(common) {
             if timers::comes_again(info, &alive.posix_timers) {
                 due.extend(timers::sender(info));
+                continue;
+            }
+            if tid.is_some() && signal_of(info) == TRAP {
                 continue;
             }
             if !tape.has_room(1, info.len()) {
@@ -1253,13 +1256,17 @@ pub(crate) fn confine(
     limits(process.pid, &alive.limits)?;
     let permitted =
         proc::status(process.pid).map_err(make("the capabilities of a process"))?.capprm;
+    let common = common_filters(alive, confinement);
+    for filter in &common {
+        install_filter(process, 0, filter, alive.threads.len() > 1)?;
+    }
     // The leader last: timers and the dumpable flag belong to the process, and changing ids resets the latter.
     for (index, thread) in alive.threads.iter().enumerate().rev() {
         let mut tape = process.tape()?;
         credentials(&mut tape, thread, confinement, permitted);
         process.run_all(index, &tape, End::Breakpoint)?;
-        for program in filters(thread, confinement) {
-            install_filter(process, index, program)?;
+        for filter in filters(thread, confinement).iter().skip(common.len()) {
+            install_filter(process, index, filter, false)?;
         }
         let mut tape = process.tape()?;
         capabilities(&mut tape, thread, confinement);
@@ -1287,6 +1294,38 @@ pub(crate) fn confine(
         labels::enter_profile(process, index, &confinement.app_armor_profile)?;
     }
     Ok(())
+}
+
+/// As `siginfo` has it in its first field.
+fn signal_of(info: &[u8]) -> u64 {
+    info.first_chunk::<4>().map_or(0, |number| u64::from(u32::from_le_bytes(*number)))
+}
+
+/// SIGTRAP, which the breakpoints send that tapes of a restore end with.
+const TRAP: u64 = libc::SIGTRAP as u64;
+
+/// Sets what breakpoints spoil: the kernel takes away the action for SIGTRAP when one is hit while the signal is blocked, and takes
+/// the breakpoint's signal for one that already waits for the thread. No breakpoint may be hit after this.
+pub(crate) fn end_breakpoints(process: &mut Process, alive: &Alive) -> Result<(), RestoreError> {
+    let mut tape = process.tape()?;
+    if let Some(action) = (1u64..).zip(&alive.actions).find(|(signal, _)| *signal == TRAP) {
+        set_action(&mut tape, TRAP, action.1);
+    }
+    process.run_all(0, &tape, End::Call)?;
+    for (index, thread) in alive.threads.iter().enumerate() {
+        for info in thread.pending.iter().filter(|info| signal_of(info) == TRAP) {
+            let mut tape = process.tape()?;
+            queue_signal(&mut tape, alive, Some(thread.tid), info);
+            process.run_all(index, &tape, End::Call)?;
+        }
+    }
+    Ok(())
+}
+
+fn set_action(tape: &mut Tape, signal: u64, action: &SignalAction) {
+    let address = tape.words(&[action.handler, action.flags, action.restorer, action.mask]);
+    let what = format!("set its action for signal {signal}");
+    tape.call(what, libc::SYS_rt_sigaction, [signal, address, 0, 8, 0, 0]);
 }
 
 /// Soft and hard limits. A hard limit that may not be raised stays as the new container has it.
@@ -1377,7 +1416,7 @@ fn attributes(tape: &mut Tape, thread: &record::Thread) {
 /// Queues a pending signal as it was; a thread may pretend any origin to itself.
 fn queue_signal(tape: &mut Tape, alive: &Alive, tid: Option<i32>, info: &[u8]) {
     let pid = alive.threads.first().map_or(0, |thread| u64::from(thread.tid.unsigned_abs()));
-    let signal = info.first_chunk::<4>().map_or(0, |number| u64::from(u32::from_le_bytes(*number)));
+    let signal = signal_of(info);
     let address = tape.data(info);
     let what = format!("queue signal {signal}");
     match tid {
@@ -1444,14 +1483,30 @@ fn filters(thread: &record::Thread, confinement: &Confinement) -> Vec<SeccompFil
     new.into_iter().chain(saved.into_iter().skip(*drop)).collect()
 }
 
-/// Installs one filter. It does not apply to the engine's own calls: the tracer suspends it.
+/// The filters that all threads of a process have installed first.
+///
+/// They are one list in the kernel, to which no thread can add for all (`SECCOMP_FILTER_FLAG_TSYNC`) where each has its own.
+fn common_filters(alive: &Alive, confinement: &Confinement) -> Vec<SeccompFilter> {
+    let mut lists = alive.threads.iter().map(|thread| filters(thread, confinement));
+    let mut common = lists.next().unwrap_or_default();
+    for list in lists {
+        let same = common.iter().zip(&list).take_while(|(a, b)| a == b).count();
+        common.truncate(same);
+    }
+    common
+}
+
+/// Installs one filter, for all threads at once if it is the same for `all`. It does not apply to the engine's own calls: the
+/// tracer suspends it.
 fn install_filter(
     process: &mut Process,
     index: usize,
-    filter: SeccompFilter,
+    filter: &SeccompFilter,
+    all: bool,
 ) -> Result<(), RestoreError> {
     const INSTRUCTION_BYTES: usize = 8;
     const SECCOMP_SET_MODE_FILTER: u64 = 1;
+    const SECCOMP_FILTER_FLAG_TSYNC: u64 = 1;
     const SECCOMP_FILTER_FLAG_LOG: u64 = 2;
     let mut tape = process.tape()?;
     if !tape.has_room(1, filter.program.len() + 64) {
@@ -1463,10 +1518,15 @@ fn install_filter(
     let count = (filter.program.len() / INSTRUCTION_BYTES) as u64;
     let program = tape.words(&[count, instructions]);
     let flags = filter.flags & SECCOMP_FILTER_FLAG_LOG;
+    let flags = if all { flags | SECCOMP_FILTER_FLAG_TSYNC } else { flags };
     let arguments = [SECCOMP_SET_MODE_FILTER, flags, program, 0, 0, 0];
     tape.call("install a seccomp filter", libc::SYS_seccomp, arguments);
-    process.run_all(index, &tape, End::Breakpoint)?;
-    Ok(())
+    let results = process.run_all(index, &tape, End::Breakpoint)?;
+    // The number of a thread that can't have it.
+    match results.first() {
+        Some(0) => Ok(()),
+        _ => Err(make("the seccomp filters of a process")(io::ErrorKind::Other.into())),
+    }
 }
 
 fn capabilities(tape: &mut Tape, thread: &record::Thread, confinement: &Confinement) {

@@ -661,6 +661,11 @@ impl Tree {
 
     /// Removes the engine from all processes and lets them go.
     fn resume(&mut self, records: &[Record]) -> Result<(), RestoreError> {
+        for record in records {
+            if let ProcessState::Alive(alive) = &record.state {
+                process::end_breakpoints(self.process(record.pid)?, alive)?;
+            }
+        }
         for process in self.processes.values_mut() {
             process.unmap_arena()?;
         }

@@ -119,6 +119,7 @@ const SPECIAL: &[Known] = known! {
     SOL_SOCKET, After, INT => SO_SNDBUF = 7, SO_RCVBUF = 8, SO_BUF_LOCK = 72, SO_LOCK_FILTER = 44;
 };
 const SO_BUF_LOCK: i32 = 72;
+pub(crate) const SO_BINDTOIFINDEX: i32 = 62;
 
 /// Which levels a family has beside that of all sockets.
 pub(crate) const INTERNET: &[i32] =
@@ -149,6 +150,12 @@ pub(crate) fn capture(
                 values.push(SocketOption { level, name, value: Bytes::from(value) });
             }
             Err(error) if is_absent(&error) => {}
+            // It is bound to an interface that is gone, whose number only is left.
+            Err(error) if is_no_device(&error) && known.name == libc::SO_BINDTODEVICE => {
+                let value = sockopt::get(socket, SOL_SOCKET, SO_BINDTOIFINDEX, INT)?;
+                let (level, name, value) = (SOL_SOCKET, SO_BINDTOIFINDEX, Bytes::from(value));
+                values.push(SocketOption { level, name, value });
+            }
             Err(error) => return Err(error),
         }
     }
@@ -175,6 +182,10 @@ fn is_absent(error: &io::Error) -> bool {
     error.raw_os_error().is_some_and(|errno| absent.contains(&errno))
 }
 
+fn is_no_device(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ENODEV)
+}
+
 /// The value of an option that was saved as a number.
 pub(crate) fn number(options: &SocketOptions, level: i32, name: i32) -> Option<i32> {
     let option = options.values.iter().find(|found| found.level == level && found.name == name)?;
@@ -183,7 +194,18 @@ pub(crate) fn number(options: &SocketOptions, level: i32, name: i32) -> Option<i
 
 /// Sets what decides how a new socket is bound and connected.
 pub(crate) fn prepare(socket: BorrowedFd<'_>, options: &SocketOptions) -> io::Result<()> {
-    set(socket, options, When::Before)
+    set(socket, options, When::Before)?;
+    match number(options, SOL_SOCKET, SO_BINDTOIFINDEX) {
+        Some(_) => bind_to_nothing(socket),
+        None => Ok(()),
+    }
+}
+
+/// Binds a socket to an interface that is not there, as one is whose interface was removed: nothing arrives, and none else may take
+/// its place.
+fn bind_to_nothing(socket: BorrowedFd<'_>) -> io::Result<()> {
+    tracing::warn!("a socket is bound to an interface that the container has no more");
+    sockopt::set(socket, SOL_SOCKET, SO_BINDTOIFINDEX, &i32::MAX.to_le_bytes())
 }
 
 /// Gives a socket the rest of its options, once it is connected and its queue is filled.
@@ -224,7 +246,12 @@ fn set_one(socket: BorrowedFd<'_>, known: &Known, value: &[u8]) -> io::Result<()
     if now.is_ok_and(|now| now == value) || value.len() > known.bytes_max {
         return Ok(());
     }
-    sockopt::set(socket, known.level, known.name, value)
+    match sockopt::set(socket, known.level, known.name, value) {
+        Err(error) if is_no_device(&error) && known.name == libc::SO_BINDTODEVICE => {
+            bind_to_nothing(socket)
+        }
+        result => result,
+    }
 }
 
 /// Gives a socket its buffers' sizes, and whether the kernel may change them.

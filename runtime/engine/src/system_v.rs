@@ -10,7 +10,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read as _};
 
 use samara_capsule::record::{
     Bytes, Container, IpcIdentity, MessageQueue, Segment, Semaphore, SemaphoreSet, SemaphoreUndo,
@@ -111,7 +111,12 @@ const LIMITS: [&str; 13] = [
 
 /// The limits of the namespace that the calling thread is in, as far as the kernel has them.
 fn limits_here() -> Vec<(String, String)> {
-    let read = |name: &str| fs::read_to_string(format!("/proc/sys/{name}")).ok();
+    let read = |name: &str| {
+        // At once: the second read of such a file finds its end, wherever the first has stopped.
+        let mut text = [0; 4096];
+        let count = File::open(format!("/proc/sys/{name}")).ok()?.read(&mut text).ok()?;
+        String::from_utf8(text.get(..count)?.to_vec()).ok()
+    };
     let limit = |name: &&str| Some(((*name).to_owned(), read(name)?.trim_end().to_owned()));
     LIMITS.iter().filter_map(limit).collect()
 }

@@ -335,6 +335,12 @@ pub(crate) fn restore(
                 }
                 if let Some(address) = &socket.local {
                     let address = from_record(address)?;
+                    // Who has begun to listen beside others may have taken back that it lets them.
+                    if matches!(socket.state, InternetState::Listening { .. })
+                        && listens_beside(*file, address.port(), &sockets)
+                    {
+                        set_flag(new.as_fd(), libc::SO_REUSEPORT, 1)?;
+                    }
                     if is_shared(*file, address.port(), &sockets) {
                         reuse(new.as_fd())?;
                     }
@@ -376,6 +382,11 @@ pub(crate) fn restore(
             let was_reused =
                 socket_options::number(&socket.options, libc::SOL_SOCKET, libc::SO_REUSEADDR);
             set_reuse(new.as_fd(), was_reused.unwrap_or(0))?;
+            if matches!(socket.state, InternetState::Listening { .. }) {
+                let was_common =
+                    socket_options::number(&socket.options, libc::SOL_SOCKET, libc::SO_REUSEPORT);
+                set_flag(new.as_fd(), libc::SO_REUSEPORT, was_common.unwrap_or(0))?;
+            }
             socket_options::finish(new.as_fd(), &socket.options)?;
         }
     }
@@ -397,12 +408,24 @@ fn is_shared(file: u32, port: u16, sockets: &BTreeMap<u32, &InternetSocket>) -> 
     })
 }
 
+/// Whether another socket listens at this port.
+fn listens_beside(file: u32, port: u16, sockets: &BTreeMap<u32, &InternetSocket>) -> bool {
+    sockets.iter().filter(|(other, _)| **other != file).any(|(_, record)| {
+        matches!(record.state, InternetState::Listening { .. })
+            && record.local.as_ref().is_some_and(|local| local.port == port)
+    })
+}
+
 fn reuse(socket: BorrowedFd<'_>) -> io::Result<()> {
     set_reuse(socket, 1)
 }
 
 fn set_reuse(socket: BorrowedFd<'_>, value: i32) -> io::Result<()> {
-    sockopt::set(socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, &value.to_le_bytes())
+    set_flag(socket, libc::SO_REUSEADDR, value)
+}
+
+fn set_flag(socket: BorrowedFd<'_>, name: i32, value: i32) -> io::Result<()> {
+    sockopt::set(socket, libc::SOL_SOCKET, name, &value.to_le_bytes())
 }
 
 /// A socket that will have an end's options, bound where that end was.

@@ -580,12 +580,15 @@ fn refuse_own_mounts(init: i32, spec: &oci_spec::runtime::Spec) -> Result<(), Ch
             attempt: "read the container's mounts",
             source: io::Error::other(error),
         })?;
+    // A mount point is where the links on its path lead to.
+    let place = |path: &Path| {
+        open_inside(init, path, OFlags::PATH)
+            .and_then(|folder| fs::read_link(format!("/proc/self/fd/{}", folder.as_raw_fd())))
+            .unwrap_or_else(|_| path.to_owned())
+    };
     let mut wanted: Vec<(PathBuf, bool)> = Vec::new();
     for mount in spec.mounts().iter().flatten() {
-        // A mount point is where the links on its path lead to.
-        let place = open_inside(init, mount.destination(), OFlags::PATH)
-            .and_then(|folder| fs::read_link(format!("/proc/self/fd/{}", folder.as_raw_fd())))
-            .unwrap_or_else(|_| mount.destination().clone());
+        let place = place(mount.destination());
         // With everything below it, which comes and goes with what is outside.
         let whole = mount.options().iter().flatten().any(|option| {
             matches!(option.as_str(), "rbind" | "rslave" | "rshared" | "slave" | "shared")
@@ -594,16 +597,19 @@ fn refuse_own_mounts(init: i32, spec: &oci_spec::runtime::Spec) -> Result<(), Ch
     }
     let present: Vec<&Path> = mounts.0.iter().map(|mount| mount.mount_point.as_path()).collect();
     let count = |path: &Path| present.iter().filter(|present| **present == path).count();
+    let lists =
+        spec.linux().iter().flat_map(|linux| [linux.masked_paths(), linux.readonly_paths()]);
+    let masked: Vec<PathBuf> = lists
+        .flatten()
+        .flatten()
+        .flat_map(|path| [PathBuf::from(path), place(Path::new(path))])
+        .collect();
     for mount in &mounts.0 {
         let path = mount.mount_point.as_path();
         let specified = wanted.iter().filter(|(place, _)| place == path).count();
-        // What is masked and made read-only there is the engine's, and the rest the kernel's.
-        let kernels = ["/", "/proc", "/sys", "/dev/console"].map(Path::new);
-        let engines = path == kernels[0] || kernels.iter().skip(1).any(|of| path.starts_with(of));
-        let masked = spec.linux().iter().any(|linux| {
-            let lists = [linux.masked_paths(), linux.readonly_paths()];
-            lists.into_iter().flatten().flatten().any(|masked| Path::new(masked) == path)
-        });
+        // The engine's own; what it masks or makes read-only it mounts there.
+        let engines = ["/", "/dev/console"].map(Path::new).contains(&path);
+        let masked = masked.iter().any(|masked| masked == path);
         let below = wanted.iter().any(|(place, whole)| *whole && path.starts_with(place));
         if !engines && !masked && !below && (specified == 0 || count(path) > specified) {
             return Err(CheckpointError::OwnMount {
