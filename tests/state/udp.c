@@ -511,6 +511,40 @@ static void udp_shut_check(void)
 static void udp_shut_spoil(void) { udp_spoil_name(); }
 STATE(udp_shut)
 
+/* A socket that is not connected is shut all the same, though the call fails. */
+static void udp_shut_alone(int how)
+{
+	receiver = udp_bound("127.0.0.1", 7027);
+	CHECK(shutdown(receiver, how) == -1 && errno == ENOTCONN, "it is connected");
+}
+static void udp_shut_alone_setup(void) { udp_shut_alone(SHUT_RDWR); }
+static void udp_shut_alone_check(void)
+{
+	char byte;
+	CHECK(net_events(receiver) & POLLHUP, "events %#x", net_events(receiver));
+	CHECK(recv(receiver, &byte, 1, 0) == 0, "it waits");
+}
+static void udp_shut_alone_spoil(void) { udp_spoil_name(); }
+STATE(udp_shut_alone)
+
+static void udp_shut_writing_setup(void) { udp_shut_alone(SHUT_WR); }
+static void udp_shut_writing_check(void)
+{
+	struct net_address address = net_address("127.0.0.1", 7027);
+	ssize_t sent = sendto(receiver, "word", 4, MSG_NOSIGNAL, &address.any, address.bytes);
+	CHECK(sent == -1 && errno == EPIPE, "it may send");
+	sender = udp("127.0.0.1");
+	udp_send(sender, "127.0.0.1", 7027, "word", 4);
+	udp_expect(receiver, "word", NULL);
+}
+static void udp_shut_writing_spoil(void)
+{
+	udp_spoil_name();
+	struct net_address address = net_address("127.0.0.1", 7027);
+	MUST(bind(receiver, &address.any, address.bytes));
+}
+STATE(udp_shut_writing)
+
 static void udp_corked_setup(void)
 {
 	receiver = udp_bound("127.0.0.1", 7027);

@@ -331,6 +331,8 @@ pub(crate) struct Tables<'a> {
     /// By what the kernel knows the container's network namespace, and its multicast groups, once they were asked for.
     pub(crate) network: Option<Vec<u8>>,
     pub(crate) groups: Option<Vec<datagrams::Group>>,
+    /// For which directions datagram sockets are shut, by inode, once it was asked for.
+    pub(crate) shutdowns: Option<BTreeMap<u32, u8>>,
     addresses: Vec<(Bytes, Bytes)>,
     pub(crate) inotifies: Vec<inotify::Instance>,
     pub(crate) watchers: Vec<inotify::Watcher>,
@@ -371,6 +373,7 @@ impl<'a> Tables<'a> {
             connections: Vec::new(),
             network: None,
             groups: None,
+            shutdowns: None,
             addresses: Vec::new(),
             inotifies: Vec::new(),
             watchers: Vec::new(),

@@ -22,7 +22,7 @@ use rustix::net::{SendFlags, Shutdown};
 use samara_capsule::record::{
     Bytes, Datagram, Datagrams, FileKind, InternetSocket, InternetState, Membership,
 };
-use samara_kernel::{Pid, sockopt};
+use samara_kernel::{Pid, sock_diag, sockopt};
 
 use crate::capture::{CaptureError, Tables, read};
 use crate::descriptors::Found;
@@ -107,6 +107,13 @@ pub(crate) fn note(
     };
     let memberships = memberships(socket, domain, &groups);
     tables.groups = Some(groups);
+    // What is shut for writing only shows nowhere else.
+    let init = tables.request.init;
+    let shutdowns = tables
+        .shutdowns
+        .get_or_insert_with(|| sock_diag::datagram_shutdowns(init).unwrap_or_default());
+    let told = u32::try_from(found.identity().1).ok().and_then(|inode| shutdowns.get(&inode));
+    let write_shut = told.is_some_and(|bits| bits & sock_diag::SHUT_FOR_SENDING != 0);
     Ok(Ok(FileKind::Internet(Box::new(InternetSocket {
         domain,
         kind,
@@ -118,7 +125,7 @@ pub(crate) fn note(
             peer: peer.map(to_record),
             queue: datagrams,
             read_shut: events.contains(PollFlags::RDHUP),
-            write_shut: events.contains(PollFlags::HUP),
+            write_shut: write_shut || events.contains(PollFlags::HUP),
         })),
     }))))
 }
@@ -419,7 +426,7 @@ fn make(
     addresses: &Addresses,
     raw: &mut RawSockets,
 ) -> io::Result<OwnedFd> {
-    let new = new_socket(socket.domain, socket.kind, socket.protocol)?;
+    let new = permitted(socket)?;
     let reuse = |value: i32| {
         let value = value.to_le_bytes();
         sockopt::set(new.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, &value)
@@ -457,11 +464,17 @@ fn make(
             to_device(&device)?;
         }
     }
-    match (state.read_shut, state.write_shut) {
-        (false, false) => {}
-        (true, false) => rustix::net::shutdown(&new, Shutdown::Read)?,
-        (false, true) => rustix::net::shutdown(&new, Shutdown::Write)?,
-        (true, true) => rustix::net::shutdown(&new, Shutdown::Both)?,
+    let shut = match (state.read_shut, state.write_shut) {
+        (false, false) => Ok(()),
+        (true, false) => rustix::net::shutdown(&new, Shutdown::Read),
+        (false, true) => rustix::net::shutdown(&new, Shutdown::Write),
+        (true, true) => rustix::net::shutdown(&new, Shutdown::Both),
+    };
+    // A socket that is not connected is shut, and then called not connected.
+    if let Err(error) = shut
+        && error != rustix::io::Errno::NOTCONN
+    {
+        return Err(error.into());
     }
     if shared {
         let options = &socket.options;
@@ -471,6 +484,24 @@ fn make(
     set_multicast_interface(new.as_fd(), socket, addresses)?;
     socket_options::finish(new.as_fd(), &socket.options)?;
     Ok(new)
+}
+
+/// A new socket, also of pings where the new container lets none of its groups have some.
+fn permitted(socket: &InternetSocket) -> io::Result<OwnedFd> {
+    const RANGE: &str = "/proc/sys/net/ipv4/ping_group_range";
+    let InternetSocket { domain, kind, protocol, .. } = *socket;
+    let is_ping =
+        kind == libc::SOCK_DGRAM && [libc::IPPROTO_ICMP, libc::IPPROTO_ICMPV6].contains(&protocol);
+    match new_socket(domain, kind, protocol) {
+        Err(error) if is_ping && error.kind() == io::ErrorKind::PermissionDenied => {
+            let before = fs::read_to_string(RANGE)?;
+            fs::write(RANGE, "0 0")?;
+            let made = new_socket(domain, kind, protocol);
+            fs::write(RANGE, before)?;
+            made
+        }
+        other => other,
+    }
 }
 
 /// The interface is told by its address.

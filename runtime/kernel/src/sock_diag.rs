@@ -79,6 +79,41 @@ pub fn tcp_sockets(pid: Pid) -> io::Result<Vec<TcpSocket>> {
     Ok(sockets)
 }
 
+/// A bit of what [`datagram_shutdowns`] tells (`SEND_SHUTDOWN` of net/sock.h).
+pub const SHUT_FOR_SENDING: u8 = 2;
+
+/// For which directions the UDP sockets are shut that are bound in the network namespace of process `pid`, by inode.
+///
+/// # Errors
+/// As [`unix_sockets`].
+pub fn datagram_shutdowns(pid: Pid) -> io::Result<BTreeMap<u32, u8>> {
+    const PROTOCOLS: [i32; 2] = [libc::IPPROTO_UDP, libc::IPPROTO_UDPLITE];
+    let mut found = BTreeMap::new();
+    for family in [libc::AF_INET, libc::AF_INET6] {
+        for protocol in PROTOCOLS {
+            let small =
+                |number: i32| u8::try_from(number).expect("families and protocols are small");
+            let socket = inside(pid, Namespace::Network, diagnostics_socket)?;
+            let dumped = dump(socket, &internet_request(small(family), small(protocol)), |body| {
+                /// `INET_DIAG_SHUTDOWN`
+                const SHUTDOWN: u16 = 8;
+                let attributes = attributes(body.get(INTERNET_BYTES..)?)?;
+                let shut = attributes.iter().find(|(kind, _)| *kind == SHUTDOWN);
+                if let Some((_, [bits, ..])) = shut {
+                    found.insert(word(body, 68)?, *bits);
+                }
+                Some(())
+            });
+            match dumped {
+                // A kernel without the protocol.
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+                other => other?,
+            }
+        }
+    }
+    Ok(found)
+}
+
 /// What the kernel tells of a packet socket.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PacketSocket {
@@ -179,15 +214,22 @@ fn request() -> Vec<u8> {
     bytes
 }
 
-/// `struct nlmsghdr` and `struct inet_diag_req_v2` (linux/inet_diag.h), asking for all states.
+/// Bytes of `struct inet_diag_msg`.
+const INTERNET_BYTES: usize = 72;
+
 fn tcp_request(family: u8) -> Vec<u8> {
     const TCP: u8 = 6;
+    internet_request(family, TCP)
+}
+
+/// `struct nlmsghdr` and `struct inet_diag_req_v2` (linux/inet_diag.h), asking for all states.
+fn internet_request(family: u8, protocol: u8) -> Vec<u8> {
     let mut bytes = Vec::new();
     bytes.extend(72u32.to_le_bytes());
     bytes.extend(SOCK_DIAG_BY_FAMILY.to_le_bytes());
     bytes.extend(REQUEST_DUMP.to_le_bytes());
     bytes.extend([0; 8]);
-    bytes.extend([family, TCP, 0, 0]);
+    bytes.extend([family, protocol, 0, 0]);
     bytes.extend(u32::MAX.to_le_bytes());
     bytes.extend([0; 48]);
     bytes

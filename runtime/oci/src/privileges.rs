@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 
 use oci_spec::runtime::{LinuxDeviceType, Process, Spec};
 use rustix::thread::CapabilitySet;
-use samara_capsule::record::{Container, Credentials, ProcessState};
+use samara_capsule::record::{Container, Credentials, FileKind, ProcessState};
 use samara_engine::files::{DeviceNode, DeviceNodes};
 use samara_engine::labels;
 
@@ -134,6 +134,26 @@ fn differing<'a>(
             )
         })
         .collect()
+}
+
+/// Sockets of a capsule that hear or make packets of others, which a program without `CAP_NET_RAW` can't have, in words.
+pub(crate) fn raw_sockets(
+    process: &Process,
+    container: &Container,
+) -> Result<Vec<String>, ConfineError> {
+    if capability_sets(process)?.bounding.contains(CapabilitySet::NET_RAW) {
+        return Ok(Vec::new());
+    }
+    let raw = container.files.iter().any(|file| match &file.kind {
+        FileKind::Packet(_) => true,
+        FileKind::Internet(socket) => {
+            u32::try_from(socket.kind) == Ok(rustix::net::SocketType::RAW.as_raw())
+        }
+        _ => false,
+    });
+    let reason = "it has raw or packet sockets, which a container without CAP_NET_RAW could not have made: start it with \
+                  that capability";
+    Ok(raw.then(|| reason.to_owned()).into_iter().collect())
 }
 
 fn capabilities_beyond(

@@ -401,6 +401,7 @@ fn check_host(
     }
     if let Some(process) = spec.process() {
         reasons.extend(privileges::beyond(process, &saved.container)?);
+        reasons.extend(privileges::raw_sockets(process, &saved.container)?);
         let own = labels::own().map_err(io("read the own security label"))?;
         reasons.extend(privileges::other_labels(process, &saved.container, own.as_deref()));
     }
