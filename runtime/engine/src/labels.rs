@@ -38,10 +38,10 @@ pub(crate) fn of_thread(tid: Pid) -> io::Result<Option<Vec<u8>>> {
     }
 }
 
-/// As [`of_thread`], of the calling thread.
+/// The label of the calling thread. `None`: no security module gives labels here.
 ///
 /// # Errors
-/// Those of [`of_thread`].
+/// Those of reading `/proc/TID/attr/current`.
 pub fn own() -> io::Result<Option<Vec<u8>>> {
     of_thread(rustix::thread::gettid().as_raw_nonzero().get())
 }
