@@ -78,10 +78,12 @@ pub struct RestoreReport {
 
 /// Builds the container that was saved from a blank one and lets it go on.
 ///
+/// `ready` is called when all is there and nothing runs yet: what ends from then on has ended by itself.
 /// Success: it runs. Failure: every process that was made has been killed; the blank init too, if it was touched.
 pub fn restore(
     request: &RestoreRequest<'_>,
     source: &dyn Source,
+    ready: &mut dyn FnMut(),
 ) -> Result<RestoreReport, RestoreError> {
     let container = request.container;
     let begun = Instant::now();
@@ -185,6 +187,7 @@ pub fn restore(
     labels::check(&tree, &container.processes)?;
     phase::reached(Phase::Confined);
     let threads = tree.processes.values().map(|process| process.threads.len()).sum();
+    ready();
     tree.resume(&container.processes)?;
     phase::reached(Phase::Resumed);
     terminals.resize();

@@ -212,7 +212,7 @@ fn bring_back(
         app_armor_profile: String::new(),
     };
     let request = RestoreRequest { init: blank.init, container: captured, confinement };
-    let report = restore(&request, memory)?;
+    let report = restore(&request, memory, &mut || ())?;
     assert_eq!(report.processes, captured.processes.len());
     Ok(blank)
 }

@@ -38,6 +38,8 @@ const NOTES: &str = "@ends";
 const NOTE_BYTES_MAX: u64 = 64 << 10;
 /// Stands in a container's folder once somebody asked its program to end.
 const ASKED: &str = "asked-to-end";
+/// What stands there while a container is filled.
+const RESTORING: &str = "a restore under way";
 /// Stands in a container's folder once its end was seen, with what was known of it.
 const ENDED: &str = "ended";
 
@@ -85,6 +87,19 @@ pub fn ask(dir: &StateDir, whose: &str) {
 /// Takes [`ask`] back: the container goes on.
 pub(crate) fn take_back(dir: &StateDir) {
     let _ = fs::remove_file(dir.path().join(ASKED));
+}
+
+/// [`ask`], for as long as a container is being filled: whoever fills it kills what is half there if that fails, and a monitor may
+/// see this end before anything else can be said of it.
+pub(crate) fn ask_while_restoring(dir: &StateDir) {
+    ask(dir, RESTORING);
+}
+
+/// Takes [`ask_while_restoring`] back, unless somebody else has asked meanwhile: from here on the program runs.
+pub(crate) fn is_restored(dir: &StateDir) {
+    if fs::read(dir.path().join(ASKED)).is_ok_and(|whose| whose == RESTORING.as_bytes()) {
+        take_back(dir);
+    }
 }
 
 /// [`ask`], if `signal` is one that programs are ended with.

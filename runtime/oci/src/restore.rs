@@ -461,6 +461,7 @@ pub fn finish(dir: &StateDir, kept: Kept) -> Result<Option<Restored>, RestoreErr
     let waiting: Waiting = serde_json::from_slice(&waiting)
         .map_err(|error| io("read the capsule's note")(error.into()))?;
     let record = dir.load()?;
+    ending::ask_while_restoring(dir);
     let filled = fill(dir, &waiting, kept);
     if let Err(error) = &filled {
         // A container that is not what was saved must not run. Its end says nothing of its program.
@@ -508,7 +509,7 @@ fn fill(dir: &StateDir, waiting: &Waiting, kept: Kept) -> Result<Restored, Resto
     }
     let confinement = confinement(&spec, &saved.origin)?;
     let request = RestoreRequest { init, container: &saved.container, confinement };
-    let report = restore(&request, &reader)?;
+    let report = restore(&request, &reader, &mut || ending::is_restored(dir))?;
     let statistics = &reader.config().statistics;
     Ok(Restored {
         processes: report.processes,

@@ -202,7 +202,12 @@ fn a_store_that_fails_at_any_request_of_a_restore_leaves_nothing() {
                 site.nothing_is_left_of(&id, &at);
                 assert_eq!(site.count(), saved, "{at}: the program ran");
                 assert_eq!(site.newest(), before, "{at}");
-                assert_eq!(site.state().failed_resumes, 0, "{at}: it was not the capsule's fault");
+                assert_eq!(
+                    site.state().failed_resumes,
+                    0,
+                    "{at}: it was not the capsule's fault: {}",
+                    text(&output.stderr)
+                );
             }
             poll("it counts on", || site.count() > saved);
         }
@@ -329,7 +334,12 @@ fn a_node_without_room_harms_nothing() {
         disk.clear();
         site.nothing_is_left_of(&id, &at);
         assert_eq!(site.count(), saved, "{at}: the program ran");
-        assert_eq!(site.state().failed_resumes, 0, "{at}: it was not the capsule's fault");
+        assert_eq!(
+            site.state().failed_resumes,
+            0,
+            "{at}: it was not the capsule's fault: {}",
+            text(&output.stderr)
+        );
     }
     assert!(failures > 2, "the disk was not full");
     poll("it counts on", || site.count() > saved);
