@@ -1007,6 +1007,31 @@ static void unix_client_name_taken_since_check(void)
 static void unix_client_name_taken_since_spoil(void) { drain(s[1]); }
 STATE(unix_client_name_taken_since)
 
+/* Data come before the connection is accepted, as with any busy server: a save waits for that. */
+static pthread_t busy;
+static void *accept_late(void *unused)
+{
+	(void)unused;
+	usleep(300000);
+	s[2] = MUST(accept(s[0], NULL, NULL));
+	return NULL;
+}
+static void unix_accepted_late_setup(void)
+{
+	s[0] = listening(SOCK_STREAM, "@busy", 5);
+	s[1] = connected(SOCK_STREAM, "@busy");
+	put(s[1], "early");
+	CHECK(pthread_create(&busy, NULL, accept_late, NULL) == 0, "no thread");
+}
+static void unix_accepted_late_check(void)
+{
+	pthread_join(busy, NULL);
+	expect_text(s[2], "early");
+	expect_link(s[2], s[1]);
+}
+static void unix_accepted_late_spoil(void) { pthread_join(busy, NULL); pthread_create(&busy, NULL, accept_late, NULL); close(s[1]); s[1] = connected(SOCK_STREAM, "@busy"); }
+STATE(unix_accepted_late)
+
 /* What can't be saved. */
 
 static void unix_waiting_with_data_setup(void) { s[0] = listening(SOCK_STREAM, "@waiting", 5); s[1] = connected(SOCK_STREAM, "@waiting"); put(s[1], "early"); }

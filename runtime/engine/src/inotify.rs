@@ -24,7 +24,7 @@ use crate::file_names::Identity;
 use crate::memory::Shared;
 use crate::restore::{RestoreError, make};
 use crate::root::Root;
-use crate::unsupported::Place;
+use crate::unsupported::{Place, UNREAD_EVENTS};
 
 /// An instance that was found, with what `fdinfo` says it watches.
 #[derive(Debug)]
@@ -113,9 +113,7 @@ pub(crate) fn note(
         .map_err(io::Error::from)
         .map_err(read(found.link))?;
     if unread > 0 {
-        let what = format!(
-            "inotify holds {unread} bytes of events that nobody has read, which are not supported"
-        );
+        let what = format!("inotify holds {unread} bytes of {UNREAD_EVENTS}");
         return Ok(Err(what));
     }
     let lines = found.info.others.iter().filter(|(name, _)| name == "inotify wd");

@@ -35,7 +35,7 @@ use crate::internet::{
     with_ip,
 };
 use crate::socket_options;
-use crate::unsupported::Place;
+use crate::unsupported::{Place, UNACCEPTED_TCP};
 
 /// States of linux/tcp_states.h.
 const ESTABLISHED: u8 = 1;
@@ -241,7 +241,7 @@ fn other_end(
         }) => {
             // The mark of the end counts as a byte.
             if *unread > u32::from(WRITE_SHUT.contains(&one.state)) {
-                return Err("data in a TCP connection that nobody has accepted is not supported");
+                return Err(UNACCEPTED_TCP);
             }
             Ok(Other::Waiting)
         }

@@ -39,7 +39,7 @@ use crate::socket_options;
 use crate::tracee::{Process, TraceeError};
 use crate::unix_sockets::makers::{Makers, inside_number};
 use crate::unix_sockets::names::{Address, Names};
-use crate::unsupported::Place;
+use crate::unsupported::{Place, UNACCEPTED_UNIX};
 
 /// The sockets that were found so far.
 #[derive(Debug, Default)]
@@ -291,15 +291,14 @@ impl Sockets {
         &self,
         inode: u32,
     ) -> io::Result<Result<Option<WaitingConnection>, &'static str>> {
-        const DATA: &str = "data in a unix connection that nobody has accepted are not supported";
         if inode == 0 {
             // And whether it had sent something is not to be known.
-            return Ok(Err(DATA));
+            return Ok(Err(UNACCEPTED_UNIX));
         }
         let Some(client) = self.by_inode.get(&inode).copied() else { return Ok(Ok(None)) };
         let Some(open) = self.open.get(client as usize) else { return Ok(Ok(None)) };
         if unix::unread_bytes(open.socket.as_fd())? > 0 {
-            return Ok(Err(DATA));
+            return Ok(Err(UNACCEPTED_UNIX));
         }
         // The one that will accept it is told who connected; until then nobody is, so it is taken to be the one who holds it.
         let credentials = open.held.then(|| holder_credentials(open.holder.0)).transpose()?;

@@ -36,6 +36,31 @@ impl fmt::Display for Unsupported {
     }
 }
 
+/// Data that were sent before the other side has accepted the connection.
+pub(crate) const UNACCEPTED_UNIX: &str =
+    "data in a unix connection that nobody has accepted are not supported";
+pub(crate) const UNACCEPTED_TCP: &str =
+    "data in a TCP connection that nobody has accepted is not supported";
+/// How the refusal of an inotify instance ends that has something to tell.
+pub(crate) const UNREAD_EVENTS: &str = "events that nobody has read, which are not supported";
+
+impl Unsupported {
+    /// Whether it passes as soon as the program does what it is about to do, as a rule.
+    fn passes(&self) -> bool {
+        [UNACCEPTED_UNIX, UNACCEPTED_TCP, UNREAD_EVENTS]
+            .iter()
+            .any(|passing| self.what.ends_with(passing))
+    }
+}
+
+impl UnsupportedList {
+    /// Whether all of it is likely to be gone in a moment.
+    #[must_use]
+    pub fn passes(&self) -> bool {
+        self.0.iter().all(Unsupported::passes)
+    }
+}
+
 /// A list of them, as one line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UnsupportedList(pub Vec<Unsupported>);

@@ -9,7 +9,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use oci_spec::runtime::LinuxNamespaceType;
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
@@ -328,6 +328,10 @@ fn progress(text: &str) {
     let _ = protocol::send(&mut io::stdout(), &WorkerReport::Progress { progress: text.into() });
 }
 
+/// How long a capture is tried again for something that can't be saved and is likely to pass, and after which time.
+const PASSING_MAX: Duration = Duration::from_secs(1);
+const PASSING_PAUSE: Duration = Duration::from_millis(5);
+
 /// The protocol of a capture, in order.
 fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
     let begun = Instant::now();
@@ -374,8 +378,20 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
         false => Ok(()),
     };
     let urgent = Urgent::begin();
-    let stopped = Instant::now();
-    let captured = capture(&request, &mut thaw, &mut writer);
+    let tried_since = Instant::now();
+    let mut stopped;
+    let captured = loop {
+        stopped = Instant::now();
+        match capture(&request, &mut thaw, &mut writer) {
+            // Nothing was stored yet, and the container runs.
+            Err(CaptureError::Unsupported(list))
+                if list.passes() && !paused && tried_since.elapsed() < PASSING_MAX =>
+            {
+                std::thread::sleep(PASSING_PAUSE);
+            }
+            captured => break captured,
+        }
+    };
     let refreeze = || {
         if paused && let Err(error) = record.cgroup.freeze() {
             tracing::warn!(%error, "the container was paused, and could not be paused again");
