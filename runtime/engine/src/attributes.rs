@@ -26,13 +26,6 @@ const SPECULATIONS: std::ops::Range<u32> = 0..3;
 /// Of an answer: the thread itself decides (`PR_SPEC_PRCTL`).
 const DECIDES: u32 = 1;
 
-/// linux/keyctl.h: operations, and the keyrings of the calling thread.
-const KEYCTL_GET_KEYRING_ID: u64 = 0;
-const KEYCTL_DESCRIBE: u64 = 6;
-const KEYCTL_READ: u64 = 11;
-const THREAD_KEYRING: u64 = (-1i64).cast_unsigned();
-const PROCESS_KEYRING: u64 = (-2i64).cast_unsigned();
-const SESSION_KEYRING: u64 = (-3i64).cast_unsigned();
 /// How the description ends of the session keyring that a user has who was given no other one.
 const USERS_SESSION: &[u8] = b";_uid_ses.";
 const DESCRIPTION_BYTES: usize = 128;
@@ -66,6 +59,12 @@ impl Questions {
             let query = [PR_GET_SPECULATION_CTRL, kind.into(), 0, 0, 0, 0];
             tape.try_call("ask how it speculates", libc::SYS_prctl, query);
         }
+        const GET_ID: u64 = libc::KEYCTL_GET_KEYRING_ID as u64;
+        const DESCRIBE: u64 = libc::KEYCTL_DESCRIBE as u64;
+        const READ: u64 = libc::KEYCTL_READ as u64;
+        const THREAD: u64 = (libc::KEY_SPEC_THREAD_KEYRING as i64).cast_unsigned();
+        const PROCESS: u64 = (libc::KEY_SPEC_PROCESS_KEYRING as i64).cast_unsigned();
+        const SESSION: u64 = (libc::KEY_SPEC_SESSION_KEYRING as i64).cast_unsigned();
         let keyrings = tape.len();
         let session_keyring = tape.output(DESCRIPTION_BYTES);
         // Who may not ask has no keys either.
@@ -74,11 +73,11 @@ impl Questions {
             let arguments = [operation, keyring, buffer, bytes, 0, 0];
             tape.try_call("ask for its keys", libc::SYS_keyctl, arguments);
         };
-        keys([KEYCTL_GET_KEYRING_ID, THREAD_KEYRING, 0, 0]);
-        keys([KEYCTL_GET_KEYRING_ID, PROCESS_KEYRING, 0, 0]);
-        keys([KEYCTL_READ, SESSION_KEYRING, 0, 0]);
+        keys([GET_ID, THREAD, 0, 0]);
+        keys([GET_ID, PROCESS, 0, 0]);
+        keys([READ, SESSION, 0, 0]);
         let bytes = DESCRIPTION_BYTES as u64;
-        keys([KEYCTL_DESCRIBE, SESSION_KEYRING, session_keyring.address, bytes]);
+        keys([DESCRIBE, SESSION, session_keyring.address, bytes]);
         Questions { time_stamps, machine_check, cpuid, speculation, keyrings, session_keyring }
     }
 
@@ -149,6 +148,32 @@ fn login_user(tid: Pid) -> Option<u32> {
     (user != u32::MAX).then_some(user)
 }
 
+/// Lets a thread write `text` to the first of these files that it can open. False: it could not open or write one.
+pub(crate) fn write_own(
+    process: &mut Process,
+    index: usize,
+    paths: &[&str],
+    text: &str,
+) -> Result<bool, TraceeError> {
+    let here = i64::from(libc::AT_FDCWD).cast_unsigned();
+    let flags = u64::from((libc::O_WRONLY | libc::O_CLOEXEC).unsigned_abs());
+    for path in paths {
+        let mut tape = process.tape()?;
+        let address = tape.data(format!("{path}\0").as_bytes());
+        tape.try_call(format!("open {path}"), libc::SYS_openat, [here, address, flags, 0, 0, 0]);
+        let results = process.run_all(index, &tape, End::Breakpoint)?;
+        let Some(Ok(file)) = results.first().map(|result| Call::outcome(*result)) else { continue };
+        let mut tape = process.tape()?;
+        let address = tape.data(text.as_bytes());
+        let arguments = [file, address, text.len() as u64, 0, 0, 0];
+        tape.try_call(format!("write to {path}"), libc::SYS_write, arguments);
+        tape.call(format!("close {path}"), libc::SYS_close, [file, 0, 0, 0, 0, 0]);
+        let results = process.run_all(index, &tape, End::Breakpoint)?;
+        return Ok(results.first().is_some_and(|result| Call::outcome(*result).is_ok()));
+    }
+    Ok(false)
+}
+
 /// Gives a thread its user for the audit where the new container has none, as programs may do once. Only the thread itself may.
 pub(crate) fn restore_login(
     process: &mut Process,
@@ -160,20 +185,7 @@ pub(crate) fn restore_login(
     if login_user(tid).is_some() {
         return Ok(());
     }
-    let here = i64::from(libc::AT_FDCWD).cast_unsigned();
-    let mut tape = process.tape()?;
-    let path = tape.data(b"/proc/thread-self/loginuid\0");
-    let flags = u64::from((libc::O_WRONLY | libc::O_CLOEXEC).unsigned_abs());
-    tape.try_call("open its login", libc::SYS_openat, [here, path, flags, 0, 0, 0]);
-    let results = process.run_all(index, &tape, End::Breakpoint)?;
-    if let Some(Ok(file)) = results.first().map(|result| Call::outcome(*result)) {
-        let mut tape = process.tape()?;
-        let user = user.to_string().into_bytes();
-        let text = tape.data(&user);
-        tape.try_call("set its login", libc::SYS_write, [file, text, user.len() as u64, 0, 0, 0]);
-        tape.call("close its login", libc::SYS_close, [file, 0, 0, 0, 0, 0]);
-        process.run_all(index, &tape, End::Breakpoint)?;
-    }
+    write_own(process, index, &["/proc/thread-self/loginuid"], &user.to_string())?;
     if login_user(tid) != Some(user) {
         tracing::warn!(tid, user, "the user that has logged in is not restored for the audit");
     }

@@ -8,14 +8,14 @@ use std::io;
 
 use samara_capsule::record::{Process as Record, ProcessState};
 use samara_kernel::Pid;
-use samara_kernel::tape::{Call, End};
 
+use crate::attributes;
 use crate::restore::{RestoreError, Tree, make};
-use crate::tracee::{Process, failed};
+use crate::tracee::Process;
 
 /// Where a thread asks for another profile: of AppArmor by name, and of whichever module came first, before Linux 5.8.
-const REQUESTS: [&[u8]; 2] =
-    [b"/proc/thread-self/attr/apparmor/current\0", b"/proc/thread-self/attr/current\0"];
+const REQUESTS: [&str; 2] =
+    ["/proc/thread-self/attr/apparmor/current", "/proc/thread-self/attr/current"];
 
 /// What AppArmor calls a thread that it lets do everything, as it may without the module.
 const UNCONFINED: &[u8] = b"unconfined";
@@ -57,31 +57,11 @@ pub(crate) fn enter_profile(
     if profile.is_empty() {
         return Ok(());
     }
-    let pid = process.pid;
-    let mut tape = process.tape()?;
-    for path in REQUESTS {
-        let path = tape.data(path);
-        let flags = u64::from((libc::O_WRONLY | libc::O_CLOEXEC).unsigned_abs());
-        let here = i64::from(libc::AT_FDCWD).cast_unsigned();
-        tape.try_call("open its label", libc::SYS_openat, [here, path, flags, 0, 0, 0]);
+    if attributes::write_own(process, index, &REQUESTS, &format!("changeprofile {profile}"))? {
+        return Ok(());
     }
-    let opened = process.run_all(index, &tape, End::Breakpoint)?;
-    let numbers: Vec<u64> =
-        opened.iter().filter_map(|result| Call::outcome(*result).ok()).collect();
-    let Some(first) = numbers.first() else {
-        let missing = io::Error::from(io::ErrorKind::NotFound);
-        return Err(failed("give a profile of AppArmor to", pid)(missing).into());
-    };
-    let mut tape = process.tape()?;
-    let request = format!("changeprofile {profile}");
-    let address = tape.data(request.as_bytes());
-    let arguments = [*first, address, request.len() as u64, 0, 0, 0];
-    tape.call(format!("enter the AppArmor profile {profile}"), libc::SYS_write, arguments);
-    for number in &numbers {
-        tape.call("close a descriptor", libc::SYS_close, [*number, 0, 0, 0, 0, 0]);
-    }
-    process.run_all(index, &tape, End::Breakpoint)?;
-    Ok(())
+    let what = format!("the AppArmor profile {profile} of process {}", process.pid);
+    Err(make(what)(io::Error::other("the kernel does not let it enter it")))
 }
 
 /// Compares the labels of all threads, which are confined and yet to run, with those that they had.
