@@ -11,7 +11,9 @@
 #include "observe.h"
 
 #include <stddef.h>
+#include <asm/prctl.h>
 #include <dirent.h>
+#include <mqueue.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <sched.h>
@@ -24,6 +26,14 @@
 #include <sys/un.h>
 #include <termios.h>
 
+/* Newer than the headers of some systems. */
+#ifndef PR_GET_MDWE
+#define PR_GET_MDWE 66
+#endif
+#ifndef PR_GET_MEMORY_MERGE
+#define PR_GET_MEMORY_MERGE 68
+#endif
+#define BARRIER_REGISTRATIONS (1 << 9) /* MEMBARRIER_CMD_GET_REGISTRATIONS */
 #ifndef F_GET_SEALS
 #define F_GET_SEALS 1034
 #endif
@@ -47,6 +57,7 @@ struct room {
 	/* Inode numbers in the order in which they are seen first. */
 	uint64_t inodes[4096];
 	uint64_t watches;
+	const char *kind;
 	size_t inodes_count;
 };
 
@@ -169,13 +180,13 @@ static void one_map(char *line)
 		snprintf(now->protection, sizeof now->protection, "%s", protection);
 		snprintf(now->name, sizeof now->name, "%s", name);
 	} else if (begins(line, "VmFlags:")) {
-		/* `sd` is for trackers, `ac` follows from what has been paid for. */
+		/* `sd` is for trackers, `ac` follows from what has been paid for, and `gu` says that there may once have been guard pages. */
 		struct map *now = &room->map, *last = &room->last;
 		size_t length = 0;
 		char *save = NULL;
 		now->flags[0] = 0;
 		for (char *flag = strtok_r(line + 8, " ", &save); flag; flag = strtok_r(NULL, " ", &save))
-			if (strcmp(flag, "sd") && strcmp(flag, "ac") && length + 4 < sizeof now->flags)
+			if (strcmp(flag, "sd") && strcmp(flag, "ac") && strcmp(flag, "gu") && length + 4 < sizeof now->flags)
 				length += (size_t)sprintf(now->flags + length, " %s", flag);
 		/* The kernel may keep neighbours apart that could be one, or not: that is no difference. */
 		bool follows = last->end == now->start && !strcmp(last->name, now->name) &&
@@ -203,7 +214,28 @@ static void one_status(char *line)
 
 static void one_limit(char *line) { say("limit %s\n", line); }
 
-static void one_timer(char *line) { say("timer %s\n", line); }
+static void one_timer(char *line)
+{
+	int id;
+	say("timer %s\n", line);
+	if (sscanf(line, "ID: %d", &id) == 1) {
+		struct itimerspec timer;
+		if (syscall(SYS_timer_gettime, id, &timer) == 0)
+			say("  every %ld.%09ld armed %d\n", (long)timer.it_interval.tv_sec, timer.it_interval.tv_nsec,
+				timer.it_value.tv_sec || timer.it_value.tv_nsec);
+	}
+}
+
+/* The last columns are times, and who was last is told of living processes only. */
+static void one_object(char *line)
+{
+	int kind = room->kind[1], columns = kind == 'e' ? 8 : 11, column = 0;
+	say("%s", room->kind);
+	for (char *save = NULL, *word = strtok_r(line, " ", &save); word && column < columns; word = strtok_r(NULL, " ", &save), column++)
+		if (!(kind == 'h' && (column == 4 || column == 5)) && !(kind == 's' && (column == 5 || column == 6)))
+			say(" %s", word);
+	say("\n");
+}
 
 static void one_info(char *line)
 {
@@ -235,16 +267,24 @@ static void one_option(int fd, int level, int name)
 {
 	unsigned char value[64];
 	socklen_t length = sizeof value;
-	if (getsockopt(fd, level, name, value, &length) == 0)
-		say("    option %d %d %016lx\n", level, name, (unsigned long)hash(length, value, length));
+	if (getsockopt(fd, level, name, value, &length))
+		return;
+	say("    option %d %d is", level, name);
+	for (socklen_t i = 0; i < length; i++)
+		say(" %02x", value[i]);
+	say("\n");
 }
 
 static void one_address(const char *what, int result, const struct sockaddr_storage *address, socklen_t length)
 {
-	if (result == 0)
-		say("    %s %u %016lx\n", what, length, (unsigned long)hash(length, address, length));
-	else
+	if (result) {
 		say("    %s error %d\n", what, errno);
+		return;
+	}
+	say("    %s", what);
+	for (socklen_t i = 0; i < length; i++)
+		say(" %02x", ((const unsigned char *)address)[i]);
+	say("\n");
 }
 
 static void one_socket(int fd)
@@ -252,10 +292,12 @@ static void one_socket(int fd)
 	struct sockaddr_storage address;
 	socklen_t length = sizeof address;
 	memset(&address, 0, sizeof address);
-	one_address("name", getsockname(fd, (struct sockaddr *)&address, &length), &address, length);
+	int result = getsockname(fd, (struct sockaddr *)&address, &length);
+	one_address("name", result, &address, length);
 	length = sizeof address;
 	memset(&address, 0, sizeof address);
-	one_address("peer", getpeername(fd, (struct sockaddr *)&address, &length), &address, length);
+	result = getpeername(fd, (struct sockaddr *)&address, &length);
+	one_address("peer", result, &address, length);
 	static const int general[] = {SO_TYPE, SO_DOMAIN, SO_PROTOCOL, SO_ACCEPTCONN, SO_REUSEADDR, SO_REUSEPORT, SO_KEEPALIVE, SO_BROADCAST,
 		SO_LINGER, SO_OOBINLINE, SO_SNDBUF, SO_RCVBUF, SO_RCVLOWAT, SO_RCVTIMEO, SO_SNDTIMEO, SO_PASSCRED, SO_PRIORITY, SO_TIMESTAMP};
 	for (size_t i = 0; i < sizeof general / sizeof *general; i++)
@@ -292,6 +334,23 @@ static void one_pipe(int fd, int flags)
 		close(copy[1]);
 	}
 	say("\n");
+}
+
+static void one_terminal(int fd)
+{
+	struct termios settings;
+	struct winsize size;
+	int session = -1, foreground = -1, queued = -1;
+	/* The library leaves some of it as it was. */
+	memset(&settings, 0, sizeof settings);
+	if (tcgetattr(fd, &settings))
+		return;
+	ioctl(fd, TIOCGWINSZ, &size);
+	ioctl(fd, TIOCGSID, &session);
+	ioctl(fd, TIOCGPGRP, &foreground);
+	ioctl(fd, FIONREAD, &queued);
+	say("    terminal %016lx %ux%u session %d foreground %d queued %d\n", (unsigned long)hash(1, &settings, sizeof settings), size.ws_col,
+		size.ws_row, session, foreground, queued);
 }
 
 static void one_descriptor(int fd)
@@ -333,6 +392,11 @@ static void one_descriptor(int fd)
 		}
 		say("\n");
 	}
+	struct mq_attr queue;
+	if (S_ISREG(stat.st_mode) && mq_getattr(fd, &queue) == 0)
+		say("    messages %ld of %ld, %ld bytes each\n", queue.mq_curmsgs, queue.mq_maxmsg, queue.mq_msgsize);
+	if (S_ISCHR(stat.st_mode) && !(flags & O_PATH))
+		one_terminal(fd);
 	if (S_ISSOCK(stat.st_mode))
 		one_socket(fd);
 	if (S_ISFIFO(stat.st_mode))
@@ -452,12 +516,19 @@ static void look(int which)
 	for (size_t i = 0; i < sizeof files / sizeof *files; i++)
 		say_file(files[i]);
 	static const int properties[] = {PR_GET_DUMPABLE, PR_GET_KEEPCAPS, PR_GET_SECUREBITS, PR_GET_NO_NEW_PRIVS, PR_GET_THP_DISABLE,
-		PR_GET_TIMERSLACK, PR_GET_IO_FLUSHER};
+		PR_GET_TIMERSLACK, PR_GET_IO_FLUSHER, PR_GET_MDWE, PR_GET_MEMORY_MERGE, PR_MCE_KILL_GET};
 	for (size_t i = 0; i < sizeof properties / sizeof *properties; i++)
 		say("prctl %d %d\n", properties[i], prctl(properties[i], 0, 0, 0, 0));
 	int value = 0;
 	prctl(PR_GET_CHILD_SUBREAPER, &value);
 	say("subreaper %d\n", value);
+	value = 0;
+	prctl(PR_GET_TSC, &value);
+	say("time stamps %d\n", value);
+	unsigned long base = 0;
+	syscall(SYS_arch_prctl, ARCH_GET_GS, &base);
+	say("gs %lx\n", base);
+	say("barriers %ld\n", syscall(SYS_membarrier, BARRIER_REGISTRATIONS, 0, 0));
 	value = 0;
 	prctl(PR_GET_PDEATHSIG, &value);
 	say("pdeathsig %d\n", value);
@@ -468,6 +539,15 @@ static void look(int which)
 	size_t length;
 	syscall(SYS_get_robust_list, 0, &head, &length);
 	say("robust list %p %zu\n", head, length);
+	static const char *const objects[] = {"shm", "sem", "msg"};
+	for (size_t i = 0; i < 3; i++) {
+		char path[64];
+		snprintf(path, sizeof path, "/proc/sysvipc/%s", objects[i]);
+		room->kind = objects[i];
+		char *all = slurp(path);
+		if (all)
+			lines(all, one_object);
+	}
 	say("ids %d %d %d %d\n", getpid(), getppid(), getpgrp(), getsid(0));
 }
 

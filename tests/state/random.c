@@ -9,9 +9,16 @@
 
 #include "observe.h"
 #include "random.h"
+#include "registers.h"
 
+#include <linux/capability.h>
+#include <linux/filter.h>
 #include <linux/futex.h>
+#include <linux/membarrier.h>
+#include <linux/netlink.h>
+#include <linux/seccomp.h>
 #include <mqueue.h>
+#include <grp.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <pthread.h>
@@ -31,6 +38,7 @@
 #include <sys/time.h>
 #include <sys/timerfd.h>
 #include <sys/un.h>
+#include <termios.h>
 
 #define PAGE 4096ul
 #define PROCESSES_MAX 12
@@ -59,6 +67,8 @@ static pid_t children[PROCESSES_MAX];
 static unsigned parent_of[PROCESSES_MAX];
 static bool exists[PROCESSES_MAX] = {true};
 static unsigned step_number;
+/* Whether steps may make what a save refuses: a state that is refused says nothing about the rest of it. */
+static bool tries_refused;
 
 static void keep_area(void *at, size_t pages)
 {
@@ -265,7 +275,8 @@ static void named_socket(void)
 			if (connected)
 				send(client, "greetings", 1 + below(9), MSG_DONTWAIT | MSG_NOSIGNAL);
 			keep_file(client);
-			if (connected && kind == SOCK_STREAM && chance(60))
+			/* Data in a connection that nobody has accepted are refused. */
+			if (connected && kind == SOCK_STREAM && (chance(60) || !tries_refused))
 				keep_file(accept(server, NULL, NULL));
 		}
 	}
@@ -332,7 +343,8 @@ static void event_file(void)
 	}
 	case 4: {
 		int fd = inotify_init1(0);
-		inotify_add_watch(fd, "/var/tmp", IN_CREATE | IN_DELETE);
+		/* Other steps make files there, and events that nobody has read are refused. */
+		inotify_add_watch(fd, tries_refused ? "/var/tmp" : "/proc", IN_CREATE | IN_DELETE);
 		if (chance(50))
 			inotify_add_watch(fd, "/etc", IN_MODIFY);
 		keep_file(fd);
@@ -353,6 +365,159 @@ static void event_file(void)
 	}
 	case 6: keep_file((int)syscall(SYS_pidfd_open, chance(50) ? getpid() : getppid(), 0)); break;
 	}
+}
+
+static void send_rights(void)
+{
+	int ends[2], sent = some_file(), kind = chance(50) ? SOCK_STREAM : SOCK_DGRAM;
+	if (sent < 0 || socketpair(AF_UNIX, kind, 0, ends))
+		return;
+	union { struct cmsghdr header; char space[CMSG_SPACE(2 * sizeof(int))]; } control = {0};
+	struct iovec part = {.iov_base = "rights", .iov_len = 1 + below(6)};
+	struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = CMSG_LEN(2 * sizeof(int))};
+	control.header = (struct cmsghdr){.cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS, .cmsg_len = CMSG_LEN(2 * sizeof(int))};
+	int both[2] = {sent, some_file()};
+	memcpy(CMSG_DATA(&control.header), both, sizeof both);
+	sendmsg(ends[0], &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+	for (unsigned i = 0; i < 2; i++)
+		if (chance(20))
+			close(ends[i]);
+		else
+			keep_file(ends[i]);
+}
+
+static void make_fifo(void)
+{
+	char path[64], bytes[4096];
+	snprintf(path, sizeof path, "/tmp/fifo-%u", step_number);
+	mkfifo(path, 0600 + below(64));
+	int fd = open(path, O_RDWR | O_NONBLOCK);
+	memset(bytes, (int)draw(), sizeof bytes);
+	ssize_t ignored = write(fd, bytes, below(sizeof bytes));
+	(void)ignored;
+	if (chance(50))
+		keep_file(open(path, O_RDONLY | O_NONBLOCK));
+	if (chance(30))
+		unlink(path);
+	keep_file(fd);
+}
+
+static void posix_queue(void)
+{
+	char name[64], bytes[200];
+	snprintf(name, sizeof name, "/random-%u", step_number);
+	struct mq_attr limits = {.mq_maxmsg = 1 + below(8), .mq_msgsize = (long)sizeof bytes};
+	int fd = mq_open(name, O_CREAT | O_RDWR | O_NONBLOCK, 0600, &limits);
+	memset(bytes, (int)draw(), sizeof bytes);
+	for (unsigned i = below(6); i > 0; i--)
+		mq_send(fd, bytes, below(sizeof bytes), below(5));
+	if (chance(30))
+		mq_unlink(name);
+	keep_file(fd);
+}
+
+static void make_terminal(void)
+{
+	char bytes[100];
+	struct termios settings;
+	int master = posix_openpt(O_RDWR | O_NOCTTY | O_NONBLOCK), unlocked = 0, number;
+	if (master < 0 || ioctl(master, TIOCSPTLCK, &unlocked) || ioctl(master, TIOCGPTN, &number))
+		return;
+	snprintf(bytes, sizeof bytes, "/dev/pts/%d", number);
+	int slave = open(bytes, O_RDWR | O_NOCTTY | O_NONBLOCK);
+	tcgetattr(slave, &settings);
+	if (chance(50))
+		cfmakeraw(&settings);
+	settings.c_cc[VEOL] = (cc_t)below(32);
+	tcsetattr(slave, TCSANOW, &settings);
+	struct winsize size = {.ws_row = (unsigned short)below(100), .ws_col = (unsigned short)below(200)};
+	ioctl(slave, TIOCSWINSZ, &size);
+	/* Letters, and now and then the end of a line. */
+	for (size_t i = 0; i < sizeof bytes; i++)
+		bytes[i] = chance(10) ? '\n' : (char)('a' + below(26));
+	ssize_t ignored = write(chance(50) ? master : slave, bytes, below(sizeof bytes));
+	(void)ignored;
+	keep_file(master);
+	if (chance(80))
+		keep_file(slave);
+	else
+		close(slave);
+}
+
+static void datagrams(void)
+{
+	struct sockaddr_in6 address = {.sin6_family = AF_INET6, .sin6_addr = IN6ADDR_LOOPBACK_INIT};
+	socklen_t length = sizeof address;
+	char bytes[1000];
+	int server = socket(AF_INET6, SOCK_DGRAM, 0), client = socket(AF_INET6, SOCK_DGRAM, 0);
+	memset(bytes, (int)draw(), sizeof bytes);
+	if (bind(server, (struct sockaddr *)&address, sizeof address) == 0 && getsockname(server, (struct sockaddr *)&address, &length) == 0) {
+		for (unsigned i = below(6); i > 0; i--)
+			sendto(client, bytes, below(sizeof bytes), MSG_DONTWAIT, (struct sockaddr *)&address, length);
+		if (chance(40))
+			connect(client, (struct sockaddr *)&address, length);
+	}
+	keep_file(server);
+	keep_file(client);
+}
+
+static void routes(void)
+{
+	struct sockaddr_nl address = {.nl_family = AF_NETLINK, .nl_groups = below(4)};
+	int fd = socket(AF_NETLINK, SOCK_RAW, (int[]){NETLINK_ROUTE, NETLINK_KOBJECT_UEVENT}[below(2)]);
+	bind(fd, (struct sockaddr *)&address, sizeof address);
+	keep_file(fd);
+}
+
+/* Only what no later step and no look needs. */
+static void credentials(void)
+{
+	static const int unneeded[] = {CAP_MKNOD, CAP_AUDIT_WRITE, CAP_NET_RAW, CAP_SETFCAP, CAP_NET_BIND_SERVICE};
+	struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+	struct __user_cap_data_struct sets[2];
+	int one = unneeded[below(5)];
+	switch (below(5)) {
+	case 0: prctl(PR_CAPBSET_DROP, one); break;
+	case 1:
+		syscall(SYS_capget, &header, sets);
+		sets[one / 32].effective &= ~(1u << one % 32);
+		if (chance(50))
+			sets[one / 32].permitted &= ~(1u << one % 32);
+		if (chance(50))
+			sets[one / 32].inheritable |= sets[one / 32].permitted & 1u << one % 32;
+		syscall(SYS_capset, &header, sets);
+		break;
+	case 2: prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, one, 0, 0); break;
+	case 3: {
+		gid_t groups[5];
+		for (size_t i = 0; i < 5; i++)
+			groups[i] = below(70000);
+		setgroups(below(6), groups);
+		break;
+	}
+	case 4: prctl(PR_SET_SECUREBITS, below(4) << 2); break;
+	}
+}
+
+/* One call that nobody makes fails from now on. */
+static void filter(void)
+{
+	struct sock_filter code[] = {
+		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_acct, 0, 1),
+		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | below(100)),
+		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+	};
+	struct sock_fprog program = {.len = 4, .filter = code};
+	prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+	syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, chance(50) ? SECCOMP_FILTER_FLAG_TSYNC : 0, &program);
+}
+
+static void announce_barriers(void)
+{
+	static const int commands[] = {MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED, MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED,
+		MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED_SYNC_CORE};
+	syscall(SYS_membarrier, commands[below(3)], 0, 0);
 }
 
 static void nothing(int signal) { (void)signal; }
@@ -461,6 +626,15 @@ static void make_thread(void)
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
+static void hold_registers(void)
+{
+	sigset_t all, before;
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &before);
+	registers_hold(draw());
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
 static void system_v(void)
 {
 	key_t key = 0x5a0000 + (key_t)step_number;
@@ -513,7 +687,8 @@ static void leave_zombie(void)
 typedef void action(void);
 static action *const actions[] = {map_anonymous, map_anonymous, change_area, change_area, change_area, change_area, reserve, open_file, open_file,
 	open_file, open_directory, duplicate, duplicate, close_one, make_pipe, make_pair, named_socket, internet_socket, event_file, event_file,
-	signals, signals, timers, attributes, attributes, make_thread, system_v, group, leave_zombie};
+	signals, signals, timers, attributes, attributes, make_thread, system_v, group, leave_zombie, send_rights, make_fifo,
+	posix_queue, make_terminal, datagrams, routes, credentials, filter, announce_barriers, hold_registers};
 
 static void mark(const char *what, unsigned process)
 {
@@ -558,6 +733,7 @@ static bool skipped(const char *list, unsigned number)
 int random_state(uint64_t seed, unsigned count, const char *skip)
 {
 	observe_begin();
+	tries_refused = seed % 4 == 0;
 	for (unsigned step = 0; step < count; step++) {
 		word = seed ^ (uint64_t)step << 32;
 		draw();
@@ -579,6 +755,8 @@ int random_state(uint64_t seed, unsigned count, const char *skip)
 					self = child;
 					/* Some were not inherited, and what lies there later is somebody else's. */
 					areas_count = 0;
+					/* Threads are not inherited. */
+					registers_forget();
 				} else
 					children[child] = pid;
 			}
@@ -600,6 +778,7 @@ int random_state(uint64_t seed, unsigned count, const char *skip)
 		MUST(write(1, "ready\n", 6));
 	until_finishing();
 	observe_after();
+	registers_compare();
 	mark("checked", self);
 	wait_for_all("checked");
 	for (unsigned child = 1; child < processes; child++)

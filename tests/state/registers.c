@@ -1,8 +1,12 @@
 /* Registers of the processor, while it works. */
 #include "state.h"
 
+#include "registers.h"
+
+#include <cpuid.h>
 #include <fenv.h>
 #include <pthread.h>
+#include <stddef.h>
 
 /* Holds a value in registers of one kind in a loop that makes no call, until another thread says so. */
 static volatile int stop, running;
@@ -217,3 +221,139 @@ static void thread_local_setup(void) { own_value = 22; hold(own_body); }
 static void thread_local_check(void) { CHECK(own_value == 22, "it is %lu", own_value); release(); }
 static void thread_local_spoil(void) { own_value = 23; }
 STATE(thread_local)
+
+/* All registers at once, as XSAVE knows them. */
+#define AREA_BYTES 8192
+#define GENERAL 6
+
+struct held {
+	unsigned char before[AREA_BYTES], after[AREA_BYTES];
+	uint64_t general_before[GENERAL], general_after[GENERAL];
+	uint64_t components;
+	volatile int stop, runs;
+	pthread_t thread;
+	struct held *next;
+} __attribute__((aligned(64)));
+
+static struct held *all_held;
+
+/* Where the areas of a component differ from each other, or are to be filled: components 0 and 1 lie in the legacy region. */
+struct span { size_t at, length; };
+
+static struct span component_span(unsigned component)
+{
+	/* The register stack without its pointers to instructions, which some processors keep only with an exception. */
+	if (component == 0)
+		return (struct span){32, 128};
+	if (component == 1)
+		return (struct span){160, 256};
+	unsigned length, at, c, d;
+	__cpuid_count(13, component, length, at, c, d);
+	return (struct span){at, length};
+}
+
+static uint64_t usable_components(void)
+{
+	unsigned a, b, c, d;
+	__cpuid_count(1, 0, a, b, c, d);
+	if (!(c >> 27 & 1))
+		return 0;
+	__asm__ volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+	/* x87, SSE, AVX and the three of AVX-512. Bounds registers are gone, protection keys would lock us out, tiles are asked for. */
+	return (a | (uint64_t)d << 32) & 0xe7;
+}
+
+static void *held_body(void *argument)
+{
+	struct held *held = argument;
+	static const struct timespec step = {.tv_nsec = 5000000};
+	unsigned low = (unsigned)held->components, high = (unsigned)(held->components >> 32);
+	held->runs = 1;
+	/* r8 and r9 are ours, the call takes rax, rcx, rdi, rsi and r11, and the rest is what must stay. */
+	register struct held *self __asm__("r8") = held;
+	register const struct timespec *sleep __asm__("r9") = &step;
+	__asm__ volatile(
+		"xrstor64 %c[before](%[self])\n"
+		"movq %c[general](%[self]), %%rbx\n movq %c[general]+8(%[self]), %%r10\n movq %c[general]+16(%[self]), %%r12\n"
+		"movq %c[general]+24(%[self]), %%r13\n movq %c[general]+32(%[self]), %%r14\n movq %c[general]+40(%[self]), %%r15\n"
+		"1: movl %[nanosleep], %%eax\n movq %[sleep], %%rdi\n xorl %%esi, %%esi\n syscall\n"
+		"cmpl $0, %c[stop](%[self])\n je 1b\n"
+		"movq %%rbx, %c[found](%[self])\n movq %%r10, %c[found]+8(%[self])\n movq %%r12, %c[found]+16(%[self])\n"
+		"movq %%r13, %c[found]+24(%[self])\n movq %%r14, %c[found]+32(%[self])\n movq %%r15, %c[found]+40(%[self])\n"
+		"movl %c[mask](%[self]), %%eax\n movl %c[mask]+4(%[self]), %%edx\n"
+		"xsave64 %c[after](%[self])\n"
+		: "+a"(low), "+d"(high)
+		: [self] "r"(self), [sleep] "r"(sleep), [nanosleep] "i"(SYS_nanosleep), [before] "i"(offsetof(struct held, before)),
+		  [after] "i"(offsetof(struct held, after)), [general] "i"(offsetof(struct held, general_before)),
+		  [found] "i"(offsetof(struct held, general_after)), [stop] "i"(offsetof(struct held, stop)),
+		  [mask] "i"(offsetof(struct held, components))
+		: "rbx", "rcx", "rsi", "rdi", "r10", "r11", "r12", "r13", "r14", "r15", "memory", "cc");
+	return NULL;
+}
+
+void registers_hold(uint64_t seed)
+{
+	uint64_t components = usable_components();
+	if (!components)
+		return;
+	struct held *held = aligned_alloc(64, sizeof *held);
+	CHECK(held, "no memory for registers");
+	memset(held, 0, sizeof *held);
+	held->components = components;
+	/* What a program may have: the default control words, and a mask for exceptions that is our own. */
+	held->before[0] = 0x7f, held->before[1] = 0x0c;
+	unsigned mxcsr = 0x9f80;
+	memcpy(held->before + 24, &mxcsr, sizeof mxcsr);
+	memcpy(held->before + 512, &components, sizeof components);
+	for (unsigned component = 0; component < 63; component++) {
+		struct span span = components >> component & 1 ? component_span(component) : (struct span){0, 0};
+		CHECK(span.at + span.length <= AREA_BYTES, "component %u ends at %zu", component, span.at + span.length);
+		for (size_t i = 0; i < span.length; i++)
+			/* The upper six bytes of each register of x87 are nobody's. */
+			if (component != 0 || i % 16 < 10)
+				held->before[span.at + i] = (unsigned char)((seed = seed * 6364136223846793005u + 1442695040888963407u) >> 56);
+	}
+	for (size_t i = 0; i < GENERAL; i++)
+		held->general_before[i] = seed = seed * 6364136223846793005u + 1442695040888963407u;
+	held->next = all_held;
+	if (pthread_create(&held->thread, NULL, held_body, held)) {
+		free(held);
+		return;
+	}
+	all_held = held;
+	while (!held->runs)
+		usleep(1000);
+}
+
+void registers_compare(void)
+{
+	for (struct held *held = all_held; held; held = held->next) {
+		held->stop = 1;
+		CHECK(pthread_join(held->thread, NULL) == 0, "can't be joined");
+		for (unsigned component = 0; component < 63; component++)
+			if (held->components >> component & 1) {
+				struct span span = component_span(component);
+				CHECK(!memcmp(held->before + span.at, held->after + span.at, span.length), "registers of component %u differ", component);
+			}
+		CHECK(!memcmp(held->before, held->after, 2), "the control word of x87 differs");
+		CHECK(!memcmp(held->before + 24, held->after + 24, 4), "mxcsr differs");
+		CHECK(!memcmp(held->general_before, held->general_after, sizeof held->general_before), "general registers differ");
+	}
+	all_held = NULL;
+}
+
+void registers_forget(void) { all_held = NULL; }
+
+static void registers_all_setup(void)
+{
+	registers_hold(1);
+	registers_hold(2);
+}
+static void registers_all_check(void) { registers_compare(); }
+static void registers_all_spoil(void)
+{
+	/* Where the processor has no XSAVE there is nothing to spoil, and nothing to see. */
+	CHECK(all_held, "differs anyway: there is nothing to look at");
+	all_held->before[160]++;
+}
+STATE(registers_all)

@@ -180,6 +180,35 @@ STATE(sysv_shm_unattached)
 static int shapes_id;
 static char *shapes[4];
 
+/* What the program has grown reaches behind the end of the segment. */
+static int grown_id;
+static char *grown, *behind;
+
+static void sysv_shm_grown_setup(void)
+{
+	grown_id = MUST(shmget(IPC_PRIVATE, 2 * PAGE, 0600));
+	char *at = MUST(shmat(grown_id, NULL, 0));
+	grown = MUST(mremap(at, 2 * PAGE, 6 * PAGE, MREMAP_MAYMOVE));
+	grown[PAGE] = 'g';
+	/* A part that lies there altogether. */
+	behind = MUST(mmap(NULL, PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+	MUST(mremap(grown + 4 * PAGE, PAGE, PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, behind));
+}
+static void sysv_shm_grown_check(void)
+{
+	CHECK(grown[PAGE] == 'g', "its content is gone");
+	CHECK(msync(grown, 4 * PAGE, MS_ASYNC) == 0 && msync(grown + 5 * PAGE, PAGE, MS_ASYNC) == 0, "it is not mapped behind the end");
+	CHECK(msync(grown + 4 * PAGE, PAGE, MS_ASYNC) == -1 && errno == ENOMEM, "the hole is gone");
+	CHECK(msync(behind, PAGE, MS_ASYNC) == 0, "what was moved is gone");
+	int ends[2];
+	MUST(pipe(ends));
+	CHECK(write(ends[1], behind, 1) == -1 && errno == EFAULT, "there is something behind the end");
+	struct shmid_ds status = shm_status(grown_id);
+	CHECK(status.shm_nattch == 3, "attached %lu times", (unsigned long)status.shm_nattch);
+}
+static void sysv_shm_grown_spoil(void) { grown[PAGE] = 'h'; }
+STATE(sysv_shm_grown)
+
 static void sysv_shm_shapes_setup(void)
 {
 	shapes_id = MUST(shmget(IPC_PRIVATE, 8 * PAGE, 0600));

@@ -11,6 +11,7 @@
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -237,12 +238,28 @@ fn agrees(running: &Running<'_>) -> Result<()> {
     Ok(())
 }
 
-fn random(site: &Site, seed: u64, steps: u32) -> Result<()> {
+/// How many random states came back exactly, and how many were refused.
+#[derive(Debug, Default)]
+struct Tally {
+    exact: AtomicU64,
+    refused: AtomicU64,
+}
+
+fn random(site: &Site, tally: &Tally, seed: u64, steps: u32) -> Result<()> {
     let draw = Draw { seed, steps, skipped: Vec::new() };
     draw.is_sound(site).with_context(|| format!("seed {seed}, without being moved"))?;
     match draw.moved(site)? {
-        Outcome::Exact | Outcome::Refused => Ok(()),
+        Outcome::Exact => {
+            tally.exact.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        }
+        Outcome::Refused => {
+            tally.refused.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        }
         Outcome::Wrong(first) => {
+            // At once: making it smaller takes a while.
+            eprintln!("random/{seed} was wrong: {first}");
             let smallest = draw.shrunk(site);
             let kept: Vec<u32> =
                 (0..steps).filter(|step| !smallest.skipped.contains(step)).collect();
@@ -336,13 +353,19 @@ fn main() -> std::process::ExitCode {
             return std::process::ExitCode::FAILURE;
         }
     };
+    let tally = Arc::new(Tally::default());
     for seed in first..first.saturating_add(count) {
-        let site = Arc::clone(&site);
+        let (site, tally) = (Arc::clone(&site), Arc::clone(&tally));
         trials.push(Trial::test(format!("random/{seed}"), move || {
-            random(&site, seed, steps).map_err(|error| Failed::from(format!("{error:#}")))
+            random(&site, &tally, seed, steps).map_err(|error| Failed::from(format!("{error:#}")))
         }));
     }
     let conclusion = libtest_mimic::run(&arguments, trials);
+    let (exact, refused) =
+        (tally.exact.load(Ordering::Relaxed), tally.refused.load(Ordering::Relaxed));
+    if exact + refused > 0 {
+        eprintln!("random states: {exact} came back exactly, {refused} were refused");
+    }
     drop(site);
     drop(huge_pages);
     conclusion.exit_code()

@@ -28,6 +28,7 @@ use crate::capture::{CaptureError, Tables, read};
 use crate::descriptors::Found;
 use crate::internet::{
     Addresses, Made, at, bind, from_record, ip, ip_bytes, local, new_socket, peer, to_record,
+    with_ip,
 };
 use crate::socket_options;
 
@@ -419,6 +420,56 @@ pub(crate) fn restore(
     Ok(())
 }
 
+/// Binds a socket and connects it to its peer.
+///
+/// The kernel calls an IPv6 socket that is bound to an address IPV6_V6ONLY, but not one that got its address by being connected:
+/// that one is given its port alone first.
+fn place(
+    socket: &InternetSocket,
+    state: &Datagrams,
+    shared: bool,
+    addresses: &Addresses,
+) -> io::Result<OwnedFd> {
+    let placed = |anywhere: bool| -> io::Result<OwnedFd> {
+        let new = permitted(socket)?;
+        socket_options::prepare(new.as_fd(), &socket.options)?;
+        if shared {
+            reuse(new.as_fd(), 1)?;
+        }
+        if let Some(address) = &socket.local {
+            let address = from_record(address)?;
+            let unspecified = Ipv6Addr::UNSPECIFIED.into();
+            let address = if anywhere { with_ip(address, unspecified) } else { address };
+            bind(new.as_fd(), address, addresses)?;
+        }
+        if let Some(peer) = &state.peer {
+            let peer = addresses.follow(from_record(peer)?);
+            // Without a way there, sending fails, as it does in any container without a network.
+            if let Err(error) = rustix::net::connect(&new, &peer) {
+                tracing::warn!("a datagram socket is not connected to {peer} any more: {error}");
+            }
+        }
+        Ok(new)
+    };
+    let both = socket_options::number(&socket.options, libc::IPPROTO_IPV6, libc::IPV6_V6ONLY);
+    if let Some(address) = &socket.local
+        && state.peer.is_some()
+        && both == Some(0)
+        && let SocketAddr::V6(address) = from_record(address)?
+        && address.ip().to_ipv4_mapped().is_none()
+    {
+        let new = placed(true)?;
+        if local(new.as_fd())? == Some(addresses.follow(address.into())) {
+            return Ok(new);
+        }
+    }
+    placed(false)
+}
+
+fn reuse(socket: BorrowedFd<'_>, value: i32) -> io::Result<()> {
+    sockopt::set(socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, &value.to_le_bytes())
+}
+
 fn make(
     socket: &InternetSocket,
     state: &Datagrams,
@@ -426,25 +477,7 @@ fn make(
     addresses: &Addresses,
     raw: &mut RawSockets,
 ) -> io::Result<OwnedFd> {
-    let new = permitted(socket)?;
-    let reuse = |value: i32| {
-        let value = value.to_le_bytes();
-        sockopt::set(new.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, &value)
-    };
-    socket_options::prepare(new.as_fd(), &socket.options)?;
-    if shared {
-        reuse(1)?;
-    }
-    if let Some(address) = &socket.local {
-        bind(new.as_fd(), from_record(address)?, addresses)?;
-    }
-    if let Some(peer) = &state.peer {
-        let peer = addresses.follow(from_record(peer)?);
-        // Without a way there, sending fails, as it does in any container without a network.
-        if let Err(error) = rustix::net::connect(&new, &peer) {
-            tracing::warn!("a datagram socket is not connected to {peer} any more: {error}");
-        }
-    }
+    let new = place(socket, state, shared, addresses)?;
     for membership in &socket.memberships {
         join(new.as_fd(), membership)?;
     }
@@ -479,7 +512,7 @@ fn make(
     if shared {
         let options = &socket.options;
         let was = socket_options::number(options, libc::SOL_SOCKET, libc::SO_REUSEADDR);
-        reuse(was.unwrap_or(0))?;
+        reuse(new.as_fd(), was.unwrap_or(0))?;
     }
     set_multicast_interface(new.as_fd(), socket, addresses)?;
     socket_options::finish(new.as_fd(), &socket.options)?;

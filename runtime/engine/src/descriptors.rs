@@ -582,6 +582,11 @@ pub(crate) fn make_files(
             files.push(terminal);
             continue;
         }
+        if let Some(queue) = shared.queues.opened(number) {
+            set_flags(queue, file.flags)?;
+            files.push(queue.try_clone().map_err(make("a message queue"))?);
+            continue;
+        }
         let made = match internet.remove(&number) {
             Some(socket) => {
                 set_flags(&socket, file.flags)?;
@@ -774,8 +779,7 @@ fn make_file(
             socket
         }
         FileKind::PosixQueue { queue } => {
-            let queue =
-                shared.queues.get(*queue as usize).ok_or_else(|| damaged("a message queue"))?;
+            let queue = shared.queues.get(*queue).ok_or_else(|| damaged("a message queue"))?;
             Shared::reopen(queue, flags).map_err(make("a message queue"))?.into()
         }
         FileKind::Terminal { .. } | FileKind::TerminalMaster { .. } => {

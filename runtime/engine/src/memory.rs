@@ -661,7 +661,7 @@ fn move_vdso(process: &mut Process, places: &[u64]) -> Result<(), RestoreError> 
 pub(crate) struct Shared {
     pub(crate) memory: Vec<File>,
     pub(crate) unlinked: Vec<File>,
-    pub(crate) queues: Vec<File>,
+    pub(crate) queues: posix_queues::Made,
     /// Segments of System V have no files: they are attached by their ids.
     segments: Vec<record::Segment>,
     /// Room in every process for mappings that are made for a moment.

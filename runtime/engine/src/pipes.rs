@@ -164,7 +164,7 @@ struct MadePipe {
 }
 
 /// As `F_GETFL` tells it; the constant of the libc crate is what `open` needs on this architecture, nothing.
-const LARGE_FILE: i32 = 0o100_000;
+pub(crate) const LARGE_FILE: i32 = 0o100_000;
 
 impl Made {
     /// An end of a pipe, with a description and flags of its own.

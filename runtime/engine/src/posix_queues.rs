@@ -18,6 +18,7 @@ use samara_kernel::setns::{Namespace, inside};
 use samara_kernel::tape::End;
 
 use crate::capture::{CaptureError, Tables, index, inner_pid, read};
+use crate::pipes::LARGE_FILE;
 use crate::restore::{RestoreError, Tree, make};
 use crate::system_v;
 use crate::unsupported::Place;
@@ -176,11 +177,33 @@ pub(crate) fn copy(tables: &mut Tables<'_>) -> Result<(), CaptureError> {
     Ok(())
 }
 
-/// Makes all queues with their messages, and returns a descriptor of each.
-pub(crate) fn restore(init: Pid, container: &Container) -> Result<Vec<File>, RestoreError> {
+/// Queues that have been made again.
+#[derive(Debug, Default)]
+pub(crate) struct Made {
+    queues: Vec<File>,
+    /// Descriptions that `mq_open` made, by the number of their file. Those that were opened by a path have `O_LARGEFILE`, which
+    /// these lack.
+    opened: BTreeMap<u32, OwnedFd>,
+}
+
+impl Made {
+    /// The description of the file `number`, if it was made as one of its own.
+    pub(crate) fn opened(&self, number: u32) -> Option<&OwnedFd> {
+        self.opened.get(&number)
+    }
+
+    /// What other descriptions of a queue are opened by.
+    pub(crate) fn get(&self, queue: u32) -> Option<&File> {
+        self.queues.get(queue as usize)
+    }
+}
+
+/// Makes all queues with their messages.
+pub(crate) fn restore(init: Pid, container: &Container) -> Result<Made, RestoreError> {
     let records = &container.posix_queues;
+    let mut opened = BTreeMap::new();
     if records.is_empty() {
-        return Ok(Vec::new());
+        return Ok(Made::default());
     }
     if system_v::shares_namespace(init).map_err(make("message queues"))? {
         return Err(RestoreError::Incompatible(
@@ -196,18 +219,34 @@ pub(crate) fn restore(init: Pid, container: &Container) -> Result<Vec<File>, Res
     let mut queues: Vec<Option<File>> = records.iter().map(|_| None).collect();
     // Those without a name first: another one may have it since.
     for named in [false, true] {
-        for (record, place) in records.iter().zip(&mut queues) {
-            if record.named == named {
-                let name = String::from_utf8_lossy(&record.name).into_owned();
-                let made = inside(init, Namespace::Ipc, || restore_one(record));
-                *place = Some(made.map_err(make(format!("the message queue /{name}")))?);
+        for (index, (record, place)) in (0u32..).zip(records.iter().zip(&mut queues)) {
+            if record.named != named {
+                continue;
             }
+            let name = String::from_utf8_lossy(&record.name).into_owned();
+            let what = || make(format!("the message queue /{name}"));
+            let descriptions: Vec<(u32, i32)> = (0u32..)
+                .zip(&container.files)
+                .filter(|(_, file)| {
+                    file.kind == FileKind::PosixQueue { queue: index }
+                        && file.flags & LARGE_FILE == 0
+                })
+                .map(|(number, file)| (number, file.flags))
+                .collect();
+            let made = inside(init, Namespace::Ipc, || restore_one(record, &descriptions));
+            let (queue, own) = made.map_err(what())?;
+            *place = Some(queue);
+            opened.extend(own);
         }
     }
-    Ok(queues.into_iter().flatten().collect())
+    Ok(Made { queues: queues.into_iter().flatten().collect(), opened })
 }
 
-fn restore_one(record: &PosixQueue) -> io::Result<File> {
+/// Makes a queue, and descriptions of it with these numbers and flags.
+fn restore_one(
+    record: &PosixQueue,
+    descriptions: &[(u32, i32)],
+) -> io::Result<(File, Vec<(u32, OwnedFd)>)> {
     let within = 1..=MESSAGES_MAX;
     if !within.contains(&record.messages_max)
         || !(1..=MESSAGE_BYTES_MAX).contains(&record.message_bytes_max)
@@ -217,6 +256,10 @@ fn restore_one(record: &PosixQueue) -> io::Result<File> {
     }
     let limits = Limits { messages: record.messages_max, message_bytes: record.message_bytes_max };
     let queue = File::from(mq_overview::create(&record.name, 0o600, limits)?);
+    let mut opened = Vec::new();
+    for (number, flags) in descriptions {
+        opened.push((*number, mq_overview::open(&record.name, flags & libc::O_ACCMODE)?));
+    }
     if !record.named {
         mq_overview::unlink(&record.name)?;
     }
@@ -225,7 +268,7 @@ fn restore_one(record: &PosixQueue) -> io::Result<File> {
     }
     std::os::unix::fs::fchown(&queue, Some(record.owner.0), Some(record.owner.1))?;
     queue.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(record.mode))?;
-    Ok(queue)
+    Ok((queue, opened))
 }
 
 /// Lets processes wait again for the next message of a queue, by their own descriptors of it: whoever closes one waits no more.

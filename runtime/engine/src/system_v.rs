@@ -722,11 +722,15 @@ pub(crate) fn attach(
         tape.call(what, libc::SYS_shmat, [id, start, flags, 0, 0, 0]);
         return;
     }
-    // What is left of it after the program has unmapped or moved parts.
+    // What is left of it after the program has unmapped, moved or grown parts; these may lie behind its end.
     let from = workspace.saturating_add(offset);
+    let reaches = offset.saturating_add(bytes).max(whole);
     tape.call(what.clone(), libc::SYS_shmat, [id, workspace, flags, 0, 0, 0]);
+    if reaches > whole {
+        tape.call(what.clone(), libc::SYS_mremap, [workspace, whole, reaches, 0, 0, 0]);
+    }
     tape.call(what.clone(), libc::SYS_mremap, [from, bytes, bytes, MOVE, start, 0]);
-    tape.call(what, libc::SYS_munmap, [workspace, whole, 0, 0, 0, 0]);
+    tape.call(what, libc::SYS_munmap, [workspace, reaches, 0, 0, 0, 0]);
 }
 
 /// Sends a queue's messages as its last sender, after a round that leaves its last receiver's trace.

@@ -32,6 +32,16 @@ pub fn create(name: &[u8], mode: u32, limits: Limits) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(RawFd::try_from(fd).expect("descriptors are ints")) })
 }
 
+/// Opens a queue of the IPC namespace of the calling thread. `flags` are the access mode and `O_NONBLOCK`.
+pub fn open(name: &[u8], flags: i32) -> io::Result<OwnedFd> {
+    let name = CString::new(name).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // Closed by `exec` it is anyway; asked for, that would stay among the flags of the description.
+    // SAFETY: the name outlives the call.
+    let fd = check(unsafe { libc::syscall(libc::SYS_mq_open, name.as_ptr(), flags, 0, 0) })?;
+    // SAFETY: the kernel has just made it for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(RawFd::try_from(fd).expect("descriptors are ints")) })
+}
+
 /// Takes the name of a queue away, in the IPC namespace of the calling thread.
 pub fn unlink(name: &[u8]) -> io::Result<()> {
     let name = CString::new(name).map_err(|_| io::ErrorKind::InvalidInput)?;

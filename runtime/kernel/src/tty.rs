@@ -117,14 +117,18 @@ pub fn set_exclusive(tty: impl AsFd) -> io::Result<()> {
     plain(tty, libc::TIOCEXCL, 0).map(drop)
 }
 
-/// Opens a master's slave, wherever its devpts is mounted.
+/// Opens a master's slave, wherever its devpts is mounted, and to be closed by `exec`.
 ///
 /// # Errors
 /// EIO: it is locked.
 pub fn peer(master: impl AsFd, flags: i32) -> io::Result<OwnedFd> {
-    let fd = plain(master, TIOCGPTPEER, flags | libc::O_CLOEXEC)?;
+    // Unlike open, it would keep O_CLOEXEC among the flags of the description.
+    let fd = plain(master, TIOCGPTPEER, flags & !libc::O_CLOEXEC)?;
     // SAFETY: the kernel just made this descriptor for us, and nobody else knows it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    let slave = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: the descriptor is open, and no memory is passed.
+    check(unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) }.into())?;
+    Ok(slave)
 }
 
 /// How many bytes a read would return, or in canonical mode the reads of all whole lines.
