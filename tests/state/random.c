@@ -285,20 +285,24 @@ static void named_socket(void)
 
 static void internet_socket(void)
 {
-	struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-	socklen_t length = sizeof address;
-	int kind = chance(60) ? SOCK_STREAM : SOCK_DGRAM, server = socket(AF_INET, kind, 0), on = 1;
+	struct sockaddr_in v4 = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+	struct sockaddr_in6 v6 = {.sin6_family = AF_INET6, .sin6_addr = IN6ADDR_LOOPBACK_INIT};
+	struct sockaddr_storage address = {0};
+	bool sixth = chance(30);
+	socklen_t length = sixth ? sizeof v6 : sizeof v4;
+	memcpy(&address, sixth ? (void *)&v6 : (void *)&v4, length);
+	int kind = chance(60) ? SOCK_STREAM : SOCK_DGRAM, family = address.ss_family, server = socket(family, kind, 0), on = 1;
 	char bytes[20000];
 	memset(bytes, (int)draw(), sizeof bytes);
 	if (chance(30))
 		setsockopt(server, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-	if (bind(server, (struct sockaddr *)&address, sizeof address) == 0) {
+	if (bind(server, (struct sockaddr *)&address, length) == 0) {
 		getsockname(server, (struct sockaddr *)&address, &length);
 		if (kind == SOCK_STREAM)
 			listen(server, 5);
 		for (unsigned i = below(3); i > 0; i--) {
-			int client = socket(AF_INET, kind, 0);
-			bool connected = connect(client, (struct sockaddr *)&address, sizeof address) == 0;
+			int client = socket(family, kind, 0);
+			bool connected = connect(client, (struct sockaddr *)&address, length) == 0;
 			if (connected)
 				send(client, bytes, 1 + below(kind == SOCK_STREAM ? sizeof bytes : 1000), MSG_DONTWAIT | MSG_NOSIGNAL);
 			keep_file(client);

@@ -27,8 +27,8 @@ use samara_kernel::{Pid, sock_diag, sockopt};
 use crate::capture::{CaptureError, Tables, read};
 use crate::descriptors::Found;
 use crate::internet::{
-    Addresses, Made, at, bind, from_record, ip, ip_bytes, local, new_socket, peer, to_record,
-    with_ip,
+    Addresses, Made, anywhere, at, bind, from_record, ip, ip_bytes, local, new_socket, peer,
+    to_record, was_given,
 };
 use crate::socket_options;
 
@@ -421,16 +421,13 @@ pub(crate) fn restore(
 }
 
 /// Binds a socket and connects it to its peer.
-///
-/// The kernel calls an IPv6 socket that is bound to an address IPV6_V6ONLY, but not one that got its address by being connected:
-/// that one is given its port alone first.
 fn place(
     socket: &InternetSocket,
     state: &Datagrams,
     shared: bool,
     addresses: &Addresses,
 ) -> io::Result<OwnedFd> {
-    let placed = |anywhere: bool| -> io::Result<OwnedFd> {
+    let placed = |port_alone: bool| -> io::Result<OwnedFd> {
         let new = permitted(socket)?;
         socket_options::prepare(new.as_fd(), &socket.options)?;
         if shared {
@@ -438,8 +435,7 @@ fn place(
         }
         if let Some(address) = &socket.local {
             let address = from_record(address)?;
-            let unspecified = Ipv6Addr::UNSPECIFIED.into();
-            let address = if anywhere { with_ip(address, unspecified) } else { address };
+            let address = if port_alone { anywhere(address) } else { address };
             bind(new.as_fd(), address, addresses)?;
         }
         if let Some(peer) = &state.peer {
@@ -451,15 +447,13 @@ fn place(
         }
         Ok(new)
     };
-    let both = socket_options::number(&socket.options, libc::IPPROTO_IPV6, libc::IPV6_V6ONLY);
     if let Some(address) = &socket.local
         && state.peer.is_some()
-        && both == Some(0)
-        && let SocketAddr::V6(address) = from_record(address)?
-        && address.ip().to_ipv4_mapped().is_none()
+        && let address = from_record(address)?
+        && was_given(socket, address)
     {
         let new = placed(true)?;
-        if local(new.as_fd())? == Some(addresses.follow(address.into())) {
+        if local(new.as_fd())? == Some(addresses.follow(address)) {
             return Ok(new);
         }
     }

@@ -21,7 +21,7 @@ use samara_kernel::sockopt;
 use crate::capture::{CaptureError, Tables, read};
 use crate::descriptors::Found;
 use crate::restore::{RestoreError, make};
-use crate::{datagrams, descriptors, netlink, packets, tcp};
+use crate::{datagrams, descriptors, netlink, packets, socket_options, tcp};
 
 pub(crate) const TCP: i32 = libc::IPPROTO_TCP;
 pub(crate) const MPTCP: i32 = 262;
@@ -249,6 +249,18 @@ pub(crate) fn with_ip(address: SocketAddr, ip: IpAddr) -> SocketAddr {
         }
         (SocketAddr::V4(v4), ip) => SocketAddr::new(ip, v4.port()),
     }
+}
+
+/// Whether the kernel gave an IPv6 socket its address, as `connect` and `accept` do: one that was bound to an address is called
+/// `IPV6_V6ONLY`. It is bound to its port alone then.
+pub(crate) fn was_given(socket: &InternetSocket, address: SocketAddr) -> bool {
+    let only = socket_options::number(&socket.options, libc::IPPROTO_IPV6, libc::IPV6_V6ONLY);
+    only == Some(0) && address.is_ipv6() && address.ip().to_canonical().is_ipv6()
+}
+
+/// The address with its port alone.
+pub(crate) fn anywhere(address: SocketAddr) -> SocketAddr {
+    with_ip(address, Ipv6Addr::UNSPECIFIED.into())
 }
 
 /// Binds a socket where it was, or where the new container has that address.

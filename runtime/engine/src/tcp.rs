@@ -31,8 +31,8 @@ use samara_kernel::{Pid, sockopt, tcp};
 use crate::capture::{CaptureError, Tables, index, read};
 use crate::descriptors::Found;
 use crate::internet::{
-    Addresses, MPTCP, Made, at, bind, canonical, from_record, local, new_socket, peer, to_record,
-    with_ip,
+    Addresses, MPTCP, Made, anywhere, at, bind, canonical, from_record, local, new_socket, peer,
+    to_record, was_given, with_ip,
 };
 use crate::socket_options;
 use crate::unsupported::{Place, UNACCEPTED_TCP};
@@ -506,12 +506,13 @@ fn connect(
     let (left, right) = match (other, far) {
         (Some(other), Some(far)) => {
             let address = from_record(other.local.as_ref().ok_or_else(damaged)?)?;
-            let listener = prepared(other, room, Some(moved(address, addresses)))?;
-            let (left, right) = meet(
-                prepared(socket, room, Some(moved(here, addresses)))?,
-                moved(from_record(&connection.peer)?, addresses),
-                &listener,
-            )?;
+            let address = moved(address, addresses);
+            let accepted = if was_given(other, address) { anywhere(address) } else { address };
+            let listener = prepared(other, room, Some(accepted))?;
+            let to = moved(from_record(&connection.peer)?, addresses);
+            let here = moved(here, addresses);
+            let near = prepared(socket, room, Some(before_connecting(socket, here, to)))?;
+            let (left, right) = meet(near, to, &listener)?;
             drop(listener);
             fill(left.as_fd(), right.as_fd(), &far.unread)?;
             fill(right.as_fd(), left.as_fd(), &connection.unread)?;
@@ -533,6 +534,7 @@ fn connect(
             let bound = bound.unwrap_or_else(|| loopback(socket.domain));
             rustix::net::bind(&listener, &bound).map_err(|error| at(bound, error.into()))?;
             let to = local(listener.as_fd())?.unwrap_or(bound);
+            let near = near.map(|here| before_connecting(socket, here, to));
             let (left, right) = meet(prepared(socket, room, near)?, to, &listener)?;
             fill(right.as_fd(), left.as_fd(), &connection.unread)?;
             drop(right);
@@ -549,6 +551,12 @@ fn connect(
     }
     made.insert(file, left);
     Ok(())
+}
+
+/// What a socket is bound to that will be connected to `to` from `here`. Left alone, the kernel chooses the same address on both
+/// ends where there is one.
+fn before_connecting(socket: &InternetSocket, here: SocketAddr, to: SocketAddr) -> SocketAddr {
+    if was_given(socket, here) && here.ip() == to.ip() { anywhere(here) } else { here }
 }
 
 /// The loopback takes the place of an own address that the new container has not.
@@ -697,8 +705,9 @@ fn wait_in_line(
     addresses: &Addresses,
 ) -> io::Result<OwnedFd> {
     let address = socket.local.as_ref().map(from_record).transpose()?;
-    let new = prepared(socket, 0, address.map(|address| moved(address, addresses)))?;
     let to = moved(from_record(&connection.peer)?, addresses);
+    let here = address.map(|address| before_connecting(socket, moved(address, addresses), to));
+    let new = prepared(socket, 0, here)?;
     start(new.as_fd(), to).map_err(|error| at(to, error))?;
     wait_until("a connection that waits to be accepted", || {
         Ok(tcp::info(new.as_fd())?.state == ESTABLISHED)
