@@ -3,6 +3,7 @@
 
 #include <poll.h>
 #include <sys/file.h>
+#include <sys/mman.h>
 
 static int fd, other;
 static pid_t child;
@@ -271,14 +272,210 @@ static void lease_breaking_check(void)
 static void lease_breaking_spoil(void) { MUST(fcntl(fd, F_SETLEASE, F_UNLCK)); }
 STATE(lease_breaking)
 
-static void lease_for_writing_setup(void)
+/* A file with text at both ends of a hole, on which this process then has a lease, and is told of its end. */
+static int lease_file(const char *path, int flags, int kind)
 {
-	fd = MUST(open("/dev/shm/leased-too", O_RDWR | O_CREAT, 0600));
-	MUST(fcntl(fd, F_SETLEASE, F_WRLCK));
+	int file = MUST(open(path, O_WRONLY | O_CREAT, 0600));
+	MUST(pwrite(file, "begin", 5, 0));
+	MUST(pwrite(file, "end", 3, 1 << 20));
+	MUST(close(file));
+	file = MUST(open(path, flags));
+	MUST(lseek(file, 7, SEEK_SET));
+	MUST(fcntl(file, F_SETLEASE, kind));
+	MUST(fcntl(file, F_SETSIG, SIGRTMIN + 4));
+	listen_for(SIGRTMIN + 4);
+	return file;
 }
-static void lease_for_writing_check(void) { CHECK(fcntl(fd, F_GETLEASE) == F_WRLCK, "the lease was broken"); }
+/* Somebody wants the file who does not wait. */
+static void break_lease(const char *path, int flags, int file)
+{
+	told = 0;
+	CHECK(open(path, flags | O_NONBLOCK) == -1 && errno == EWOULDBLOCK, "%s can be opened", path);
+	CHECK(told == SIGRTMIN + 4 && told_fd == file, "signal %d for descriptor %d", told, told_fd);
+	told = 0;
+}
+static void expect_lease(int file, int kind)
+{
+	CHECK(!told, "signal %d for descriptor %d", told, told_fd);
+	CHECK(fcntl(file, F_GETLEASE) == kind, "the lease is %d, not %d", fcntl(file, F_GETLEASE), kind);
+	CHECK(lseek(file, 0, SEEK_CUR) == 7, "the position is %ld", (long)lseek(file, 0, SEEK_CUR));
+}
+/* Gives the lease up, and looks at what the file holds. */
+static void expect_leased_content(const char *path, int file)
+{
+	char begin[6] = "", end[4] = "";
+	MUST(fcntl(file, F_SETLEASE, F_UNLCK));
+	int again = MUST(open(path, O_RDONLY));
+	struct stat now;
+	MUST(fstat(again, &now));
+	MUST(pread(again, begin, 5, 0));
+	MUST(pread(again, end, 3, 1 << 20));
+	CHECK(!strcmp(begin, "begin") && !strcmp(end, "end"), "%s holds `%s` and `%s`", path, begin, end);
+	CHECK(now.st_size == (1 << 20) + 3, "%s has %ld bytes", path, (long)now.st_size);
+	CHECK(now.st_blocks < 1024, "%s has lost its hole", path);
+	close(again);
+}
+
+static void lease_for_writing_setup(void) { fd = lease_file("/dev/shm/leased-too", O_RDWR, F_WRLCK); }
+static void lease_for_writing_check(void)
+{
+	expect_lease(fd, F_WRLCK);
+	break_lease("/dev/shm/leased-too", O_RDONLY, fd);
+	CHECK(fcntl(fd, F_GETLEASE) == F_RDLCK, "it is to become %d", fcntl(fd, F_GETLEASE));
+	expect_leased_content("/dev/shm/leased-too", fd);
+}
 static void lease_for_writing_spoil(void) { MUST(fcntl(fd, F_SETLEASE, F_UNLCK)); }
-STATE(lease_for_writing, .refused = "a lease for writing")
+STATE(lease_for_writing)
+
+/* In the root, whose files have an inode of their own for each layer. */
+static void lease_for_writing_in_root_setup(void)
+{
+	fd = lease_file("/tmp/leased", O_WRONLY, F_WRLCK);
+	other = lease_file("/tmp/leased-too", O_RDONLY, F_WRLCK);
+}
+static void lease_for_writing_in_root_check(void)
+{
+	expect_lease(fd, F_WRLCK);
+	expect_lease(other, F_WRLCK);
+	break_lease("/tmp/leased", O_RDONLY, fd);
+	break_lease("/tmp/leased-too", O_RDWR, other);
+	CHECK(fcntl(other, F_GETLEASE) == F_UNLCK, "it is to become %d", fcntl(other, F_GETLEASE));
+	expect_leased_content("/tmp/leased", fd);
+	expect_leased_content("/tmp/leased-too", other);
+}
+static void lease_for_writing_in_root_spoil(void) { MUST(fcntl(fd, F_SETLEASE, F_UNLCK)); }
+STATE(lease_for_writing_in_root)
+
+/* Leases that somebody waits for: what they were, and what is wanted. */
+static const struct { const char *path; int flags, kind, wanted, to; bool readers_wait; } broken_leases[] = {
+	{"/tmp/broken-0", O_RDONLY, F_RDLCK, O_WRONLY, F_UNLCK, false},
+	{"/tmp/broken-1", O_WRONLY, F_WRLCK, O_RDONLY, F_RDLCK, true},
+	{"/tmp/broken-2", O_WRONLY, F_WRLCK, O_WRONLY, F_UNLCK, true},
+	{"/tmp/broken-3", O_RDONLY, F_WRLCK, O_WRONLY, F_UNLCK, true},
+	{"/dev/shm/broken-4", O_RDWR, F_WRLCK, O_RDONLY, F_RDLCK, true},
+	{"/dev/shm/broken-5", O_RDONLY, F_WRLCK, O_WRONLY, F_UNLCK, true},
+};
+#define BROKEN (sizeof broken_leases / sizeof *broken_leases)
+static int broken[BROKEN];
+static void leases_breaking_setup(void)
+{
+	for (size_t i = 0; i < BROKEN; i++) {
+		broken[i] = lease_file(broken_leases[i].path, broken_leases[i].flags, broken_leases[i].kind);
+		break_lease(broken_leases[i].path, broken_leases[i].wanted, broken[i]);
+	}
+}
+static void leases_breaking_check(void)
+{
+	for (size_t i = 0; i < BROKEN; i++) {
+		expect_lease(broken[i], broken_leases[i].to);
+		int reader = open(broken_leases[i].path, O_RDONLY | O_NONBLOCK);
+		CHECK((reader == -1) == broken_leases[i].readers_wait, "%s: a reader gets %d", broken_leases[i].path, reader);
+		if (reader != -1)
+			close(reader);
+		CHECK(!told, "signal %d for descriptor %d", told, told_fd);
+		expect_leased_content(broken_leases[i].path, broken[i]);
+	}
+}
+static void leases_breaking_spoil(void) { MUST(fcntl(broken[3], F_SETLEASE, F_UNLCK)); }
+STATE(leases_breaking)
+
+static int leased_child(void)
+{
+	int status = wait_for_parent();
+	return status ? status : fcntl(other, F_GETLEASE) != F_WRLCK;
+}
+/* One that has several descriptors, and one that is left to a child by the process that has taken it. */
+static void leases_forked_setup(void)
+{
+	MUST(pipe(hold));
+	fd = lease_file("/tmp/forked", O_RDWR, F_WRLCK);
+	break_lease("/tmp/forked", O_WRONLY, fd);
+	other = lease_file("/tmp/left", O_RDWR, F_WRLCK);
+	child = in_child(leased_child);
+	MUST(close(other));
+	MUST(dup(fd));
+}
+static void leases_forked_check(void)
+{
+	expect_lease(fd, F_UNLCK);
+	CHECK(open("/tmp/left", O_RDONLY | O_NONBLOCK) == -1 && errno == EWOULDBLOCK, "the lease of the child is gone");
+	CHECK(told == SIGRTMIN + 4, "signal %d", told);
+	MUST(kill(child, SIGKILL));
+	MUST(waitpid(child, NULL, 0));
+	CHECK(access("/tmp/left", R_OK) == 0, "the file is gone");
+	close(MUST(open("/tmp/left", O_RDONLY)));
+	expect_leased_content("/tmp/forked", fd);
+}
+static void leases_forked_spoil(void)
+{
+	MUST(kill(child, SIGKILL));
+	MUST(waitpid(child, NULL, 0));
+	child = in_child(wait_for_parent);
+}
+STATE(leases_forked)
+
+static int opens_leased(void)
+{
+	char begin[6] = "";
+	int file = open("/tmp/awaited", O_RDONLY);
+	if (file == -1 || pread(file, begin, 5, 0) != 5)
+		return 3;
+	return strcmp(begin, "begin") ? 4 : 0;
+}
+static void lease_waiter_setup(void)
+{
+	fd = lease_file("/tmp/awaited", O_RDWR, F_WRLCK);
+	child = in_child(opens_leased);
+	while (!told)
+		usleep(1000);
+	told = 0;
+}
+static void lease_waiter_check(void)
+{
+	expect_lease(fd, F_RDLCK);
+	CHECK(waitpid(child, NULL, WNOHANG) == 0, "the waiter got the file too early");
+	MUST(fcntl(fd, F_SETLEASE, F_UNLCK));
+	expect_exit(child, 0);
+}
+static void lease_waiter_spoil(void) { MUST(kill(child, SIGKILL)); }
+STATE(lease_waiter)
+
+static void lease_unlinked_setup(void)
+{
+	fd = lease_file("/tmp/leased-and-gone", O_RDWR, F_WRLCK);
+	other = lease_file("/dev/shm/leased-and-gone", O_RDONLY, F_WRLCK);
+	MUST(unlink("/tmp/leased-and-gone"));
+	MUST(unlink("/dev/shm/leased-and-gone"));
+}
+static void lease_unlinked_check(void)
+{
+	expect_lease(fd, F_WRLCK);
+	expect_lease(other, F_WRLCK);
+	char path[32];
+	snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+	break_lease(path, O_RDONLY, fd);
+	expect_leased_content(path, fd);
+	snprintf(path, sizeof path, "/proc/self/fd/%d", other);
+	break_lease(path, O_RDONLY, other);
+	expect_leased_content(path, other);
+}
+static void lease_unlinked_spoil(void) { MUST(fcntl(fd, F_SETLEASE, F_UNLCK)); }
+STATE(lease_unlinked)
+
+/* Outside of an overlay there is no other way to its content than the description, which can't be read. */
+static void lease_write_only_setup(void) { fd = lease_file("/dev/shm/write-only", O_WRONLY, F_WRLCK); }
+static void lease_write_only_check(void) { expect_lease(fd, F_WRLCK); }
+static void lease_write_only_spoil(void) { MUST(fcntl(fd, F_SETLEASE, F_UNLCK)); }
+STATE(lease_write_only, .refused = "open for writing only, with a lease")
+
+static void lease_mapped_setup(void)
+{
+	fd = lease_file("/dev/shm/leased-and-mapped", O_RDWR, F_WRLCK);
+	CHECK(mmap(NULL, 4096, PROT_READ, MAP_SHARED, fd, 0) != MAP_FAILED, "no mapping");
+}
+static void lease_mapped_check(void) { expect_lease(fd, F_WRLCK); }
+static void lease_mapped_spoil(void) { MUST(fcntl(fd, F_SETLEASE, F_UNLCK)); }
+STATE(lease_mapped, .refused = "a lease for writing on a file that is mapped")
 
 #ifndef F_GET_RW_HINT
 #define F_GET_RW_HINT 1035

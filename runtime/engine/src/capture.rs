@@ -16,6 +16,7 @@ use samara_capsule::transfer::{Sink, SpaceId};
 use samara_kernel::{Pid, proc};
 use sha2::{Digest, Sha256};
 
+use crate::files::LeasedFiles;
 use crate::freeze::{FreezeError, FrozenTree};
 use crate::memory::PrivateMemory;
 use crate::names::{self, GivenNames};
@@ -26,7 +27,7 @@ use crate::tracee::TraceeError;
 use crate::unsupported::{Place, Unsupported, UnsupportedList};
 use crate::{
     clocks, copy_on_write, datagrams, descriptors, epoll, file_names, inotify, internet, memory,
-    posix_queues, process, system_v, tcp, terminals, unix_sockets,
+    notices, posix_queues, process, system_v, tcp, terminals, unix_sockets,
 };
 
 /// Why no capsule came of a capture. The container runs on in every case.
@@ -72,6 +73,8 @@ pub struct Captured {
     pub container: Container,
     pub frozen: FrozenTree,
     pub report: CaptureReport,
+    /// How those files are read that may not be opened.
+    pub leased: LeasedFiles,
 }
 
 /// What happened, for the user.
@@ -119,8 +122,8 @@ pub fn capture(
         members.push(PrivateMemory::of(process, alive)?);
     }
     report.pages = copy_on_write::copy_private(members, sink)?;
-    for (file, space, bytes) in &tables.contents {
-        report.pages += memory::copy_file(file, *space, *bytes, sink)?;
+    for (content, space, bytes) in &tables.contents {
+        report.pages += content.copy(&tables.leased, *space, *bytes, sink)?;
     }
     report.copy = begun.elapsed();
     phase::reached(Phase::Copied);
@@ -149,7 +152,7 @@ pub fn capture(
         system_v: tables.system_v.record,
         posix_queues: tables.posix_queues.records,
     };
-    Ok(Captured { container, frozen, report })
+    Ok(Captured { container, frozen, report, leased: tables.leased })
 }
 
 /// Records of all processes by the engine's number, and the vdso's digest.
@@ -200,6 +203,7 @@ fn collect(
     inotify::resolve(tables)?;
     frozen.watchers = std::mem::take(&mut tables.watchers);
     refuse_strange_processes(frozen, tables);
+    notices::refuse_mapped(tables);
     let pids: Vec<Pid> = frozen.processes.keys().copied().collect();
     let zombies: Vec<Pid> = frozen.zombies.iter().map(|zombie| zombie.pid).collect();
     terminals::resolve(&pids, &zombies, tables)?;
@@ -307,6 +311,37 @@ pub(crate) fn vdso_digest(
 /// A descriptor that led to an open file description: process, number, index of the description.
 pub(crate) type Holder = (Pid, i32, u32);
 
+/// Where content is read from that belongs to no name.
+#[derive(Debug)]
+pub(crate) enum Content {
+    Open(File),
+    /// A link in `/proc`. It is opened only when all descriptors have been seen, as one of them may have a lease on the file.
+    Linked(String),
+}
+
+impl Content {
+    fn copy(
+        &self,
+        leased: &LeasedFiles,
+        space: SpaceId,
+        bytes: u64,
+        sink: &mut dyn Sink,
+    ) -> Result<u64, CaptureError> {
+        let link = match self {
+            Content::Open(file) => return memory::copy_file(file, space, bytes, sink),
+            Content::Linked(link) => link,
+        };
+        let metadata = fs::metadata(link).map_err(read(link))?;
+        if let Some(description) = leased.of_file(&metadata) {
+            return memory::copy_whole_file(description, space, bytes, sink);
+        }
+        // What is read here, the program has not read.
+        let flags = libc::O_NOATIME;
+        let file = File::options().read(true).custom_flags(flags).open(link).map_err(read(link))?;
+        memory::copy_file(&file, space, bytes, sink)
+    }
+}
+
 /// Objects that several processes may share, each once, and what can't be saved.
 #[derive(Debug)]
 pub(crate) struct Tables<'a> {
@@ -317,8 +352,12 @@ pub(crate) struct Tables<'a> {
     pub(crate) shared_memory: Vec<record::SharedMemory>,
     pub(crate) unlinked: Vec<record::UnlinkedFile>,
     pub(crate) unsupported: Vec<Unsupported>,
-    /// Content to copy: an open file, its space, its length.
-    pub(crate) contents: Vec<(File, SpaceId, u64)>,
+    /// Content to copy, its space, its length.
+    pub(crate) contents: Vec<(Content, SpaceId, u64)>,
+    pub(crate) leased: LeasedFiles,
+    /// Who holds leases for writing, on which files.
+    pub(crate) lease_holders: Vec<((u64, u64), Pid, i32)>,
+    pub(crate) mapped_files: BTreeSet<(u64, u64)>,
     /// Index of an open file description by inode, to be compared with `kcmp`.
     pub(crate) known_files: BTreeMap<(u64, u64), Vec<Holder>>,
     pub(crate) known_pipes: BTreeMap<(u64, u64), u32>,
@@ -364,6 +403,9 @@ impl<'a> Tables<'a> {
             unlinked: Vec::new(),
             unsupported: Vec::new(),
             contents: Vec::new(),
+            leased: LeasedFiles::default(),
+            lease_holders: Vec::new(),
+            mapped_files: BTreeSet::new(),
             known_files: BTreeMap::new(),
             known_pipes: BTreeMap::new(),
             sockets: unix_sockets::Sockets::default(),
@@ -427,7 +469,7 @@ impl<'a> Tables<'a> {
         let space = self.new_space();
         let bytes = metadata.size();
         let huge_page_bytes = memory::huge_page_bytes(&file).map_err(read(link))?;
-        self.contents.push((file, space, bytes));
+        self.contents.push((Content::Open(file), space, bytes));
         let index = index(self.shared_memory.len());
         self.shared_memory.push(record::SharedMemory {
             space: space.0,
@@ -478,15 +520,9 @@ impl<'a> Tables<'a> {
         if let Some(index) = self.known_unlinked.get(&identity) {
             return Ok(*index);
         }
-        // What is read here, the program has not read.
-        let file = File::options()
-            .read(true)
-            .custom_flags(libc::O_NOATIME)
-            .open(link)
-            .map_err(read(link))?;
         let space = self.new_space();
         let bytes = metadata.size();
-        self.contents.push((file, space, bytes));
+        self.contents.push((Content::Linked(link.to_owned()), space, bytes));
         let directory = path.parent().unwrap_or(Path::new("/")).as_os_str().as_bytes();
         let index = index(self.unlinked.len());
         self.unlinked.push(record::UnlinkedFile {

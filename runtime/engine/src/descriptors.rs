@@ -106,7 +106,7 @@ fn register(
     let descriptor = Found { pid, fd, handle, link: &link, target, metadata, info };
     let described = match classify(&descriptor, tables)? {
         Ok(kind) if info.flags & libc::O_PATH != 0 => Ok((kind, Notices::default())),
-        Ok(kind) => notices::collect(&descriptor)?.map(|notices| (kind, notices)),
+        Ok(kind) => notices::collect(&descriptor, &kind, tables)?.map(|notices| (kind, notices)),
         Err(what) => Err(what),
     };
     Ok(described.map(|(kind, notices)| {

@@ -23,6 +23,7 @@ mod changes;
 mod content;
 mod fingerprint;
 mod layer;
+pub(crate) mod leased;
 mod metadata;
 mod revert;
 mod root;
@@ -30,6 +31,7 @@ mod tree;
 
 pub use changes::{apply_root, apply_tree, capture_root, capture_tree};
 pub use fingerprint::{Fingerprint, FingerprintError, base_fingerprint};
+pub use leased::LeasedFiles;
 pub use root::{LocateError, Lower, Overlay, RootChanges};
 
 use std::io;

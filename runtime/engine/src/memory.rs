@@ -22,8 +22,8 @@ use std::sync::Arc;
 
 use samara_capsule::pagemap::PAGE_NUMBER_END;
 use samara_capsule::record::{
-    self, Advice, Alive, Backing, Bytes, Container, FileCheck, NamelessExecutable, ProcessState,
-    SharedMemoryKind,
+    self, Advice, Alive, Backing, Bytes, Container, FileCheck, FileKind, NamelessExecutable,
+    ProcessState, SharedMemoryKind,
 };
 use samara_capsule::transfer::{
     BATCH_BYTES_MAX, PAGE_BYTES, PageBatch, PageRun, Sink, Source, SpaceId,
@@ -212,6 +212,7 @@ fn backing(
         let path = String::from_utf8_lossy(name).into_owned();
         return refuse(format!("the file {path} of huge pages is not supported"));
     }
+    tables.mapped_files.insert(identity);
     if metadata.nlink() == 0 {
         let path = fs::read_link(&link)
             .map_err(|source| CaptureError::Read { what: link.clone(), source })?;
@@ -527,6 +528,22 @@ pub(crate) fn copy_file(
     batcher.finish().map_err(|source| CaptureError::Sink { source })
 }
 
+/// As [`copy_file`], without moving the position that the description has.
+pub(crate) fn copy_whole_file(
+    file: &File,
+    space: SpaceId,
+    bytes: u64,
+    sink: &mut dyn Sink,
+) -> Result<u64, CaptureError> {
+    let mut batcher = Batcher::new(sink);
+    batcher
+        .add(&[space].into(), 0, bytes.next_multiple_of(PAGE), false, &|address, buffer| {
+            read_padded(file, buffer, address)
+        })
+        .map_err(|source| CaptureError::Sink { source })?;
+    batcher.finish().map_err(|source| CaptureError::Sink { source })
+}
+
 /// Reads from a file; what lies behind its end is zeros.
 fn read_padded(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
     let mut filled = 0;
@@ -684,6 +701,19 @@ impl Shared {
             if let Some(file) = file {
                 *file =
                     Shared::reopen(file, libc::O_PATH).map_err(make("the file of a program"))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Keeps what somebody is to have a lease for writing on as a handle only: whoever has such a lease must be the only one that
+    /// has the file open.
+    pub(crate) fn let_go_of_leased(&mut self, container: &Container) -> Result<(), RestoreError> {
+        for record in &container.files {
+            let FileKind::Unlinked { file, .. } = record.kind else { continue };
+            let file = self.unlinked.get_mut(file as usize);
+            if let Some(file) = file.filter(|_| record.notices.lease.is_some()) {
+                *file = Shared::reopen(file, libc::O_PATH).map_err(make("a leased file"))?;
             }
         }
         Ok(())

@@ -3,8 +3,11 @@
 //! A signal may tell the descriptor, which the kernel takes from the call that asked for signals. So a process of the
 //! container asks for them: the owner, if it has the file open, else the first that has.
 //!
-//! Limits: leases for writing end when anybody reads the file, as a capture does: they are refused. The kernel does not tell by which of several descriptors of one description a program has asked; the lowest is
-//! taken. That a directory is watched with `F_NOTIFY` it does not tell at all.
+//! A lease for writing ends when anybody else opens the file, as a capture would to read it: [`crate::files::LeasedFiles`] says how
+//! that is avoided. A restore takes leases when nobody opens files any more.
+//!
+//! Limits: the kernel does not tell by which of several descriptors of one description a program has asked; the lowest is taken.
+//! That a directory is watched with `F_NOTIFY` it does not tell at all.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -18,16 +21,22 @@ use samara_capsule::record::{
 use samara_kernel::tape::End;
 use samara_kernel::{Pid, fcntl, proc};
 
-use crate::capture::{CaptureError, inner_pid, read};
+use crate::capture::{CaptureError, Tables, inner_pid, read};
 use crate::descriptors::Found;
+use crate::files::leased;
 use crate::restore::{RestoreError, make};
 use crate::tracee::Process;
+use crate::unsupported::Place;
 
 /// linux/fcntl.h
 const F_OWNER_PGRP: i32 = 2;
 
 /// What a description tells whom.
-pub(crate) fn collect(found: &Found<'_>) -> Result<Result<Notices, String>, CaptureError> {
+pub(crate) fn collect(
+    found: &Found<'_>,
+    kind: &FileKind,
+    tables: &mut Tables<'_>,
+) -> Result<Result<Notices, String>, CaptureError> {
     let file = found.borrow()?;
     let owner = fcntl::owner(file.as_fd()).map_err(read(found.link))?;
     let signal = fcntl::signal(file.as_fd()).map_err(read(found.link))?;
@@ -40,24 +49,62 @@ pub(crate) fn collect(found: &Found<'_>) -> Result<Result<Notices, String>, Capt
     }
     if found.metadata.is_file() {
         notices.write_hint = fcntl::write_hint(file.as_fd()).unwrap_or(0);
-        let lease =
-            found.info.others.iter().find(|(name, value)| name == "lock" && is_lease(value));
-        if let Some((_, line)) = lease {
-            let kind = fcntl::lease(file.as_fd()).map_err(read(found.link))?;
-            let is_breaking = line.contains("BREAKING");
-            let writes = found.info.flags & libc::O_ACCMODE != libc::O_RDONLY;
-            if kind == libc::F_WRLCK || is_breaking && (writes || kind == libc::F_RDLCK) {
-                // It is the one that would be told.
-                let what = "it holds a lease for writing, which would end when the file is saved";
-                return Ok(Err(what.to_owned()));
-            }
-            notices.lease = Some(match is_breaking {
-                true => Lease { kind: libc::F_RDLCK, breaking_to: Some(kind) },
-                false => Lease { kind, breaking_to: None },
-            });
+        notices.lease = lease(found, &file)?;
+    }
+    if notices.lease.is_some() && matches!(kind, FileKind::Outside { .. }) {
+        return Ok(Err("it holds a lease on a file from outside the container".to_owned()));
+    }
+    if notices.lease.is_some_and(|lease| lease.kind == libc::F_WRLCK) {
+        if matches!(kind, FileKind::Unlinked { .. })
+            && !leased::is_readable(&file).map_err(read(found.link))?
+        {
+            let what = "it holds a lease for writing on a file without a name that it can't read";
+            return Ok(Err(what.to_owned()));
         }
+        tables.leased.insert(found.metadata, file);
+        tables.lease_holders.push((found.identity(), found.pid, found.fd));
     }
     Ok(Ok(notices))
+}
+
+/// The lease that a description holds.
+///
+/// While one is being broken, the kernel tells what it is to become, and not what it was.
+fn lease(found: &Found<'_>, file: &OwnedFd) -> Result<Option<Lease>, CaptureError> {
+    let lines = found.info.others.iter().filter(|(name, _)| name == "lock");
+    let Some(line) = lines.map(|(_, line)| line).find(|line| is_lease(line)) else {
+        return Ok(None);
+    };
+    let kind = fcntl::lease(file.as_fd()).map_err(read(found.link))?;
+    if !line.contains("BREAKING") {
+        return Ok(Some(Lease { kind, breaking_to: None }));
+    }
+    // One for reading can't become one for reading, and is not had by who writes.
+    let writes = found.info.flags & libc::O_ACCMODE != libc::O_RDONLY;
+    let was_for_writing = writes || kind == libc::F_RDLCK || keeps_readers_waiting(found)?;
+    let was = if was_for_writing { libc::F_WRLCK } else { libc::F_RDLCK };
+    Ok(Some(Lease { kind: was, breaking_to: Some(kind) }))
+}
+
+/// Whether a lease that is to end altogether keeps readers waiting until then. Opening the file again breaks it no further.
+fn keeps_readers_waiting(found: &Found<'_>) -> Result<bool, CaptureError> {
+    let opened = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(found.link);
+    match opened {
+        Ok(_) => Ok(false),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(true),
+        Err(error) => Err(read(found.link)(error)),
+    }
+}
+
+/// Refuses leases for writing on files that are mapped: the mapping that a restore makes would be somebody else's use of the file.
+pub(crate) fn refuse_mapped(tables: &mut Tables<'_>) {
+    for (identity, pid, fd) in std::mem::take(&mut tables.lease_holders) {
+        if tables.mapped_files.contains(&identity) {
+            let what =
+                "it holds a lease for writing on a file that is mapped, which is not supported";
+            tables.refuse(pid, Place::Descriptor(fd), what);
+        }
+    }
 }
 
 /// Whether a line of `fdinfo` about a lock is about a lease: `1: LEASE  ACTIVE    READ 77 fe:01:1234 0 EOF`.

@@ -112,7 +112,7 @@ pub fn restore(
 
     let begun = Instant::now();
     system_v::restore_limits(request.init, &container.system_v)?;
-    let shared = memory::make_shared(&mut tree, container, &root, source)?;
+    let mut shared = memory::make_shared(&mut tree, container, &root, source)?;
     system_v::restore(&mut tree, container, source)?;
     for record in &container.processes {
         if let ProcessState::Alive(alive) = &record.state {
@@ -167,6 +167,7 @@ pub fn restore(
             tree.follow_databases(record.pid, alive, &container.files, source)?;
         }
     }
+    shared.let_go_of_leased(container)?;
     let registrars = notices::registrars(container);
     for record in &container.processes {
         if let ProcessState::Alive(alive) = &record.state {

@@ -22,7 +22,7 @@ use samara_kernel::setns::{Namespace, inside};
 use samara_kernel::tape::{Call, End};
 use samara_kernel::{Pid, proc, sysvipc};
 
-use crate::capture::{CaptureError, Tables, index, inner_pid, read};
+use crate::capture::{CaptureError, Content, Tables, index, inner_pid, read};
 use crate::freeze::FrozenTree;
 use crate::memory::{huge_page_bytes, write_runs};
 use crate::restore::{RestoreError, Tree, make};
@@ -282,7 +282,7 @@ pub(crate) fn ask(frozen: &mut FrozenTree, tables: &mut Tables<'_>) -> Result<()
     for (segment, file) in record.segments.iter_mut().zip(content.drain(..)) {
         let Some(file) = file else { continue };
         segment.huge_page_bytes = huge_page_bytes(&file).map_err(read("shared memory"))?;
-        tables.contents.push((file, SpaceId(segment.space), segment.bytes));
+        tables.contents.push((Content::Open(file), SpaceId(segment.space), segment.bytes));
     }
     if !record.semaphores.is_empty() {
         ask_for_undo(frozen, tables)?;

@@ -24,7 +24,8 @@ use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, UTIME_OMIT,
 use rustix::mount::{MountFlags, UnmountFlags};
 use samara_engine::files::{
     ApplyError, ApplyReport, CaptureError, DeviceNode, DeviceNodes, Fingerprint, LayerReport,
-    LocateError, RootChanges, apply_root, apply_tree, base_fingerprint, capture_root, capture_tree,
+    LeasedFiles, LocateError, RootChanges, apply_root, apply_tree, base_fingerprint, capture_root,
+    capture_tree,
 };
 use sha2::{Digest, Sha256};
 
@@ -103,8 +104,8 @@ fn locate(root: &Path) -> RootChanges {
 
 fn capture(root: &Path) -> (Vec<u8>, LayerReport) {
     let mut layer = Vec::new();
-    let report =
-        capture_root(&locate(root), &mut layer).unwrap_or_else(|e| panic!("{}", chain(&e)));
+    let report = capture_root(&locate(root), &LeasedFiles::default(), &mut layer)
+        .unwrap_or_else(|e| panic!("{}", chain(&e)));
     assert_eq!(report.stream_bytes, layer.len() as u64);
     (layer, report)
 }
@@ -743,7 +744,7 @@ fn tmpfs_round_trip() {
         set_time(&from, 1_234_567_890, 123_456_789);
         let wanted = listing(&from);
         let mut layer = Vec::new();
-        capture_tree(open(&from), &mut layer).unwrap();
+        capture_tree(open(&from), &LeasedFiles::default(), &mut layer).unwrap();
         grow(&to, 50, rng);
         apply_tree(open(&to), &DeviceNodes::Any, &mut &layer[..]).unwrap();
         assert_same(&wanted, &listing(&to), "on a tmpfs");
@@ -768,7 +769,7 @@ fn what_is_mounted_below_a_tree_is_neither_told_nor_touched() {
     scratch.mount("tmpfs", &to.join("over"), "");
     fs::write(to.join("shm/theirs"), "x").unwrap();
     let mut layer = Vec::new();
-    let report = capture_tree(open(&from), &mut layer).unwrap();
+    let report = capture_tree(open(&from), &LeasedFiles::default(), &mut layer).unwrap();
     let covered_or_bare = report.covered == [PathBuf::from("/shm")];
     assert!(covered_or_bare, "{:?}", report.covered);
     assert!(!layer.windows(8).any(|w| w == b"not mine"));
@@ -939,7 +940,7 @@ fn inode_flags_are_reported() {
     let handle = File::open(&file).unwrap();
     let flags = rustix::fs::ioctl_getflags(&handle).unwrap();
     rustix::fs::ioctl_setflags(&handle, flags | rustix::fs::IFlags::APPEND).unwrap();
-    let result = capture_root(&locate(&root), &mut Vec::new());
+    let result = capture_root(&locate(&root), &LeasedFiles::default(), &mut Vec::new());
     rustix::fs::ioctl_setflags(&handle, flags).unwrap();
     assert_eq!(result.unwrap().flagged, [PathBuf::from("/log")]);
 }
@@ -987,7 +988,7 @@ fn a_file_that_changes_its_size_ends_the_capture() {
         let resize =
             || File::options().write(true).open(root.join("f")).unwrap().set_len(size).unwrap();
         let mut out = Watching { on_content: &resize, seen: false };
-        let result = capture_root(&locate(&root), &mut out);
+        let result = capture_root(&locate(&root), &LeasedFiles::default(), &mut out);
         assert!(
             matches!(&result, Err(CaptureError::Changed { path, .. }) if path == Path::new("/f")),
             "{size}: {result:?}"
@@ -1003,7 +1004,7 @@ fn a_writer_that_fails_ends_the_capture() {
     for room in [0, 511, 512, 2000, 50_000] {
         let mut space = vec![0; room];
         let mut out = &mut space[..];
-        let result = capture_root(&locate(&root), &mut out);
+        let result = capture_root(&locate(&root), &LeasedFiles::default(), &mut out);
         assert!(matches!(result, Err(CaptureError::Write(_))), "{room}: {result:?}");
     }
 }
@@ -1035,9 +1036,10 @@ fn measure_large_files() {
     }
     let spool = scratch.folder.path().join("layer.tar");
     timed("capture 2 GiB in 8 files", 2048.0, "MiB", || {
-        capture_root(&locate(&large), &mut std::io::sink()).unwrap()
+        capture_root(&locate(&large), &LeasedFiles::default(), &mut std::io::sink()).unwrap()
     });
-    capture_root(&locate(&large), &mut File::create(&spool).unwrap()).unwrap();
+    capture_root(&locate(&large), &LeasedFiles::default(), &mut File::create(&spool).unwrap())
+        .unwrap();
     let to = scratch.overlay("large-to", &[lower], "");
     timed("apply 2 GiB in 8 files", 2048.0, "MiB", || {
         apply_root(&locate(&to), &DeviceNodes::Any, &mut File::open(&spool).unwrap()).unwrap()
@@ -1064,7 +1066,7 @@ fn measure_small_files() {
     }
     let mut layer = Vec::new();
     timed("capture 100,000 small files", 100.0, "thousand", || {
-        capture_root(&locate(&small), &mut layer).unwrap()
+        capture_root(&locate(&small), &LeasedFiles::default(), &mut layer).unwrap()
     });
     let to = scratch.overlay("small-to", std::slice::from_ref(&lower), "");
     timed("apply 100,000 small files", 100.0, "thousand", || apply(&to, &layer));
@@ -1273,7 +1275,7 @@ fn paths_too_long_for_one_call_are_refused_by_name() {
         let flags = rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC;
         dir = rustix::fs::openat(&dir, name.as_str(), flags, Mode::empty()).unwrap();
     }
-    let result = capture_root(&locate(&root), &mut Vec::new());
+    let result = capture_root(&locate(&root), &LeasedFiles::default(), &mut Vec::new());
     assert!(matches!(result, Err(CaptureError::Unsupported { .. })), "{result:?}");
 }
 

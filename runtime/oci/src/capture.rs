@@ -18,7 +18,9 @@ use samara_capsule::config::{Provenance, Requirements};
 use samara_capsule::digest::Digest;
 use samara_capsule::transfer::{Sink, StreamName};
 use samara_engine::capture::{CaptureError, CaptureRequest, Captured, OutsideStream, capture};
-use samara_engine::files::{self, Fingerprint, FingerprintError, LocateError, RootChanges};
+use samara_engine::files::{
+    self, Fingerprint, FingerprintError, LeasedFiles, LocateError, RootChanges,
+};
 use samara_engine::freeze::FrozenTree;
 use samara_engine::names::GivenNames;
 use samara_engine::phase::{self, Phase};
@@ -397,7 +399,7 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
             tracing::warn!(%error, "the container was paused, and could not be paused again");
         }
     };
-    let Captured { container, frozen, report } = match captured {
+    let Captured { container, frozen, report, leased } = match captured {
         Ok(captured) => captured,
         Err(error) => {
             refreeze();
@@ -407,8 +409,8 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
     // An error from here on drops `frozen`, which lets the container go on.
     refuse_own_mounts(record.init.pid, &spec)?;
     progress("copying files");
-    files::capture_root(&root, &mut StreamWriter::new(&mut writer, ROOT_STREAM))?;
-    let trees = capture_trees(record.init.pid, &spec, &mut writer)?;
+    files::capture_root(&root, &leased, &mut StreamWriter::new(&mut writer, ROOT_STREAM))?;
+    let trees = capture_trees(record.init.pid, &spec, &leased, &mut writer)?;
     let travelling: Vec<String> = trees.iter().map(|tree| tree.path.clone()).collect();
     let saved =
         Saved { container, origin: Origin::of(&spec, record.seccomp_filters), trees, root: true };
@@ -574,6 +576,7 @@ fn outside(record: &Record) -> Vec<OutsideStream> {
 fn capture_trees(
     init: i32,
     spec: &oci_spec::runtime::Spec,
+    leased: &LeasedFiles,
     writer: &mut CapsuleWriter,
 ) -> Result<Vec<SavedTree>, CheckpointError> {
     let mut trees = Vec::new();
@@ -581,7 +584,7 @@ fn capture_trees(
         let stream = format!("tree-{}", trees.len());
         let folder =
             open_folder_inside(init, &path).map_err(io("open a mount of the container"))?;
-        files::capture_tree(folder, &mut StreamWriter::new(writer, &stream))?;
+        files::capture_tree(folder, leased, &mut StreamWriter::new(writer, &stream))?;
         trees.push(SavedTree { path, stream });
     }
     Ok(trees)

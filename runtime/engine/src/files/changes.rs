@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -16,6 +17,7 @@ use rustix::io::Errno;
 
 use super::content::{BUFFER_BYTES, CopyError, Segment, read_segment, segments, write_segment};
 use super::layer::{Content, DecodeError, EncodeError, Entry, LayerReader, LayerWriter, Socket};
+use super::leased::{self, LeasedFiles};
 use super::metadata::{self, Metadata, Object};
 use super::revert::Base;
 use super::root::{
@@ -30,21 +32,30 @@ use super::{
 /// Writes what changed in a container's root, or all of it where there is no base image, as a layer.
 ///
 /// The processes that can change the root must be stopped. On success the stream is complete. On failure it ends
-/// somewhere and must be dropped; the root is as it was in both cases, access times included.
-pub fn capture_root(root: &RootChanges, out: &mut dyn Write) -> Result<LayerReport, CaptureError> {
+/// somewhere and must be dropped; the root is as it was in both cases, access times included but for those of `leased`
+/// files, which are not opened.
+pub fn capture_root(
+    root: &RootChanges,
+    leased: &LeasedFiles,
+    out: &mut dyn Write,
+) -> Result<LayerReport, CaptureError> {
     let merged = root.merged()?;
     let changes = match &root.overlay {
         Some(overlay) => Some(Changes::of(overlay, &merged)?),
         None => None,
     };
-    capture(&merged, changes.as_ref(), out)
+    capture(&merged, changes.as_ref(), leased, out)
 }
 
 /// Writes the whole tree at `dir`, its root's own metadata included, as a layer. Nothing that is mounted below is part
 /// of it. As [`capture_root`] otherwise.
-pub fn capture_tree(dir: OwnedFd, out: &mut dyn Write) -> Result<LayerReport, CaptureError> {
+pub fn capture_tree(
+    dir: OwnedFd,
+    leased: &LeasedFiles,
+    out: &mut dyn Write,
+) -> Result<LayerReport, CaptureError> {
     let tree = Tree::at(dir).attempt("look up", "/")?;
-    capture(&tree, None, out)
+    capture(&tree, None, leased, out)
 }
 
 /// Makes a container's root equal to the one that was captured.
@@ -155,10 +166,13 @@ enum Finding<'a> {
 fn capture(
     tree: &Tree,
     changes: Option<&Changes<'_>>,
+    leased: &LeasedFiles,
     out: &mut dyn Write,
 ) -> Result<LayerReport, CaptureError> {
     let mut writing = Writing {
         out: LayerWriter::new(out),
+        upper: changes.and_then(|changes| changes.upper.as_ref()),
+        leased,
         report: LayerReport::default(),
         first_names: HashMap::new(),
         buffer: vec![0; BUFFER_BYTES],
@@ -248,13 +262,15 @@ fn walk(
 
 struct Writing<'a> {
     out: LayerWriter<'a>,
+    upper: Option<&'a Tree>,
+    leased: &'a LeasedFiles,
     report: LayerReport,
     /// Files with several names, by identity: the name they were told under.
     first_names: HashMap<(u32, u32, u64), TreePath>,
     buffer: Vec<u8>,
 }
 
-impl Writing<'_> {
+impl<'a> Writing<'a> {
     fn write(
         &mut self,
         path: &TreePath,
@@ -340,15 +356,23 @@ impl Writing<'_> {
         name: &OsStr,
     ) -> Result<(), CaptureError> {
         let changed = |what| CaptureError::Changed { path: path.absolute(), what };
-        let file = open_file(dir, name).attempt("open", path)?;
-        let opened = stat_fd(&file).attempt("look up", path)?;
-        if (opened.identity, opened.kind) != (stat.identity, Kind::File) {
-            return Err(changed("another object took its name"));
-        }
+        let leased = self.leased.get(stat.identity);
+        let (file, opened) = match leased {
+            Some(description) => (self.open_leased(path, description)?, *stat),
+            None => {
+                let file = open_file(dir, name).attempt("open", path)?;
+                let opened = stat_fd(&file).attempt("look up", path)?;
+                if (opened.identity, opened.kind) != (stat.identity, Kind::File) {
+                    return Err(changed("another object took its name"));
+                }
+                (Source::Own(file), opened)
+            }
+        };
         let size = opened.size;
-        let xattrs =
-            metadata::xattrs(Object::Open(file.as_fd())).attempt("read attributes of", path)?;
-        let segments = segments(&file, size, opened.blocks).attempt("find the holes of", path)?;
+        let object =
+            if leased.is_some() { Object::Named(dir, name) } else { Object::Open(file.as_fd()) };
+        let xattrs = metadata::xattrs(object).attempt("read attributes of", path)?;
+        let segments = file.segments(size, opened.blocks).attempt("find the holes of", path)?;
         let whole = [Segment { offset: 0, length: size }];
         let content = Content::File { size, segments };
         self.entry_headers(path, content.clone(), Metadata::of(&opened, xattrs))?;
@@ -370,6 +394,42 @@ impl Writing<'_> {
             return Err(changed("it became longer"));
         }
         Ok(())
+    }
+
+    /// What a leased file can be read by.
+    fn open_leased(
+        &self,
+        path: &TreePath,
+        description: &'a File,
+    ) -> Result<Source<'a>, CaptureError> {
+        if let Some(file) = self.upper_file(path)? {
+            return Ok(Source::Own(file));
+        }
+        if !leased::is_readable(description).attempt("look up", path)? {
+            return Err(CaptureError::Unsupported {
+                path: path.absolute(),
+                why: "it is open for writing only, with a lease that would end if it was opened to be read",
+            });
+        }
+        Ok(Source::Program(description))
+    }
+
+    /// The file of the upper layer that has the content of `path`.
+    fn upper_file(&self, path: &TreePath) -> Result<Option<OwnedFd>, CaptureError> {
+        let (Some(upper), Some((parent, name))) = (self.upper, path.split()) else {
+            return Ok(None);
+        };
+        let action = "open the upper layer's";
+        let Some(dir) = upper.dir_if_any(&parent).attempt(action, path)? else { return Ok(None) };
+        let is_file = stat_name(&dir, name)
+            .attempt(action, path)?
+            .is_some_and(|stat| stat.kind == Kind::File);
+        if !is_file {
+            return Ok(None);
+        }
+        let file = open_file(&dir, name).attempt(action, path)?;
+        let holds_metadata_only = is_metacopy(&file).attempt(action, path)?;
+        Ok((!holds_metadata_only).then_some(file))
     }
 
     fn note_flags(&mut self, path: &TreePath, stat: &Stat) {
@@ -405,6 +465,45 @@ impl Writing<'_> {
         self.report.stream_bytes = self.out.end().map_err(CaptureError::Write)?;
         Ok(self.report)
     }
+}
+
+/// What the content of a file is read from.
+enum Source<'a> {
+    Own(OwnedFd),
+    /// A description that is the program's, and has a position that it may rely on.
+    Program(&'a File),
+}
+
+impl AsFd for Source<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Source::Own(file) => file.as_fd(),
+            Source::Program(file) => file.as_fd(),
+        }
+    }
+}
+
+impl Source<'_> {
+    /// As [`segments`].
+    fn segments(&self, size: u64, blocks: u64) -> Result<Option<Vec<Segment>>, std::io::Error> {
+        match self {
+            Source::Own(file) => Ok(segments(file, size, blocks)?),
+            Source::Program(_) if blocks.saturating_mul(512) >= size => Ok(None),
+            Source::Program(file) => leased::segments_by_content(file, size).map(Some),
+        }
+    }
+}
+
+/// Whether a file of an upper layer has its content in a lower one.
+fn is_metacopy(file: &OwnedFd) -> Result<bool, Errno> {
+    for name in ["trusted.overlay.metacopy", "user.overlay.metacopy"] {
+        match rustix::fs::fgetxattr(file, name, &mut [] as &mut [u8]) {
+            Ok(_) => return Ok(true),
+            Err(Errno::NODATA | Errno::NOTSUP) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(false)
 }
 
 // Application.
