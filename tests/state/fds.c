@@ -4,6 +4,7 @@
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/sysmacros.h>
 #include <sys/xattr.h>
 
 static int fd, other;
@@ -331,6 +332,168 @@ static void deleted_directory_check(void)
 }
 static void deleted_directory_spoil(void) { MUST(chdir("/tmp")); }
 STATE(deleted_directory)
+
+/* Files of other kinds without a name. */
+
+static struct stat node_before[6];
+static int nodes[6];
+static void deleted_nodes_setup(void)
+{
+	MUST(mkdir("/tmp/nodes", 0755));
+	MUST(symlink("/where/it/leads", "/tmp/nodes/link"));
+	MUST(lchown("/tmp/nodes/link", 12, 34));
+	MUST(mkfifo("/tmp/nodes/fifo", 0641));
+	MUST(mknod("/tmp/nodes/socket", S_IFSOCK | 0642, 0));
+	MUST(mknod("/tmp/nodes/device", S_IFCHR | 0700, makedev(1, 3)));
+	nodes[0] = MUST(open("/tmp/nodes/link", O_PATH | O_NOFOLLOW));
+	nodes[1] = MUST(open("/tmp/nodes/fifo", O_PATH));
+	nodes[2] = MUST(open("/tmp/nodes/socket", O_PATH | O_CLOEXEC));
+	nodes[3] = MUST(open("/tmp/nodes/device", O_PATH | O_NOFOLLOW));
+	nodes[4] = MUST(open("/tmp/nodes/device", O_RDWR | O_NONBLOCK));
+	nodes[5] = MUST(open("/tmp/nodes/device", O_WRONLY));
+	struct timespec times[2] = {{.tv_sec = 1000000000, .tv_nsec = 5}, {.tv_sec = 1100000000, .tv_nsec = 6}};
+	MUST(utimensat(AT_FDCWD, "/tmp/nodes/link", times, AT_SYMLINK_NOFOLLOW));
+	static const char *const names[] = {"link", "fifo", "socket", "device"};
+	int directory = MUST(open("/tmp/nodes", O_DIRECTORY));
+	for (int i = 0; i < 4; i++)
+		MUST(unlinkat(directory, names[i], 0));
+	close(directory);
+	for (int i = 0; i < 6; i++)
+		MUST(fstat(nodes[i], &node_before[i]));
+	MUST(stat("/tmp/nodes", &before));
+}
+static void deleted_nodes_check(void)
+{
+	static const int flags[] = {O_PATH | O_NOFOLLOW, O_PATH, O_PATH, O_PATH | O_NOFOLLOW, O_RDWR | O_NONBLOCK, O_WRONLY};
+	struct stat now;
+	for (int i = 0; i < 6; i++) {
+		MUST(fstat(nodes[i], &now));
+		CHECK(now.st_mode == node_before[i].st_mode, "file %d has mode %#o", i, now.st_mode);
+		CHECK(now.st_rdev == node_before[i].st_rdev && now.st_nlink == 0, "file %d is another device, or has a name", i);
+		CHECK(now.st_uid == node_before[i].st_uid && now.st_gid == node_before[i].st_gid, "file %d has another owner", i);
+		CHECK(now.st_mtim.tv_sec == node_before[i].st_mtim.tv_sec, "file %d has another time", i);
+		CHECK((flags_of(nodes[i]) & (O_PATH | O_NOFOLLOW | O_ACCMODE | O_NONBLOCK)) == flags[i], "file %d has flags %#o", i, flags_of(nodes[i]));
+	}
+	char target[32];
+	ssize_t count = MUST(readlinkat(nodes[0], "", target, sizeof target));
+	CHECK(count == 15 && !memcmp(target, "/where/it/leads", 15), "the link leads to %.*s", (int)count, target);
+	MUST(fstat(nodes[3], &now));
+	ino_t inode = now.st_ino;
+	MUST(fstat(nodes[5], &now));
+	CHECK(now.st_ino == inode, "one device has become two");
+	char byte;
+	CHECK(read(nodes[4], &byte, 1) == 0 && write(nodes[5], "x", 1) == 1, "the device is not null");
+	MUST(stat("/tmp/nodes", &now));
+	CHECK(now.st_mtim.tv_nsec == before.st_mtim.tv_nsec, "the directory has changed");
+	CHECK(rmdir("/tmp/nodes") == 0, "the directory is not empty");
+}
+static void deleted_nodes_spoil(void) { MUST(dup2(nodes[3], nodes[1])); }
+STATE(deleted_nodes)
+
+/* A handle on the node of something that is in use leads there. */
+static void deleted_fifo_handle_setup(void)
+{
+	MUST(mkfifo("/tmp/used-fifo", 0600));
+	other = MUST(open("/tmp/used-fifo", O_PATH));
+	fd = MUST(open("/tmp/used-fifo", O_RDWR));
+	MUST(unlink("/tmp/used-fifo"));
+}
+static void deleted_fifo_handle_check(void)
+{
+	char link[64], byte;
+	snprintf(link, sizeof link, "/proc/self/fd/%d", other);
+	MUST(write(fd, "x", 1));
+	CHECK(read(MUST(open(link, O_RDONLY | O_NONBLOCK)), &byte, 1) == 1, "the handle is of another FIFO");
+}
+static void deleted_fifo_handle_spoil(void)
+{
+	MUST(mkfifo("/tmp/other-fifo", 0600));
+	MUST(dup2(MUST(open("/tmp/other-fifo", O_PATH)), other));
+}
+STATE(deleted_fifo_handle, .refused = "a FIFO or socket without a name that is in use")
+
+static void own_device_setup(void)
+{
+	MUST(mknod("/tmp/mine", S_IFCHR | 0600, makedev(1, 5)));
+	fd = MUST(open("/tmp/mine", O_RDWR));
+}
+static void own_device_check(void)
+{
+	struct stat opened, named;
+	MUST(fstat(fd, &opened));
+	MUST(stat("/tmp/mine", &named));
+	char byte = 'x';
+	CHECK(opened.st_ino == named.st_ino && opened.st_rdev == makedev(1, 5), "another device is open");
+	CHECK(read(fd, &byte, 1) == 1 && !byte, "it does not read zeros");
+}
+static void own_device_spoil(void) { MUST(dup2(MUST(open("/dev/zero", O_RDWR)), fd)); }
+STATE(own_device)
+
+/* What the kernel shows of files without a name. */
+
+static void expect_shown(const char *link, const char *path)
+{
+	char shown[256];
+	ssize_t count = MUST(readlink(link, shown, sizeof shown - 1));
+	shown[count] = 0;
+	CHECK(!strcmp(shown, path), "%s leads to %s, not to %s", link, shown, path);
+}
+static void expect_shown_descriptor(int file, const char *path)
+{
+	char link[64];
+	snprintf(link, sizeof link, "/proc/self/fd/%d", file);
+	expect_shown(link, path);
+}
+
+static int shown[6];
+static void deleted_names_setup(void)
+{
+	MUST(mkdir("/tmp/names", 0755));
+	write_file("/tmp/names/mapped", "mapped");
+	write_file("/tmp/names/again", "old");
+	shown[0] = MUST(open("/tmp/names/mapped", O_RDWR));
+	CHECK(mmap(NULL, 4096, PROT_READ, MAP_PRIVATE, shown[0], 0) != MAP_FAILED, "no mapping");
+	shown[1] = MUST(open("/tmp/names/again", O_RDWR));
+	shown[2] = MUST(open("/tmp/names/#tag (deleted)", O_RDWR | O_CREAT, 0600));
+	MUST(mkfifo("/tmp/names/fifo", 0600));
+	shown[3] = MUST(open("/tmp/names/fifo", O_RDWR));
+	MUST(mkdir("/tmp/names/inner", 0700));
+	shown[4] = MUST(open("/tmp/names/inner", O_DIRECTORY));
+	MUST(chdir("/tmp/names/inner"));
+	shown[5] = MUST(open("/dev/shm/gone", O_RDWR | O_CREAT, 0600));
+	MUST(unlink("/tmp/names/mapped"));
+	MUST(unlink("/tmp/names/again"));
+	MUST(unlink("/tmp/names/#tag (deleted)"));
+	MUST(unlink("/tmp/names/fifo"));
+	MUST(rmdir("/tmp/names/inner"));
+	MUST(unlink("/dev/shm/gone"));
+	/* This one's name is another file's by now. */
+	write_file("/tmp/names/again", "new");
+	struct timespec times[2] = {{.tv_sec = 1000000000}, {.tv_sec = 1100000000, .tv_nsec = 7}};
+	MUST(utimensat(AT_FDCWD, "/tmp/names", times, 0));
+}
+static void deleted_names_check(void)
+{
+	expect_shown_descriptor(shown[0], "/tmp/names/mapped (deleted)");
+	CHECK(strstr(content("/proc/self/maps"), " /tmp/names/mapped (deleted)\n"), "maps: %s", content("/proc/self/maps"));
+	CHECK(reads(shown[1], 0, "old") && !strcmp(content("/tmp/names/again"), "new"), "a file has the content of another");
+	expect_shown_descriptor(shown[2], "/tmp/names/#tag (deleted) (deleted)");
+	expect_shown_descriptor(shown[3], "/tmp/names/fifo (deleted)");
+	expect_shown_descriptor(shown[4], "/tmp/names/inner (deleted)");
+	expect_shown("/proc/self/cwd", "/tmp/names/inner (deleted)");
+	expect_shown_descriptor(shown[5], "/dev/shm/gone (deleted)");
+	char link[64];
+	snprintf(link, sizeof link, "/proc/self/fd/%d", shown[0]);
+	CHECK(linkat(AT_FDCWD, link, AT_FDCWD, "/tmp/names/mapped", AT_SYMLINK_FOLLOW) == -1 && errno == ENOENT, "it could be linked");
+	struct stat now;
+	MUST(stat("/tmp/names", &now));
+	CHECK(now.st_mtim.tv_sec == 1100000000 && now.st_mtim.tv_nsec == 7, "the directory has changed");
+	MUST(chdir("/"));
+	MUST(unlink("/tmp/names/again"));
+	CHECK(rmdir("/tmp/names") == 0, "something is left in the directory");
+}
+static void deleted_names_spoil(void) { MUST(dup2(shown[5], shown[0])); }
+STATE(deleted_names)
 
 /* Files that the process could not open itself. */
 

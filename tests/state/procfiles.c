@@ -104,6 +104,41 @@ static void proc_ended_check(void)
 static void proc_ended_spoil(void) { MUST(dup2(fds[3], fds[0])); }
 STATE(proc_ended)
 
+static char ended_cwd[64];
+static void cwd_of_ended_setup(void)
+{
+	char path[64];
+	pid_t child = MUST(fork());
+	if (child == 0) {
+		pause();
+		_exit(0);
+	}
+	snprintf(path, sizeof path, "/proc/%d/task", child);
+	MUST(chdir(path));
+	/* It works elsewhere, and stays there. */
+	proc_child = MUST(fork());
+	if (proc_child == 0) {
+		MUST(chdir(".."));
+		until_finishing();
+		_exit(access("status", F_OK) == -1 && !getcwd(path, sizeof path) && errno == ENOENT ? 0 : 1);
+	}
+	usleep(100000);
+	MUST(kill(child, SIGKILL));
+	MUST(waitpid(child, NULL, 0));
+	MUST(readlink("/proc/self/cwd", ended_cwd, sizeof ended_cwd - 1));
+}
+static void cwd_of_ended_check(void)
+{
+	char now[64] = "";
+	MUST(readlink("/proc/self/cwd", now, sizeof now - 1));
+	CHECK(!strcmp(now, ended_cwd), "the working directory is %s, not %s", now, ended_cwd);
+	CHECK(open("1", O_PATH) == -1, "there is something in the working directory");
+	expect_exit(proc_child, 0);
+	CHECK(waitpid(-1, NULL, WNOHANG) == -1 && errno == ECHILD, "there is another child");
+}
+static void cwd_of_ended_spoil(void) { MUST(chdir("/proc")); }
+STATE(cwd_of_ended)
+
 static void namespaces_setup(void)
 {
 	static const char *const kinds[] = {"net", "pid", "mnt", "uts", "ipc", "user", "cgroup"};

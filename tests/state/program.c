@@ -83,7 +83,7 @@ static void program_removed_setup(void)
 static void program_removed_check(void)
 {
 	CHECK(access("/tmp/program", F_OK) == -1, "the program is there again");
-	CHECK(strstr(link_of(runner, "exe"), " (deleted)"), "it is %s", link_of(runner, "exe"));
+	CHECK(!strcmp(link_of(runner, "exe"), "/tmp/program (deleted)"), "it is %s", link_of(runner, "exe"));
 	char path[64];
 	snprintf(path, sizeof path, "/proc/%d/exe", runner);
 	struct stat one, other;

@@ -33,6 +33,9 @@ pub struct Container {
     /// Directories that are open or worked in and have no name, parents before what was in them.
     #[serde(default)]
     pub unlinked_directories: Vec<UnlinkedDirectory>,
+    /// Files of other kinds that have no name.
+    #[serde(default)]
+    pub unlinked_nodes: Vec<UnlinkedNode>,
     /// Processes that have ended and been waited for, and of which somebody has a descriptor.
     #[serde(default)]
     pub ended: Vec<EndedProcess>,
@@ -138,6 +141,9 @@ pub struct Alive {
     /// Index into [`Container::unlinked_directories`] where the working directory has no name.
     #[serde(default)]
     pub removed_directory: Option<u32>,
+    /// Where the working directory belongs to a process that has ended.
+    #[serde(default)]
+    pub ended_directory: Option<EndedDirectory>,
     /// Set where `executable` leads nowhere.
     #[serde(default)]
     pub nameless_executable: Option<NamelessExecutable>,
@@ -159,6 +165,15 @@ pub struct Directories {
     pub working_directory: Path,
     pub removed_directory: Option<u32>,
     pub umask: u32,
+}
+
+/// A directory of `/proc/PID` of a process that has ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndedDirectory {
+    /// Index into [`Container::ended`].
+    pub process: u32,
+    /// Below `/proc/PID`.
+    pub path: Bytes,
 }
 
 /// A program that runs and whose file has no name.
@@ -408,6 +423,10 @@ pub enum FileKind {
     /// A directory without a name: index into [`Container::unlinked_directories`].
     UnlinkedDirectory {
         directory: u32,
+    },
+    /// A file of another kind without a name, opened with `O_PATH` if it is no device: index into [`Container::unlinked_nodes`].
+    UnlinkedNode {
+        node: u32,
     },
     /// A name, opened with `O_PATH`, whatever it is the name of.
     Name {
@@ -974,6 +993,9 @@ pub struct UnlinkedFile {
     pub modified_ns: i64,
     /// The directory that it had a name in, to find the same file system again.
     pub directory: Path,
+    /// The last name that it had there; none if it was made without one, and can be given one.
+    #[serde(default)]
+    pub name: Option<Bytes>,
     #[serde(default)]
     pub accessed_ns: Option<i64>,
     /// Extended attributes: name and value.
@@ -991,6 +1013,32 @@ pub struct UnlinkedDirectory {
     pub mode: u32,
     pub owner: (u32, u32),
     pub modified_ns: i64,
+}
+
+/// A file that has neither a name nor content.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnlinkedNode {
+    /// The path that it had.
+    pub path: Path,
+    pub kind: NodeKind,
+    pub mode: u32,
+    pub owner: (u32, u32),
+    pub accessed_ns: i64,
+    pub modified_ns: i64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NodeKind {
+    Symlink {
+        target: Bytes,
+    },
+    Fifo,
+    Socket,
+    /// A character device that has no state of its own.
+    Device {
+        major: u32,
+        minor: u32,
+    },
 }
 
 /// A process that a signal has stopped until SIGCONT comes.

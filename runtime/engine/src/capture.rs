@@ -4,6 +4,7 @@
 //! where it belongs.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -27,7 +28,7 @@ use crate::tracee::TraceeError;
 use crate::unsupported::{Place, Unsupported, UnsupportedList};
 use crate::{
     clocks, copy_on_write, datagrams, descriptors, epoll, file_names, inotify, internet, memory,
-    notices, posix_queues, process, system_v, tcp, terminals, unix_sockets,
+    nameless, notices, posix_queues, process, system_v, tcp, terminals, unix_sockets,
 };
 
 /// Why no capsule came of a capture. The container runs on in every case.
@@ -146,6 +147,7 @@ pub fn capture(
         addresses: tables.addresses,
         names,
         unlinked_directories: tables.unlinked_directories,
+        unlinked_nodes: tables.unlinked_nodes,
         ended: tables.ended,
         terminals,
         vdso_sha256: vdso,
@@ -204,6 +206,7 @@ fn collect(
     frozen.watchers = std::mem::take(&mut tables.watchers);
     refuse_strange_processes(frozen, tables);
     notices::refuse_mapped(tables);
+    nameless::refuse_used(tables);
     let pids: Vec<Pid> = frozen.processes.keys().copied().collect();
     let zombies: Vec<Pid> = frozen.zombies.iter().map(|zombie| zombie.pid).collect();
     terminals::resolve(&pids, &zombies, tables)?;
@@ -377,6 +380,10 @@ pub(crate) struct Tables<'a> {
     pub(crate) watchers: Vec<inotify::Watcher>,
     pub(crate) unlinked_directories: Vec<record::UnlinkedDirectory>,
     pub(crate) known_directories: BTreeMap<(u64, u64), u32>,
+    pub(crate) unlinked_nodes: Vec<record::UnlinkedNode>,
+    pub(crate) known_nodes: BTreeMap<(u64, u64), u32>,
+    /// Who has them.
+    pub(crate) node_holders: Vec<((u64, u64), Pid, i32)>,
     pub(crate) ended: Vec<record::EndedProcess>,
     /// Index of an ended process by the identity of a descriptor of it, or by 0 and its number.
     pub(crate) known_ended: BTreeMap<(u64, u64), u32>,
@@ -421,6 +428,9 @@ impl<'a> Tables<'a> {
             watchers: Vec::new(),
             unlinked_directories: Vec::new(),
             known_directories: BTreeMap::new(),
+            unlinked_nodes: Vec::new(),
+            known_nodes: BTreeMap::new(),
+            node_holders: Vec::new(),
             ended: Vec::new(),
             known_ended: BTreeMap::new(),
             watched_processes: Vec::new(),
@@ -509,7 +519,7 @@ impl<'a> Tables<'a> {
         Ok(self.name(identity).cloned())
     }
 
-    /// The index of a regular file without a name. `path` is the one that it had.
+    /// The index of a regular file without a name. `path` is the one that the kernel shows for it.
     pub(crate) fn unlinked(
         &mut self,
         identity: (u64, u64),
@@ -523,7 +533,10 @@ impl<'a> Tables<'a> {
         let space = self.new_space();
         let bytes = metadata.size();
         self.contents.push((Content::Linked(link.to_owned()), space, bytes));
+        let path = Path::new(OsStr::from_bytes(nameless::former_path(path.as_os_str().as_bytes())));
         let directory = path.parent().unwrap_or(Path::new("/")).as_os_str().as_bytes();
+        let name = path.file_name().map(OsStr::as_bytes);
+        let name = name.filter(|name| !nameless::is_temporary(name));
         let index = index(self.unlinked.len());
         self.unlinked.push(record::UnlinkedFile {
             space: space.0,
@@ -534,6 +547,7 @@ impl<'a> Tables<'a> {
             accessed_ns: Some(metadata.atime() * 1_000_000_000 + metadata.atime_nsec()),
             attributes: attributes(link).map_err(read(link))?,
             directory: Bytes::from(directory.to_vec()),
+            name: name.map(|name| Bytes::from(name.to_vec())),
         });
         self.known_unlinked.insert(identity, index);
         Ok(index)

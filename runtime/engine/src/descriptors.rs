@@ -28,8 +28,8 @@ use crate::root::Root;
 use crate::tracee::Process;
 use crate::unsupported::Place;
 use crate::{
-    directories, epoll, inotify, internet, notices, pipes, posix_queues, process, procfiles,
-    sockets, terminals, timers, unix_sockets,
+    directories, epoll, inotify, internet, nameless, notices, pipes, posix_queues, process,
+    procfiles, sockets, terminals, timers, unix_sockets,
 };
 
 /// The descriptors and locks of one process.
@@ -44,7 +44,7 @@ const NOT_KEPT: i32 =
     libc::O_CLOEXEC | libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC | libc::O_NOCTTY;
 
 /// Character devices without a state of their own: null, zero, full, random, urandom, of major 1.
-const PLAIN_DEVICES: [(u32, u32); 5] = [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9)];
+pub(crate) const PLAIN_DEVICES: [(u32, u32); 5] = [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9)];
 
 /// Describes the descriptors of a stopped process, registering what they share.
 pub(crate) fn collect(pid: Pid, tables: &mut Tables<'_>) -> Result<Descriptors, CaptureError> {
@@ -224,11 +224,13 @@ fn classify(
         return Ok(Ok(FileKind::UnlinkedDirectory { directory }));
     }
     if kind.is_fifo() && found.metadata.nlink() == 0 && !handle {
-        let path = found.target.strip_suffix(b" (deleted)").unwrap_or(found.target);
-        let path = Bytes::from(path.to_vec());
+        let path = Bytes::from(nameless::former_path(found.target).to_vec());
         let mode = found.metadata.mode() & 0o7777;
         return pipes::collect(found, tables)
             .map(|pipe| pipe.map(|pipe| FileKind::UnlinkedFifo { pipe, path, mode }));
+    }
+    if let Some(kind) = nameless::classify(found, tables)? {
+        return Ok(kind);
     }
     // Everything else has a name, and has to be found by it again.
     let Some(path) = tables.path_of((device, inode), found.target)? else {
@@ -296,7 +298,7 @@ fn outside(found: &Found<'_>, tables: &mut Tables<'_>) -> Option<FileKind> {
 }
 
 /// Major and minor number as `makedev(3)` packs them.
-fn device_number(number: u64) -> (u32, u32) {
+pub(crate) fn device_number(number: u64) -> (u32, u32) {
     (libc::major(number), libc::minor(number))
 }
 
@@ -574,6 +576,7 @@ pub(crate) fn make_files(
     mut internet: internet::Made,
     terminals: &mut terminals::Made,
 ) -> Result<Files, RestoreError> {
+    let mut nodes = nameless::restore(container, root)?;
     let mut pipes = pipes::Made::default();
     let mut originals = Originals::default();
     let mut files = Vec::with_capacity(container.files.len());
@@ -587,10 +590,13 @@ pub(crate) fn make_files(
             files.push(queue.try_clone().map_err(make("a message queue"))?);
             continue;
         }
-        let made = match internet.remove(&number) {
-            Some(socket) => {
-                set_flags(&socket, file.flags)?;
-                socket
+        let socket = internet.remove(&number);
+        let made = match socket.or_else(|| nodes.remove(&number)) {
+            Some(made) => {
+                if file.flags & libc::O_PATH == 0 {
+                    set_flags(&made, file.flags)?;
+                }
+                made
             }
             None => make_file(
                 init,
@@ -752,6 +758,7 @@ fn make_file(
         FileKind::Internet(_) | FileKind::Netlink(_) | FileKind::Packet(_) => {
             return Err(damaged("a socket"));
         }
+        FileKind::UnlinkedNode { .. } => return Err(damaged("a file without a name")),
         FileKind::EndedPidFd { process, thread } => {
             let number = processes.ended.get(*process as usize);
             let number = number.ok_or_else(|| damaged("a process"))?;

@@ -18,6 +18,7 @@ mod inotify;
 mod internet;
 pub mod labels;
 mod memory;
+mod nameless;
 pub mod names;
 mod netlink;
 mod notices;

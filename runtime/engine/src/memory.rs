@@ -12,14 +12,16 @@
 //! forked child still shares with its parent.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ffi::OsStr;
 use std::fs::{self, File, Metadata};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
 
+use nix::errno::Errno;
 use samara_capsule::pagemap::PAGE_NUMBER_END;
 use samara_capsule::record::{
     self, Advice, Alive, Backing, Bytes, Container, FileCheck, FileKind, NamelessExecutable,
@@ -41,7 +43,7 @@ use crate::restore::{RestoreError, Tree, is_filled, make, open_checked};
 use crate::root::Root;
 use crate::tracee::{ARENA_BYTES, Output, Process, TraceeError};
 use crate::unsupported::Place;
-use crate::{posix_queues, process, system_v};
+use crate::{nameless, posix_queues, process, system_v};
 
 pub(crate) const PAGE: u64 = PAGE_BYTES as u64;
 /// The largest pages that there is room for.
@@ -214,6 +216,10 @@ fn backing(
     }
     tables.mapped_files.insert(identity);
     if metadata.nlink() == 0 {
+        if !metadata.is_file() {
+            let path = mapping.name.to_string_lossy();
+            return refuse(format!("the mapped device {path} is not supported"));
+        }
         let path = fs::read_link(&link)
             .map_err(|source| CaptureError::Read { what: link.clone(), source })?;
         let file = tables.unlinked(identity, &link, &path, &metadata)?;
@@ -497,7 +503,6 @@ pub(crate) fn copy_file(
     bytes: u64,
     sink: &mut dyn Sink,
 ) -> Result<u64, CaptureError> {
-    use nix::errno::Errno;
     use nix::unistd::{Whence, lseek};
     let failed =
         |source| CaptureError::Read { what: "a shared or unlinked file".to_owned(), source };
@@ -890,15 +895,9 @@ fn make_unlinked(
 ) -> Result<File, RestoreError> {
     let what =
         || make(format!("an unlinked file in {}", String::from_utf8_lossy(&record.directory)));
-    let directory = root
-        .open(&record.directory, libc::O_DIRECTORY | libc::O_RDONLY)
-        .or_else(|_| root.open(b"/", libc::O_DIRECTORY | libc::O_RDONLY))
-        .map_err(what())?;
-    let file = match nameless(&directory) {
-        Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
-            named_and_unlinked(&directory, number)
-        }
-        other => other,
+    let file = match &record.name {
+        Some(name) => unnamed(root, &[&record.directory, b"/".as_slice(), name].concat(), number),
+        None => temporary(root, record, number),
     }
     .map_err(what())?;
     file.set_len(record.bytes).map_err(what())?;
@@ -908,23 +907,36 @@ fn make_unlinked(
     Ok(file)
 }
 
-fn nameless(directory: &OwnedFd) -> io::Result<File> {
+/// A file that can get a name.
+fn temporary(root: &Root, record: &record::UnlinkedFile, number: u32) -> io::Result<File> {
     use nix::fcntl::{OFlag, openat};
     use nix::sys::stat::Mode;
+    let wanted = Path::new(OsStr::from_bytes(&record.directory));
+    let (directory, _) = nameless::nearest(root, wanted)?;
     let flags = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC;
-    Ok(openat(directory, c".", flags, Mode::S_IRUSR | Mode::S_IWUSR)?.into())
+    match openat(&directory, c".", flags, Mode::S_IRUSR | Mode::S_IWUSR) {
+        // Such as overlayfs of older kernels.
+        Err(Errno::EOPNOTSUPP) => {
+            let path = [&record.directory, b"/.samara-temporary".as_slice()].concat();
+            unnamed(root, &path, number)
+        }
+        other => Ok(other?.into()),
+    }
 }
 
-/// For file systems without `O_TMPFILE`, such as overlayfs of older kernels.
-fn named_and_unlinked(directory: &OwnedFd, number: u32) -> io::Result<File> {
+/// A file whose name has been removed.
+fn unnamed(root: &Root, path: &[u8], number: u32) -> io::Result<File> {
     use nix::fcntl::{OFlag, openat};
     use nix::sys::stat::Mode;
-    use nix::unistd::{UnlinkatFlags, unlinkat};
-    let name = format!(".samara-unlinked-{number}");
-    let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_RDWR | OFlag::O_CLOEXEC;
-    let file = openat(directory, name.as_str(), flags, Mode::S_IRUSR | Mode::S_IWUSR)?;
-    unlinkat(directory, name.as_str(), UnlinkatFlags::NoRemoveDir)?;
-    Ok(file.into())
+    use std::cell::Cell;
+    let made = Cell::new(None);
+    let create = |directory: &File, name: &OsStr| {
+        let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_RDWR | OFlag::O_CLOEXEC;
+        made.set(Some(openat(directory, name, flags, Mode::S_IRUSR | Mode::S_IWUSR)?));
+        Ok(())
+    };
+    nameless::while_named(root, path, number, &create, |_, _| Ok(()))?;
+    Ok(made.take().expect("it was made under one of the names").into())
 }
 
 /// Maps everything that a process had, writable where it has to be filled, and moves its vdso to where it was.

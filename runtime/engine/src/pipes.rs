@@ -13,13 +13,11 @@ use std::os::fd::OwnedFd;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, tee};
 use nix::unistd::pipe2;
 use samara_capsule::record::{Bytes, Pipe};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 
 use crate::capture::{CaptureError, Tables, read};
 use crate::descriptors::{Found, new_pipe};
-use crate::directories;
+use crate::nameless;
 use crate::root::Root;
 
 /// The most that a pipe can hold: `fs.pipe-max-size` may be raised by root, but not beyond this (fs/pipe.c, round_pipe_size).
@@ -222,7 +220,7 @@ impl Made {
         flags: i32,
     ) -> io::Result<OwnedFd> {
         let open = || {
-            let fifo = nameless(root, path, mode, number)?;
+            let fifo = nameless_fifo(root, path, mode, number)?;
             let (user, group) = record.owner;
             nix::unistd::fchown(&fifo, Some(user.into()), Some(group.into()))?;
             Ok(fifo)
@@ -252,25 +250,18 @@ impl Made {
     }
 }
 
-/// Makes a FIFO and removes its name, open for reading and writing, in the directory of `path` or in the root.
-fn nameless(root: &Root, path: &[u8], mode: u32, number: u32) -> io::Result<OwnedFd> {
+/// Makes a FIFO that has lost its name, open for reading and writing.
+fn nameless_fifo(root: &Root, path: &[u8], mode: u32, number: u32) -> io::Result<OwnedFd> {
     use nix::fcntl::openat;
-    use nix::sys::stat::{Mode, SFlag, futimens, mknodat};
-    use nix::unistd::{UnlinkatFlags, unlinkat};
-    let above = Path::new(OsStr::from_bytes(path)).parent().unwrap_or(Path::new("/"));
-    let directory = File::from(
-        root.open(above.as_os_str().as_bytes(), libc::O_DIRECTORY | libc::O_RDONLY)
-            .or_else(|_| root.open(b"/", libc::O_DIRECTORY | libc::O_RDONLY))?,
-    );
-    let (accessed, modified) = directories::times(&directory.metadata()?);
-    let name = format!(".samara-unlinked-fifo-{number}");
-    mknodat(&directory, name.as_str(), SFlag::S_IFIFO, Mode::S_IRUSR | Mode::S_IWUSR, 0)?;
-    // Opened for both, a FIFO does not wait for the other side.
-    let flags = OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let opened = openat(&directory, name.as_str(), flags, Mode::empty());
-    unlinkat(&directory, name.as_str(), UnlinkatFlags::NoRemoveDir)?;
-    futimens(&directory, &accessed, &modified)?;
-    let fifo = opened?;
+    use nix::sys::stat::{Mode, SFlag, mknodat};
+    let private = Mode::S_IRUSR | Mode::S_IWUSR;
+    let create =
+        |directory: &File, name: &OsStr| Ok(mknodat(directory, name, SFlag::S_IFIFO, private, 0)?);
+    let fifo = nameless::while_named(root, path, number, &create, |directory, name| {
+        // Opened for both, a FIFO does not wait for the other side.
+        let flags = OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        Ok(openat(directory, name, flags, Mode::empty())?)
+    })?;
     nix::sys::stat::fchmod(&fifo, Mode::from_bits_truncate(mode & 0o7777))?;
     Ok(fifo)
 }

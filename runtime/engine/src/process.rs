@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
-use std::fs::Metadata;
+use std::fs::{File, Metadata};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -10,9 +10,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use samara_capsule::record::{
-    self, Alive, AlternateStack, Bytes, Clocks, Credentials, Directories, IntervalTimer,
-    NamelessExecutable, PosixTimer, ProcessState, Restart, Scheduling, Seccomp, SeccompFilter,
-    Sharing, SignalAction,
+    self, Alive, AlternateStack, Bytes, Clocks, Credentials, Directories, EndedDirectory,
+    IntervalTimer, NamelessExecutable, PosixTimer, ProcessState, Restart, Scheduling, Seccomp,
+    SeccompFilter, Sharing, SignalAction,
 };
 use samara_capsule::transfer::SpaceId;
 use samara_kernel::kcmp::{self, Resource};
@@ -29,7 +29,7 @@ use crate::restore::{RestoreError, make, open_below};
 use crate::root::Root;
 use crate::tracee::{Output, Process, Tape, Thread, TraceeError, failed};
 use crate::unsupported::Place;
-use crate::{attributes, directories, labels, memory, sockets, timers};
+use crate::{attributes, directories, labels, memory, procfiles, sockets, timers};
 
 /// Signals are numbered from 1 to this.
 pub(crate) const SIGNALS: u32 = 64;
@@ -81,6 +81,7 @@ struct Paths {
     executable: record::Path,
     nameless_executable: Option<NamelessExecutable>,
     directories: Directories,
+    ended_directory: Option<EndedDirectory>,
 }
 
 #[derive(Debug)]
@@ -127,7 +128,7 @@ pub(crate) fn examine(
             tables.refuse(pid, Place::Thread(tid), "SCHED_DEADLINE is not supported");
         }
         let own_directories = match is_own(pid, tid, Resource::Fs) {
-            true => Some(directories(pid, tid, tables)?),
+            true => Some(directories(pid, tid, tables)?.0),
             false => None,
         };
         threads.push(ExaminedThread { stat, vectors, own_directories });
@@ -298,6 +299,7 @@ pub(crate) fn collect(
         continued: false,
         root_directory: paths.directories.root_directory.clone(),
         removed_directory: paths.directories.removed_directory,
+        ended_directory: paths.ended_directory.clone(),
         nameless_executable: paths.nameless_executable,
         dump_filter: attributes::dump_filter(pid),
         descriptor_table,
@@ -471,12 +473,16 @@ fn paths(pid: Pid, tables: &mut Tables<'_>) -> Result<Paths, CaptureError> {
             }
         }
     }
-    let directories = directories(pid, pid, tables)?;
-    Ok(Paths { executable, nameless_executable, directories })
+    let (directories, ended_directory) = directories(pid, pid, tables)?;
+    Ok(Paths { executable, nameless_executable, directories, ended_directory })
 }
 
 /// Finds the directories of a thread, and notes which of them can't be found again.
-fn directories(pid: Pid, tid: Pid, tables: &mut Tables<'_>) -> Result<Directories, CaptureError> {
+fn directories(
+    pid: Pid,
+    tid: Pid,
+    tables: &mut Tables<'_>,
+) -> Result<(Directories, Option<EndedDirectory>), CaptureError> {
     let place = if tid == pid { Place::Process } else { Place::Thread(tid) };
     let (mut root_directory, identity, _) = look(tid, "root")?;
     let shown = String::from_utf8_lossy(&root_directory).into_owned();
@@ -492,8 +498,20 @@ fn directories(pid: Pid, tid: Pid, tables: &mut Tables<'_>) -> Result<Directorie
     }
     let (mut working_directory, identity, metadata) = look(tid, "cwd")?;
     let mut removed_directory = None;
-    if metadata.nlink() == 0 {
-        let link = format!("/proc/{tid}/cwd");
+    let link = format!("/proc/{tid}/cwd");
+    let ended = procfiles::ended_directory(&link, &working_directory, identity, tables)?;
+    let mut ended_directory = None;
+    if let Some(ended) = ended {
+        let is_elsewhere = tid != pid || !root_directory.is_empty();
+        match ended {
+            Ok(_) if is_elsewhere => {
+                let what = "a working directory of an ended process is not supported of a thread that has directories of its own, or beside a root directory";
+                tables.refuse(pid, place, what);
+            }
+            Ok(ended) => ended_directory = Some(ended),
+            Err(what) => tables.refuse(pid, place, what),
+        }
+    } else if metadata.nlink() == 0 {
         let found = directories::collect_unlinked(&link, &working_directory, &metadata, tables)?;
         removed_directory = Some(found);
     } else if let Some(path) = tables.path_of(identity, &working_directory)? {
@@ -505,7 +523,8 @@ fn directories(pid: Pid, tid: Pid, tables: &mut Tables<'_>) -> Result<Directorie
     }
     let status = proc::status(tid).map_err(read(format!("thread {tid} in /proc")))?;
     let umask = status.umask.unwrap_or(0o022);
-    Ok(Directories { root_directory, working_directory, removed_directory, umask })
+    let directories = Directories { root_directory, working_directory, removed_directory, umask };
+    Ok((directories, ended_directory))
 }
 
 /// The target of a link in `/proc/TID`, device and inode of it, and the rest.
@@ -1018,10 +1037,16 @@ pub(crate) fn furnish(
     // Threads that share nothing with the process there have to part from it first.
     for (index, thread) in alive.threads.iter().enumerate().skip(1) {
         if let Some(directories) = &thread.own_directories {
-            go_to(process, channel, index, directories, root, shared)?;
+            let working = working_directory(directories, root, shared)?;
+            go_to(process, channel, index, directories, Some(working), root)?;
         }
     }
-    go_to(process, channel, 0, &directories, root, shared)?;
+    let working = match &alive.ended_directory {
+        None => Some(working_directory(&directories, root, shared)?),
+        // It is there already.
+        Some(_) => None,
+    };
+    go_to(process, channel, 0, &directories, working, root)?;
     let mut tape = process.tape()?;
     prctl(&mut tape, libc::PR_SET_CHILD_SUBREAPER, alive.subreaper.into());
     for command in (0..u32::BITS).map(|bit| 1 << bit).filter(|bit| alive.membarrier & bit != 0) {
@@ -1059,30 +1084,56 @@ pub(crate) fn furnish(
     attributes::restore_process(process, alive)
 }
 
+/// Lets a process work in a directory of one that is about to end. Nobody can go there afterwards.
+pub(crate) fn go_to_ended(
+    process: &mut Process,
+    channel: &mut Channel,
+    directory: &File,
+) -> Result<(), RestoreError> {
+    let numbers = channel.send(process, &[directory.as_fd()])?;
+    let mut tape = process.tape()?;
+    for number in numbers {
+        let number = u64::from(number.unsigned_abs());
+        let what = "change its working directory to one of an ended process";
+        tape.call(what, libc::SYS_fchdir, [number, 0, 0, 0, 0, 0]);
+        tape.call("close a descriptor", libc::SYS_close, [number, 0, 0, 0, 0, 0]);
+    }
+    process.run_all(0, &tape, End::Breakpoint)?;
+    Ok(())
+}
+
+const DIRECTORY: i32 = libc::O_PATH | libc::O_DIRECTORY;
+
+fn working_directory(
+    directories: &Directories,
+    root: &Root,
+    shared: &Shared,
+) -> Result<File, RestoreError> {
+    match directories.removed_directory {
+        None => open_below(root, &directories.working_directory, DIRECTORY),
+        Some(number) => shared
+            .directories
+            .get(number as usize)
+            .ok_or_else(|| RestoreError::Damaged("a working directory is not there".to_owned()))?
+            .try_clone()
+            .map_err(make("a working directory that has no name")),
+    }
+}
+
 /// Gives a process its root, working directory and umask, or (`index` > 0) a thread its own.
 fn go_to(
     process: &mut Process,
     channel: &mut Channel,
     index: usize,
     to: &Directories,
+    working: Option<File>,
     root: &Root,
-    shared: &Shared,
 ) -> Result<(), RestoreError> {
-    const DIRECTORY: i32 = libc::O_PATH | libc::O_DIRECTORY;
-    let working = match to.removed_directory {
-        None => open_below(root, &to.working_directory, DIRECTORY)?,
-        Some(number) => shared
-            .directories
-            .get(number as usize)
-            .ok_or_else(|| RestoreError::Damaged("a working directory is not there".to_owned()))?
-            .try_clone()
-            .map_err(make("a working directory that has no name"))?,
-    };
     let other_root = match to.root_directory.as_slice() {
         b"" => None,
         path => Some(open_below(root, path, DIRECTORY)?),
     };
-    let files: Vec<_> = other_root.iter().chain([&working]).map(AsFd::as_fd).collect();
+    let files: Vec<_> = other_root.iter().chain(&working).map(AsFd::as_fd).collect();
     let numbers = channel.send(process, &files)?;
     let mut tape = process.tape()?;
     if index > 0 {

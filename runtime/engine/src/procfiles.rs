@@ -12,13 +12,14 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 
 use nix::sys::statfs::statfs;
-use samara_capsule::record::{Bytes, EndedProcess, FileKind};
+use samara_capsule::record::{Bytes, EndedDirectory, EndedProcess, FileKind};
 use samara_kernel::pidfd::PidFd;
 use samara_kernel::{Pid, proc};
 
 use crate::capture::{CaptureError, Tables, index, read};
 use crate::descriptors::Found;
 use crate::memory::Shared;
+use crate::nameless;
 use crate::restore::{RestoreError, make};
 use crate::root::Root;
 
@@ -101,11 +102,30 @@ fn namespace(
 
 /// `/proc/PID/…` of a process that is gone.
 fn ended_file(found: &Found<'_>, tables: &mut Tables<'_>) -> Result<FileKind, String> {
-    let name = || String::from_utf8_lossy(found.target).into_owned();
+    let EndedDirectory { process, path } = ended_place(found.target, tables)?;
+    Ok(FileKind::EndedPseudo { process, path })
+}
+
+/// The place below `/proc` that a working directory is, if it belongs to a process that has ended.
+pub(crate) fn ended_directory(
+    link: &str,
+    target: &[u8],
+    identity: (u64, u64),
+    tables: &mut Tables<'_>,
+) -> Result<Option<Result<EndedDirectory, String>>, CaptureError> {
+    let magic = statfs(link).map_err(io::Error::from).map_err(read(link))?;
+    let is_there = || tables.root.identity(target).ok() == Some(identity);
+    if magic.filesystem_type().0 != PROC || is_there() {
+        return Ok(None);
+    }
+    Ok(Some(ended_place(target, tables)))
+}
+
+fn ended_place(target: &[u8], tables: &mut Tables<'_>) -> Result<EndedDirectory, String> {
+    let name = || String::from_utf8_lossy(target).into_owned();
     let refusal =
         || format!("{} is open, but no longer at its path, or outside the container", name());
-    let target = found.target.strip_suffix(b" (deleted)").unwrap_or(found.target);
-    let below = target.strip_prefix(b"/proc/").ok_or_else(refusal)?;
+    let below = nameless::former_path(target).strip_prefix(b"/proc/").ok_or_else(refusal)?;
     let below = std::str::from_utf8(below).map_err(|_| refusal())?;
     let (pid, below) = below.split_once('/').unwrap_or((below, ""));
     let pid: i32 = pid.parse().map_err(|_| refusal())?;
@@ -123,7 +143,7 @@ fn ended_file(found: &Found<'_>, tables: &mut Tables<'_>) -> Result<FileKind, St
             tables.ended.push(EndedProcess { pid: Some(pid), exit_status: 0 });
             index(tables.ended.len() - 1)
         });
-    Ok(FileKind::EndedPseudo { process, path: Bytes::from(below.into_bytes()) })
+    Ok(EndedDirectory { process, path: Bytes::from(below.into_bytes()) })
 }
 
 /// A descriptor of a process.

@@ -146,6 +146,7 @@ pub fn restore(
         &mut terminals,
     )?;
     sockets.end(&mut tree)?;
+    tree.work_in_ended(container, &root, &processes.ended)?;
     tree.end_again(container, &processes.ended)?;
     for record in &container.processes {
         if let ProcessState::Alive(alive) = &record.state {
@@ -446,6 +447,29 @@ impl Tree {
             numbers.insert(*number, self.process(*number)?.pid);
         }
         Ok(Processes { numbers, ended })
+    }
+
+    /// Lets processes work in directories of those that will end.
+    fn work_in_ended(
+        &mut self,
+        container: &Container,
+        root: &Root,
+        numbers: &[i32],
+    ) -> Result<(), RestoreError> {
+        for record in &container.processes {
+            let ProcessState::Alive(alive) = &record.state else { continue };
+            let Some(place) = &alive.ended_directory else { continue };
+            let number = numbers.get(place.process as usize).ok_or_else(|| {
+                RestoreError::Damaged("a working directory is of no process".to_owned())
+            })?;
+            let flags = libc::O_PATH | libc::O_DIRECTORY;
+            let directory = procfiles::open_ended(root, *number, &place.path, flags)?;
+            let process = self.processes.get_mut(&record.pid).ok_or_else(|| {
+                RestoreError::Damaged(format!("process {} is missing", record.pid))
+            })?;
+            process::go_to_ended(process, &mut self.channel, &directory)?;
+        }
+        Ok(())
     }
 
     /// Ends processes that had ended, now that there are descriptors of them.

@@ -285,6 +285,11 @@ fn connection(
 }
 
 impl Sockets {
+    /// Whether any socket is bound to a node.
+    pub(crate) fn has_node(&self, identity: (u64, u64)) -> bool {
+        self.open.iter().any(|open| open.node == Some(identity))
+    }
+
     /// A connection that nobody has accepted, by the inode of the one that connected; none if that is outside: it will connect
     /// elsewhere. Or why it can't be saved.
     fn waiting_connection(
