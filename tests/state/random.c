@@ -406,6 +406,17 @@ static void make_fifo(void)
 	keep_file(fd);
 }
 
+static void temporary_file(void)
+{
+	char bytes[5000];
+	int fd = open("/tmp", O_TMPFILE | O_RDWR | (chance(30) ? O_APPEND : 0), 0600);
+	memset(bytes, (int)draw(), sizeof bytes);
+	lseek(fd, below(1 << 22), SEEK_SET);
+	ssize_t ignored = write(fd, bytes, below(sizeof bytes));
+	(void)ignored;
+	keep_file(fd);
+}
+
 static void posix_queue(void)
 {
 	char name[64], bytes[200];
@@ -691,7 +702,7 @@ static void leave_zombie(void)
 typedef void action(void);
 static action *const actions[] = {map_anonymous, map_anonymous, change_area, change_area, change_area, change_area, reserve, open_file, open_file,
 	open_file, open_directory, duplicate, duplicate, close_one, make_pipe, make_pair, named_socket, internet_socket, event_file, event_file,
-	signals, signals, timers, attributes, attributes, make_thread, system_v, group, leave_zombie, send_rights, make_fifo,
+	signals, signals, timers, attributes, attributes, make_thread, system_v, group, leave_zombie, send_rights, make_fifo, temporary_file,
 	posix_queue, make_terminal, datagrams, routes, credentials, filter, announce_barriers, hold_registers};
 
 static void mark(const char *what, unsigned process)

@@ -681,7 +681,14 @@ fn make_file(
         FileKind::Unlinked { file, position } => {
             let object =
                 shared.unlinked.get(*file as usize).ok_or_else(|| damaged("an unlinked file"))?;
-            // What O_TMPFILE made is a file like any other now.
+            if originals.take_temporary(*file, flags) {
+                let file = object.try_clone().map_err(make("an unlinked file"))?;
+                seek(&file, *position)?;
+                let file = file.into();
+                set_flags(&file, flags)?;
+                return Ok(file);
+            }
+            // Opened again, what O_TMPFILE made is a file like any other.
             let file = Shared::reopen(object, flags & !libc::O_TMPFILE)
                 .map_err(make("an unlinked file"))?;
             seek(&file, *position)?;
@@ -821,16 +828,27 @@ fn make_file(
     })
 }
 
-/// Whose description from `memfd_create` a program has by now, by the index of the object.
-///
-/// Unlike one that was opened, it does not count as somebody who writes to the file, so that the file can be executed.
+/// Objects whose first description, which made them, a program has by now.
 #[derive(Debug, Default)]
-struct Originals(BTreeSet<u32>);
+struct Originals {
+    /// Made by `memfd_create`: unlike one that was opened, it does not count as somebody who writes to the file, so that the file
+    /// can be executed.
+    memory: BTreeSet<u32>,
+    /// Made by `O_TMPFILE`, which stays among its flags.
+    temporary: BTreeSet<u32>,
+}
 
 impl Originals {
-    /// Whether a description with these flags is to be that one: the first that reads and writes.
+    /// Whether a description of shared memory with these flags is to be that one: the first that reads and writes.
     fn take(&mut self, memory: u32, flags: i32) -> bool {
-        flags & libc::O_ACCMODE == libc::O_RDWR && self.0.insert(memory)
+        flags & libc::O_ACCMODE == libc::O_RDWR && self.memory.insert(memory)
+    }
+
+    /// The same of a file.
+    fn take_temporary(&mut self, file: u32, flags: i32) -> bool {
+        flags & libc::O_TMPFILE == libc::O_TMPFILE
+            && flags & libc::O_ACCMODE == libc::O_RDWR
+            && self.temporary.insert(file)
     }
 }
 
