@@ -296,6 +296,9 @@ pub enum Backing {
     PrivateMemory { memory: u32, offset: u64 },
     /// An attached segment of System V: index into [`SystemV::segments`].
     SystemV { segment: u32, offset: u64, may_write: bool },
+    /// The ring of a context of asynchronous I/O (`io_setup`), which no request uses: so many places, where the next event is read
+    /// and where it is written, and the events (`struct io_event`) between these.
+    AsynchronousIo { events: u32, head: u32, tail: u32, unread: Bytes },
     /// The vdso and its data pages: one block, put back as the new host has it. `index` counts from the block's start.
     Vdso { index: u32 },
 }

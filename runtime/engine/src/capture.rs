@@ -27,8 +27,8 @@ use crate::root::Root;
 use crate::tracee::TraceeError;
 use crate::unsupported::{Place, Unsupported, UnsupportedList};
 use crate::{
-    clocks, copy_on_write, datagrams, descriptors, epoll, file_names, inotify, internet, memory,
-    nameless, notices, posix_queues, process, system_v, tcp, terminals, unix_sockets,
+    aio, clocks, copy_on_write, datagrams, descriptors, epoll, file_names, inotify, internet,
+    memory, nameless, notices, posix_queues, process, system_v, tcp, terminals, unix_sockets,
 };
 
 /// Why no capsule came of a capture. The container runs on in every case.
@@ -229,6 +229,7 @@ fn collect(
     }
     unix_sockets::ask(&mut frozen.processes, tables)?;
     system_v::ask(frozen, tables)?;
+    aio::ask(frozen, &mut records, tables)?;
     if !tables.unsupported.is_empty() {
         let unsupported = std::mem::take(&mut tables.unsupported);
         return Err(CaptureError::Unsupported(UnsupportedList(unsupported)));

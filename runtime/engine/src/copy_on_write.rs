@@ -229,6 +229,7 @@ impl Kind {
             | Backing::SharedUnlinked { .. }
             | Backing::Shared { .. }
             | Backing::SystemV { .. }
+            | Backing::AsynchronousIo { .. }
             | Backing::Vdso { .. } => return None,
         };
         Some(Kind { no_reserve: mapping.advice.no_reserve, file })

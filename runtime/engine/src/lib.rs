@@ -2,6 +2,7 @@
 //!
 //! This crate knows no OCI types and no network: data leaves and enters through [`samara_capsule::transfer`].
 
+mod aio;
 mod attributes;
 pub mod capture;
 pub mod clocks;

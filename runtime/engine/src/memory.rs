@@ -6,6 +6,7 @@
 //! | private of a file | pages that the process has of its own | file mapped, own pages filled |
 //! | shared of a file | nothing: the content belongs to the file | file mapped |
 //! | shared anonymous, memfd | pages of the object, once | object made anew, filled, mapped |
+//! | ring of asynchronous I/O | unread events | its context made anew, and the ring moved there |
 //! | vdso and its data | where they were | the new host's own, moved there |
 //!
 //! Memory is read through `/proc/PID/mem`: `process_vm_readv` pins pages, which makes the kernel copy every page that a
@@ -43,7 +44,7 @@ use crate::restore::{RestoreError, Tree, is_filled, make, open_checked};
 use crate::root::Root;
 use crate::tracee::{ARENA_BYTES, Output, Process, TraceeError};
 use crate::unsupported::Place;
-use crate::{nameless, posix_queues, process, system_v};
+use crate::{aio, nameless, posix_queues, process, system_v};
 
 pub(crate) const PAGE: u64 = PAGE_BYTES as u64;
 /// The largest pages that there is room for.
@@ -182,6 +183,11 @@ fn backing(
     let identity = (metadata.dev(), metadata.ino());
     let may_write = mapping.has_flag(b"mw");
     let offset = mapping.offset;
+    if name.starts_with(aio::MAPPING) && metadata.mode() & libc::S_IFMT == 0 {
+        // What is in it is asked for later.
+        let unread = Bytes::new();
+        return Ok(Ok(Backing::AsynchronousIo { events: 0, head: 0, tail: 0, unread }));
+    }
     let huge = name.starts_with(b"/anon_hugepage");
     if huge && !mapping.shared {
         let file = File::open(&link).map_err(read(link.as_str()))?;
@@ -450,7 +456,8 @@ impl<'a> PrivateMemory<'a> {
             Backing::SharedFile { .. }
             | Backing::SharedUnlinked { .. }
             | Backing::Shared { .. }
-            | Backing::SystemV { .. } => Own::Nothing,
+            | Backing::SystemV { .. }
+            | Backing::AsynchronousIo { .. } => Own::Nothing,
             Backing::Vdso { .. } => return Ok(()),
         };
         let (runs, next) = self
@@ -959,7 +966,8 @@ pub(crate) fn map(
     for group in alive.mappings.chunks(CHUNK) {
         map_some(process, channel, group, root, shared, heritage, runs)?;
     }
-    Ok(())
+    // Last: the kernel chooses a place for each at first.
+    alive.mappings.iter().try_for_each(|mapping| aio::restore(process, mapping))
 }
 
 /// Mappings that are made with one tape and one message of descriptors.
@@ -995,7 +1003,10 @@ fn map_some(
             continue;
         }
         let need = match &mapping.backing {
-            Backing::Anonymous { .. } | Backing::SystemV { .. } | Backing::Vdso { .. } => None,
+            Backing::Anonymous { .. }
+            | Backing::SystemV { .. }
+            | Backing::AsynchronousIo { .. }
+            | Backing::Vdso { .. } => None,
             Backing::PrivateFile { path, check, .. } => {
                 Some(Need::Path(path, libc::O_RDONLY, *check))
             }
@@ -1129,7 +1140,9 @@ fn placement(mapping: &record::Mapping) -> Option<(u64, u64)> {
         Backing::SharedFile { offset, .. }
         | Backing::SharedUnlinked { offset, .. }
         | Backing::Shared { offset, .. } => (SHARED, offset),
-        Backing::SystemV { .. } | Backing::Vdso { .. } => return None,
+        Backing::SystemV { .. } | Backing::AsynchronousIo { .. } | Backing::Vdso { .. } => {
+            return None;
+        }
     };
     let flags = flags | if mapping.advice.no_reserve { libc::MAP_NORESERVE } else { 0 };
     Some((u64::from(flags.unsigned_abs()) | huge, offset))

@@ -875,6 +875,7 @@ pub(crate) fn is_filled(backing: &Backing) -> bool {
         | Backing::SharedUnlinked { .. }
         | Backing::Shared { .. }
         | Backing::SystemV { .. }
+        | Backing::AsynchronousIo { .. }
         | Backing::Vdso { .. } => false,
     }
 }

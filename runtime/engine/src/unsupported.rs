@@ -41,13 +41,15 @@ pub(crate) const UNACCEPTED_UNIX: &str =
     "data in a unix connection that nobody has accepted are not supported";
 pub(crate) const UNACCEPTED_TCP: &str =
     "data in a TCP connection that nobody has accepted is not supported";
+pub(crate) const AIO_UNDER_WAY: &str =
+    "asynchronous requests (io_submit) that are under way are not supported";
 /// How the refusal of an inotify instance ends that has something to tell.
 pub(crate) const UNREAD_EVENTS: &str = "events that nobody has read, which are not supported";
 
 impl Unsupported {
     /// Whether it passes as soon as the program does what it is about to do, as a rule.
     fn passes(&self) -> bool {
-        [UNACCEPTED_UNIX, UNACCEPTED_TCP, UNREAD_EVENTS]
+        [UNACCEPTED_UNIX, UNACCEPTED_TCP, AIO_UNDER_WAY, UNREAD_EVENTS]
             .iter()
             .any(|passing| self.what.ends_with(passing))
     }

@@ -57,6 +57,26 @@ pub fn affinity_words(processors: &[u32]) -> Vec<u64> {
     words
 }
 
+/// The processors that the kernel has made room for, whether they are there or not (cputopology.rst).
+pub fn possible_processors() -> io::Result<Vec<u32>> {
+    let text = std::fs::read_to_string("/sys/devices/system/cpu/possible")?;
+    parse_processors(text.trim()).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// A list such as `0-3,5`.
+fn parse_processors(text: &str) -> Option<Vec<u32>> {
+    /// `NR_CPUS` of x86-64 is 8192 at most.
+    const PROCESSORS_MAX: u32 = 8192;
+    let mut processors = Vec::new();
+    for range in text.split(',') {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let (first, last): (u32, u32) = (first.parse().ok()?, last.parse().ok()?);
+        (last < PROCESSORS_MAX).then_some(())?;
+        processors.extend(first..=last);
+    }
+    Some(processors)
+}
+
 /// The scheduler's task clock of one processor, in nanoseconds: the clock of [`proc::scheduled`].
 ///
 /// Visits the processor. `None` where the kernel does not tell, or the processor is not ours to visit.
@@ -76,6 +96,15 @@ pub fn task_clock_on(processor: i32) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// If a list were misread, an asynchronous context that is idle would be taken for busy.
+    #[test]
+    fn lists_of_processors_are_read() {
+        assert_eq!(parse_processors("0-2,5"), Some(vec![0, 1, 2, 5]));
+        assert_eq!(parse_processors("7"), Some(vec![7]));
+        assert_eq!(parse_processors("0-4294967295"), None);
+        assert_eq!(parse_processors(""), None);
+    }
 
     /// If the clock could not be read or ran at another rate, interrupted timeouts would be wrong after a restore.
     #[test]

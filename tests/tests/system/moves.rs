@@ -75,7 +75,7 @@ fn wait_middle(container: &Container<'_>, condition: &str) -> Result<()> {
 fn moves(workload: Workload, fixture: &Fixture) -> Result<()> {
     let pair = fixture.pair()?;
     let url = pair.store.url(&format!("moves/{}", workload.name()));
-    let launch = workload.launch_savable("-moved").capsule(url.clone());
+    let launch = workload.launch("-moved").capsule(url.clone());
     let mut container = launch.start(&pair.nodes[0])?;
     let nonce = container.wait_ready()?;
     if let Some(condition) = workload.middle {
@@ -374,10 +374,10 @@ pub(crate) fn trials(fixture: &Arc<Fixture>) -> Vec<Trial> {
         docker_checkpoint(fixture, true)
     }));
     trials.push(trial(fixture, "capture/spawn", |fixture| {
-        captures(&SPAWN.launch_savable("-captured"), fixture, false)
+        captures(&SPAWN.launch("-captured"), fixture, false)
     }));
     trials.push(trial(fixture, "capture/eintr", |fixture| {
-        captures(&EINTR.launch_savable("-captured"), fixture, false)
+        captures(&EINTR.launch("-captured"), fixture, false)
     }));
     trials.push(trial(fixture, "capture/healthcheck", |fixture| {
         let launch = CLOCK.launch("-healthcheck").options(&[

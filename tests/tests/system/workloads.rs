@@ -23,53 +23,48 @@ pub(crate) struct Workload {
     pub(crate) endless: bool,
     /// A shell command in the container that succeeds in the middle of the work, for one that ends by itself.
     pub(crate) middle: Option<&'static str>,
-    /// Pieces of state that the product refuses by name (docs/coverage.md), left out where a container is saved.
-    pub(crate) refused: Option<&'static str>,
 }
 
 const fn workload(command: &'static [&'static str], breaks: &'static [&'static str]) -> Workload {
-    Workload { command, smaller: &[], breaks, endless: true, middle: None, refused: None }
+    Workload { command, smaller: &[], breaks, endless: true, middle: None }
 }
 
 pub(crate) const COUNTER: Workload =
     workload(&["counter_everywhere"], &["memory", "log", "place", "mapping", "sqlite", "rename"]);
 pub(crate) const THREADS: Workload =
     workload(&["threads", "--late-ms", "3000"], &["registers", "vectors", "mask", "token"]);
-pub(crate) const EINTR: Workload = Workload {
-    refused: Some("io_getevents"),
-    ..workload(
-        &["eintr"],
-        &[
-            "epoll_wait",
-            "epoll_pwait2",
-            "poll",
-            "ppoll",
-            "select",
-            "pselect",
-            "nanosleep",
-            "nanosleep-remainder",
-            "clock_nanosleep",
-            "clock_nanosleep-until",
-            "clock_nanosleep-boottime",
-            "futex",
-            "futex-until",
-            "sigtimedwait",
-            "recv",
-            "io_getevents",
-            "semtimedop",
-            "read-pipe",
-            "read-eventfd",
-            "write-pipe",
-            "msgrcv",
-            "semop",
-            "accept",
-            "futex-woken",
-            "sigwaitinfo",
-            "wait4",
-            "flock",
-        ],
-    )
-};
+pub(crate) const EINTR: Workload = workload(
+    &["eintr"],
+    &[
+        "epoll_wait",
+        "epoll_pwait2",
+        "poll",
+        "ppoll",
+        "select",
+        "pselect",
+        "nanosleep",
+        "nanosleep-remainder",
+        "clock_nanosleep",
+        "clock_nanosleep-until",
+        "clock_nanosleep-boottime",
+        "futex",
+        "futex-until",
+        "sigtimedwait",
+        "recv",
+        "io_getevents",
+        "semtimedop",
+        "read-pipe",
+        "read-eventfd",
+        "write-pipe",
+        "msgrcv",
+        "semop",
+        "accept",
+        "futex-woken",
+        "sigwaitinfo",
+        "wait4",
+        "flock",
+    ],
+);
 pub(crate) const SPAWN: Workload = workload(&["spawn"], &["status"]);
 pub(crate) const PIPES: Workload = workload(
     &["pipes"],
@@ -128,15 +123,6 @@ impl Workload {
 
     pub(crate) fn launch(&self, suffix: &str) -> Launch {
         Launch::new(&format!("{}{suffix}", self.name()), self.command)
-    }
-
-    /// As [`Workload::launch`], with nothing that a save would refuse.
-    pub(crate) fn launch_savable(&self, suffix: &str) -> Launch {
-        let mut launch = self.launch(suffix);
-        if let Some(refused) = self.refused {
-            launch.command.extend(["--without".to_owned(), refused.to_owned()]);
-        }
-        launch
     }
 
     pub(crate) fn launch_smaller(&self, suffix: &str) -> Launch {
