@@ -567,6 +567,94 @@ static void orphan_of_deep_leader_check(void)
 static void orphan_of_deep_leader_spoil(void) { kill_one(dead[0]); }
 STATE(orphan_of_deep_leader)
 
+/*
+ * A session with members below two processes of which none is above the other any more: one has adopted the orphan of what was
+ * below it, and then the other was adopted from below it.
+ */
+enum { UPPER = 10, LOWER, MEMBER, ORPHAN, ORPHANED, MIDDLE, MIDDLE_ENDS };
+
+static void come_to(int slot)
+{
+	told[slot] = getpid();
+}
+static int parent_of_orphan(void)
+{
+	told[ORPHAN] = in_child(stays);
+	await(ORPHANED);
+	return 0;
+}
+static int leader_of_both(void)
+{
+	MUST(setsid());
+	told[MEMBER] = in_child(stays);
+	in_child(parent_of_orphan);
+	await(ORPHAN);
+	return 0;
+}
+static int lower_parent(void)
+{
+	MUST(prctl(PR_SET_CHILD_SUBREAPER, 1));
+	pid_t leader = in_child(leader_of_both);
+	MUST(waitpid(leader, NULL, 0));
+	MUST(prctl(PR_SET_CHILD_SUBREAPER, 0));
+	told[ORPHANED] = 1;
+	/* The parent of the orphan, which is this one's child since its own has ended. */
+	MUST(waitpid(-1, NULL, 0));
+	told[MIDDLE_ENDS] = 1;
+	while (getppid() == told[MIDDLE])
+		usleep(1000);
+	MUST(setsid());
+	come_to(LOWER);
+	return stays();
+}
+static int between_parents(void)
+{
+	come_to(MIDDLE);
+	in_child(lower_parent);
+	await(0);
+	return 0;
+}
+static int upper_parent(void)
+{
+	MUST(prctl(PR_SET_CHILD_SUBREAPER, 1));
+	pid_t middle = in_child(between_parents);
+	await(MIDDLE_ENDS);
+	MUST(prctl(PR_SET_CHILD_SUBREAPER, 0));
+	told[0] = 1;
+	MUST(waitpid(middle, NULL, 0));
+	MUST(setsid());
+	come_to(UPPER);
+	return stays();
+}
+static int top_of_both(void)
+{
+	MUST(setsid());
+	MUST(prctl(PR_SET_CHILD_SUBREAPER, 1));
+	in_child(upper_parent);
+	return stays();
+}
+static void orphan_of_former_subreaper_setup(void)
+{
+	share();
+	dead[0] = in_child(top_of_both);
+	await(UPPER);
+	await(LOWER);
+	remember(dead[0]);
+	remember(told[UPPER]);
+	remember(told[LOWER]);
+	remember(told[MEMBER]);
+	remember(told[ORPHAN]);
+}
+static void orphan_of_former_subreaper_check(void)
+{
+	CHECK(places[1].parent == dead[0] && places[2].parent == dead[0], "the setup failed: parents");
+	CHECK(places[3].parent == told[LOWER] && places[4].parent == told[UPPER], "the setup failed: children");
+	CHECK(places[3].session == places[4].session, "the setup failed: sessions");
+	expect_places();
+}
+static void orphan_of_former_subreaper_spoil(void) { kill_one(told[UPPER]); }
+STATE(orphan_of_former_subreaper)
+
 static int two_sessions_of(int slot)
 {
 	told[slot] = in_child(stays);

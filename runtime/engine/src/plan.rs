@@ -10,6 +10,8 @@
 //!   and the parent, as a subreaper for this moment, inherits the child.
 //! - The leader of a session whose orphans have a parent below the leader's own is born down there, under a helper, and moves
 //!   up when the orphans exist. A leader that has ended is a helper with its number.
+//! - So is a process whose descendants are in one session with orphans of another process that is not above it: it was, until
+//!   somebody between them ended.
 //!
 //! A process that shares memory or tables with others is made by one of those.
 //!
@@ -90,12 +92,21 @@ struct Wanted<'a> {
     birth: BTreeMap<i32, i32>,
     /// For a session: the lowest process that has orphans of it as children without having been in it.
     below: BTreeMap<i32, i32>,
+    /// Processes that have to be born below another one than their parent, and the session whose orphans that one gets meanwhile.
+    under: BTreeMap<i32, Under>,
     /// Processes of each session, by birth, without its leader.
     members: BTreeMap<i32, BTreeSet<i32>>,
     /// Processes that share something, by what it is and who is the first that has it.
     sharers: BTreeMap<(i32, i32), BTreeSet<i32>>,
     /// Numbers that mean something in the container.
     taken: BTreeSet<i32>,
+}
+
+/// Where a process is until all of a session exist.
+#[derive(Clone, Copy)]
+struct Under {
+    place: i32,
+    session: i32,
 }
 
 /// What [`Sharing`] lists, with the flag of `clone` for each.
@@ -115,6 +126,7 @@ impl<'a> Wanted<'a> {
             children: BTreeMap::new(),
             birth: BTreeMap::new(),
             below: BTreeMap::new(),
+            under: BTreeMap::new(),
             members: BTreeMap::new(),
             sharers: BTreeMap::new(),
             taken: BTreeSet::from([0, 1]),
@@ -192,7 +204,8 @@ impl<'a> Wanted<'a> {
             let mut above = BTreeSet::new();
             let mut pending: Vec<i32> =
                 self.members.get(&session).into_iter().flatten().copied().collect();
-            while let Some(pid) = pending.pop() {
+            // Below what is found to have been born in it, more have been.
+            while let Some(pid) = pending.pop().or_else(|| self.overlooked(session, &mut above)) {
                 let parent = self.parent(pid);
                 if self.session(parent) == session
                     || self.birth.get(&parent) == Some(&session)
@@ -209,10 +222,18 @@ impl<'a> Wanted<'a> {
             }
             // Adoptive parents are one above the other, since each was above the session's leader. What is not has been born in it.
             while let Some(lowest) = above.iter().copied().max_by_key(|pid| self.depth(*pid)) {
-                let stray = above.iter().copied().find(|pid| {
-                    *pid != lowest && !self.is_above(*pid, lowest) && self.may_be_born_in(*pid)
-                });
-                let Some(stray) = stray else {
+                let strays = || {
+                    let strays = above.iter().copied();
+                    strays.filter(|pid| *pid != lowest && !self.is_first_above(*pid, lowest))
+                };
+                let Some(stray) = strays().find(|pid| self.may_be_born_in(*pid)) else {
+                    // What is not above it now has been so once.
+                    if let Some((pid, place)) =
+                        strays().find_map(|stray| Some((self.movable(lowest, stray)?, stray)))
+                    {
+                        self.under.insert(pid, Under { place, session });
+                        continue;
+                    }
                     self.below.insert(session, lowest);
                     break;
                 };
@@ -224,6 +245,58 @@ impl<'a> Wanted<'a> {
                 }
             }
         }
+    }
+
+    /// One of `above` that is below a member of a session whose leader has ended: nobody there can be above that leader.
+    fn overlooked(&mut self, session: i32, above: &mut BTreeSet<i32>) -> Option<i32> {
+        if self.records.contains_key(&session) {
+            return None;
+        }
+        let members = self.members.get(&session)?;
+        let found = above.iter().copied().find(|pid| {
+            self.may_be_born_in(*pid) && members.iter().any(|member| self.is_above(*member, *pid))
+        })?;
+        above.remove(&found);
+        self.set_birth(found, session);
+        Some(found)
+    }
+
+    /// The parent that a process has at first.
+    fn first_parent(&self, pid: i32) -> i32 {
+        self.under.get(&pid).map_or_else(|| self.parent(pid), |under| under.place)
+    }
+
+    fn is_first_above(&self, ancestor: i32, pid: i32) -> bool {
+        let mut current = pid;
+        // As in `is_above`.
+        for _ in 0..self.records.len() {
+            current = self.first_parent(current);
+            if current == ancestor {
+                return true;
+            }
+            if current == 0 {
+                return false;
+            }
+        }
+        false
+    }
+
+    /// Which of `pid` and what is above it can be born below `place` and move to its parent later: the highest that has its
+    /// parent in common with `place` or something above that.
+    fn movable(&self, pid: i32, place: i32) -> Option<i32> {
+        let mut current = pid;
+        for _ in 0..self.records.len() {
+            let parent = self.first_parent(current);
+            if parent == 0 {
+                return None;
+            }
+            if self.is_first_above(parent, place) {
+                let orphan = self.exit_signal(current) == libc::SIGCHLD;
+                return (orphan && !self.under.contains_key(&current)).then_some(current);
+            }
+            current = parent;
+        }
+        None
     }
 
     fn exit_signal(&self, pid: i32) -> i32 {
@@ -298,7 +371,7 @@ struct Planner<'a> {
     in_session: BTreeMap<i32, BTreeSet<i32>>,
     /// Leaders and groups that have ended.
     helpers: BTreeSet<i32>,
-    /// Leaders that were born too low, with the helper above them.
+    /// Those that were born too low, with the helper above them.
     low: BTreeMap<i32, i32>,
     steps: Vec<Step>,
 }
@@ -380,7 +453,7 @@ impl<'a> Planner<'a> {
                 }
             }
             pending = waiting;
-            self.lift_leaders();
+            self.lift();
             if self.steps.len() == before {
                 break;
             }
@@ -533,8 +606,11 @@ impl<'a> Planner<'a> {
         Some(Birth { creator, way: Way::Orphan })
     }
 
-    /// Below which process a leader has to be born, if that is not where it belongs.
+    /// Below which process another one has to be born, if that is not where it belongs.
     fn low_place(&self, pid: i32) -> Option<i32> {
+        if let Some(under) = self.wanted.under.get(&pid) {
+            return Some(under.place);
+        }
         if !self.wanted.leads(pid) {
             return None;
         }
@@ -597,22 +673,27 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// Moves leaders up to where they belong whose sessions are complete.
-    fn lift_leaders(&mut self) {
-        let complete: Vec<(i32, i32)> =
-            self.low
-                .iter()
-                .map(|(leader, helper)| (*leader, *helper))
-                .filter(|(leader, _)| {
-                    self.current_session(*leader) == Some(*leader)
-                        && self.wanted.members.get(leader).is_none_or(|members| {
+    /// Moves those up to where they belong on whom no session waits any more.
+    fn lift(&mut self) {
+        let complete: Vec<(i32, i32)> = self
+            .low
+            .iter()
+            .map(|(pid, helper)| (*pid, *helper))
+            .filter(|(pid, _)| {
+                let awaited = self.wanted.under.get(pid).map(|under| under.session);
+                // A leader that is low for its own session has it by then.
+                awaited.or(self.current_session(*pid).filter(|session| session == pid)).is_some_and(
+                    |session| {
+                        self.wanted.members.get(&session).is_none_or(|members| {
                             members.iter().all(|member| self.is_made(*member))
                         })
-                })
-                .collect();
-        for (leader, helper) in complete {
-            self.low.remove(&leader);
-            self.adopt(self.wanted.parent(leader), leader, helper);
+                    },
+                )
+            })
+            .collect();
+        for (pid, helper) in complete {
+            self.low.remove(&pid);
+            self.adopt(self.wanted.parent(pid), pid, helper);
         }
     }
 
@@ -883,6 +964,17 @@ mod tests {
             process(7, 5, 4, 4),
             process(8, 6, 4, 4),
         ]);
+        // A process that was below another one, whose orphan it has left there when it was adopted itself.
+        check(&[
+            process(1, 0, 1, 1),
+            process(4, 1, 4, 4),
+            process(5, 4, 5, 5),
+            process(7, 5, 6, 6),
+            process(9, 4, 9, 9),
+            process(10, 9, 6, 6),
+            process(12, 9, 11, 11),
+            process(14, 5, 11, 11),
+        ]);
         // A child that ends with another signal, or none.
         check(&[process(1, 0, 1, 1), zombie(3, 1, 1, 1, 0), zombie(4, 1, 4, 4, libc::SIGUSR1)]);
     }
@@ -963,6 +1055,7 @@ mod tests {
                         let group = draw.of(&groups);
                         kernel.setpgid(pid, group);
                     }
+                    12 if draw.below(2) == 0 => _ = kernel.subreapers.remove(&pid),
                     12 => _ = kernel.subreapers.insert(pid),
                     _ if pid == 1 => {}
                     13 => kernel.exit(pid),
