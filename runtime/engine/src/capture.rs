@@ -15,7 +15,6 @@ use std::time::{Duration, Instant};
 use samara_capsule::record::{self, Bytes, Container, ProcessState};
 use samara_capsule::transfer::{Sink, SpaceId};
 use samara_kernel::{Pid, proc};
-use sha2::{Digest, Sha256};
 
 use crate::files::LeasedFiles;
 use crate::freeze::{FreezeError, FrozenTree};
@@ -28,7 +27,7 @@ use crate::tracee::TraceeError;
 use crate::unsupported::{Place, Unsupported, UnsupportedList};
 use crate::{
     aio, clocks, copy_on_write, datagrams, descriptors, epoll, file_names, inotify, internet,
-    memory, nameless, notices, posix_queues, process, system_v, tcp, terminals, unix_sockets,
+    memory, nameless, notices, posix_queues, process, system_v, tcp, terminals, unix_sockets, vdso,
 };
 
 /// Why no capsule came of a capture. The container runs on in every case.
@@ -109,7 +108,7 @@ pub fn capture(
 
     let begun = Instant::now();
     let mut tables = Tables::new(request)?;
-    let (mut processes, vdso) = collect(&mut frozen, &mut tables)?;
+    let mut processes = collect(&mut frozen, &mut tables)?;
     let collect = begun.elapsed();
     phase::reached(Phase::Collected);
 
@@ -150,20 +149,20 @@ pub fn capture(
         unlinked_nodes: tables.unlinked_nodes,
         ended: tables.ended,
         terminals,
-        vdso_sha256: vdso,
+        vdso_sha256: Bytes::from(tables.vdso.sha256().to_vec()),
         system_v: tables.system_v.record,
         posix_queues: tables.posix_queues.records,
     };
     Ok(Captured { container, frozen, report, leased: tables.leased })
 }
 
-/// Records of all processes by the engine's number, and the vdso's digest.
+/// Records of all processes by the engine's number.
 ///
 /// First everything is looked at, so that an error names all that can't be saved; then code runs in the processes.
 fn collect(
     frozen: &mut FrozenTree,
     tables: &mut Tables<'_>,
-) -> Result<(Vec<(Pid, record::Process)>, Bytes), CaptureError> {
+) -> Result<Vec<(Pid, record::Process)>, CaptureError> {
     let elapsed = crate::restart::elapsed(&frozen.sleepers, frozen.stopped_at);
     // Sessions are thawed like the rest, so their interrupted calls are mended too.
     for session in frozen.sessions.values_mut() {
@@ -176,21 +175,15 @@ fn collect(
     let sharing = process::sharing(&frozen.processes, tables);
     part_scratch(frozen, &sharing);
     let mut looked_at = Vec::new();
-    let mut vdso = Bytes::new();
     for (pid, process) in &mut frozen.processes {
         // Before the engine maps anything, so that the list is the program's.
         let mappings = memory::own_mappings(*pid).map_err(read("the mappings"))?;
-        process.set_vdso(&mappings);
+        process.find_room(&mappings);
         let shares = sharing.get(pid).copied().unwrap_or_default();
         let described = match shares.memory {
             None => memory::describe(*pid, &mappings, tables)?,
             Some(_) => Vec::new(),
         };
-        if vdso.is_empty()
-            && let Some(code) = mappings.iter().find(|mapping| mapping.name == "[vdso]")
-        {
-            vdso = vdso_digest(process, code.start, code.end)?;
-        }
         let descriptors = match shares.descriptors {
             None => descriptors::collect(*pid, tables)?,
             Some(_) => descriptors::Descriptors::default(),
@@ -242,7 +235,7 @@ fn collect(
     // Another init can be its session's leader, but not cease to be.
     let leads = records.iter().any(|(_, record)| record.pid == 1 && record.session == 1);
     plan::tree(records.iter().map(|(_, record)| record), leads).map_err(CaptureError::Plan)?;
-    Ok((records, vdso))
+    Ok(records)
 }
 
 /// Lets processes with the same memory put their timespecs into different places.
@@ -300,18 +293,6 @@ fn ask_for_stops(
     Ok(())
 }
 
-/// The digest of the vdso's code without the padding, where the engine leaves traces.
-pub(crate) fn vdso_digest(
-    process: &crate::tracee::Process,
-    start: u64,
-    end: u64,
-) -> Result<Bytes, TraceeError> {
-    let bytes = usize::try_from(end - start).expect("a vdso has a few pages");
-    let mut code = process.read(start, bytes)?;
-    code.truncate(bytes - crate::tracee::PADDING_BYTES);
-    Ok(Bytes::from(Sha256::digest(&code).to_vec()))
-}
-
 /// A descriptor that led to an open file description: process, number, index of the description.
 pub(crate) type Holder = (Pid, i32, u32);
 
@@ -351,6 +332,7 @@ impl Content {
 pub(crate) struct Tables<'a> {
     pub(crate) request: &'a CaptureRequest,
     pub(crate) root: Root,
+    pub(crate) vdso: vdso::Host,
     pub(crate) files: Vec<record::OpenFile>,
     pub(crate) pipes: Vec<record::Pipe>,
     pub(crate) shared_memory: Vec<record::SharedMemory>,
@@ -405,6 +387,7 @@ impl<'a> Tables<'a> {
         Ok(Tables {
             request,
             root: Root::of(request.init).map_err(read("the container's root directory"))?,
+            vdso: vdso::Host::look().map_err(read("this host's vdso"))?,
             files: Vec::new(),
             pipes: Vec::new(),
             shared_memory: Vec::new(),

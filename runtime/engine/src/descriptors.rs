@@ -3,6 +3,7 @@
 //! Restore makes every description once, in the engine, below the container's root, and hands it to each process that has a
 //! descriptor for it. Descriptors that were shared by `fork`, `dup` or a message thus share their position and flags again.
 
+use std::cmp::Ordering;
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, IoSlice};
@@ -97,7 +98,7 @@ fn register(
     let link = format!("/proc/{pid}/fd/{fd}");
     let metadata = fs::metadata(&link).map_err(read(link.clone()))?;
     let identity = (metadata.dev(), metadata.ino());
-    if let Some(file) = known(pid, fd, identity, tables)? {
+    if let Ok(file) = known(pid, fd, identity, tables)? {
         return Ok(Ok(file));
     }
     let target = fs::read_link(&link).map_err(read(link.clone()))?;
@@ -109,31 +110,42 @@ fn register(
         Ok(kind) => notices::collect(&descriptor, &kind, tables)?.map(|notices| (kind, notices)),
         Err(what) => Err(what),
     };
-    Ok(described.map(|(kind, notices)| {
-        let file = index(tables.files.len());
-        tables.files.push(OpenFile { flags: info.flags & !NOT_KEPT, kind, notices });
-        tables.known_files.entry(identity).or_default().push((pid, fd, file));
-        file
-    }))
+    match described {
+        Ok((kind, notices)) => {
+            let file = index(tables.files.len());
+            tables.files.push(OpenFile { flags: info.flags & !NOT_KEPT, kind, notices });
+            // Asked again: what was found on the way may be in the list too.
+            let place = known(pid, fd, identity, tables)?.err().unwrap_or(0);
+            tables.known_files.entry(identity).or_default().insert(place, (pid, fd, file));
+            Ok(Ok(file))
+        }
+        Err(what) => Ok(Err(what)),
+    }
 }
 
-/// The index of a description that another descriptor has led to before.
+/// The index of a description that another descriptor has led to before, or where in the list of its inode it belongs: event
+/// counters and the like have all the same one, so the list is kept in the order of `kcmp`.
 fn known(
     pid: Pid,
     fd: i32,
     identity: (u64, u64),
     tables: &Tables<'_>,
-) -> Result<Option<u32>, CaptureError> {
-    for (other, other_fd, file) in
-        tables.known_files.get(&identity).map(Vec::as_slice).unwrap_or_default()
-    {
-        let order = kcmp::file((pid, fd), (*other, *other_fd))
-            .map_err(read(format!("/proc/{pid}/fd/{fd}")))?;
-        if order.is_eq() {
-            return Ok(Some(*file));
-        }
+) -> Result<Result<u32, usize>, CaptureError> {
+    let holders = tables.known_files.get(&identity).map(Vec::as_slice).unwrap_or_default();
+    let mut failed = None;
+    let found = holders.binary_search_by(|(other, other_fd, _)| {
+        kcmp::file((*other, *other_fd), (pid, fd)).unwrap_or_else(|error| {
+            failed = Some(error);
+            Ordering::Equal
+        })
+    });
+    if let Some(error) = failed {
+        return Err(read(format!("/proc/{pid}/fd/{fd}"))(error));
     }
-    Ok(None)
+    Ok(match found {
+        Ok(place) => Ok(holders.get(place).map_or(0, |(_, _, file)| *file)),
+        Err(place) => Err(place),
+    })
 }
 
 /// A descriptor and all that `/proc` says of it.

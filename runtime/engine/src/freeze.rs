@@ -141,9 +141,9 @@ impl FrozenTree {
     pub fn end(mut self, code: u8) -> Result<(), TraceeError> {
         let init = self.init;
         // A tree that is stopped only to be ended has not been looked at.
-        if let Some(process) = self.processes.get_mut(&init).filter(|found| !found.knows_vdso()) {
-            let what = |source| TraceeError::Ptrace { what: "find the vdso of", tid: init, source };
-            process.set_vdso(&proc::mappings(init).map_err(what)?);
+        if let Some(process) = self.processes.get_mut(&init).filter(|found| !found.has_room()) {
+            let what = |source| TraceeError::Ptrace { what: "find room in", tid: init, source };
+            process.find_room(&proc::mappings(init).map_err(what)?);
         }
         for pid in self.processes.keys().chain(self.sessions.keys()).filter(|pid| **pid != init) {
             let sent = samara_kernel::pidfd::PidFd::open(*pid)

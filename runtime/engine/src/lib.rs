@@ -43,6 +43,7 @@ mod timers;
 mod tracee;
 mod unix_sockets;
 pub mod unsupported;
+mod vdso;
 
 pub use process::{Confinement, SeccompPolicy};
 pub use tracee::TraceeError;

@@ -44,7 +44,7 @@ use crate::restore::{RestoreError, Tree, is_filled, make, open_checked};
 use crate::root::Root;
 use crate::tracee::{ARENA_BYTES, Output, Process, TraceeError};
 use crate::unsupported::Place;
-use crate::{aio, nameless, posix_queues, process, system_v};
+use crate::{aio, nameless, posix_queues, process, system_v, vdso};
 
 pub(crate) const PAGE: u64 = PAGE_BYTES as u64;
 /// The largest pages that there is room for.
@@ -64,34 +64,21 @@ pub(crate) fn describe(
     tables: &mut Tables<'_>,
 ) -> Result<Vec<record::Mapping>, CaptureError> {
     let mut records = Vec::new();
-    let mut special = 0;
-    let own = i32::try_from(std::process::id()).expect("pids are ints");
-    let parts = |mappings: &[Mapping]| mappings.iter().filter(|part| is_vdso(part)).count();
-    let here = proc::mappings(own).map_err(read("the mappings"))?;
-    if parts(mappings) != parts(&here) {
-        tables.refuse(
-            pid,
-            Place::Process,
-            "it has unmapped or split its vdso, which is not supported",
-        );
-    }
+    vdso::check(pid, mappings, tables);
     for mapping in mappings {
         if mapping.name == "[vsyscall]" {
             continue;
         }
-        let protection = u32::from(mapping.read)
-            | u32::from(mapping.write) << 1
-            | u32::from(mapping.execute) << 2;
-        let backing = if is_vdso(mapping) {
-            special += 1;
-            Backing::Vdso { index: special - 1 }
-        } else {
-            match backing(pid, mapping, tables)? {
-                Ok(backing) => backing,
-                Err(what) => {
-                    tables.refuse(pid, Place::Mapping(mapping.start), what);
-                    continue;
-                }
+        let protection = vdso::protection(mapping);
+        let backing = match vdso::is_part(mapping) {
+            true => vdso::describe(pid, mapping, tables)?,
+            false => backing(pid, mapping, tables)?,
+        };
+        let backing = match backing {
+            Ok(backing) => backing,
+            Err(what) => {
+                tables.refuse(pid, Place::Mapping(mapping.start), what);
+                continue;
             }
         };
         records.push(record::Mapping {
@@ -115,10 +102,6 @@ fn given_name(mapping: &Mapping) -> &[u8] {
         .or_else(|| name.strip_prefix(b"[anon_shmem:"))
         .and_then(|name| name.strip_suffix(b"]"))
         .unwrap_or_default()
-}
-
-pub(crate) fn is_vdso(mapping: &Mapping) -> bool {
-    mapping.name == "[vdso]" || mapping.name.as_bytes().starts_with(b"[vvar")
 }
 
 fn advice(mapping: &Mapping) -> Advice {
@@ -635,56 +618,6 @@ pub(crate) fn check_huge_pages(container: &Container) -> Result<(), RestoreError
     Ok(())
 }
 
-/// The vdso and its data pages of a process, in address order.
-fn vdso_mappings(process: &Process) -> Result<Vec<Mapping>, RestoreError> {
-    let mappings = proc::mappings(process.pid).map_err(make("a list of mappings"))?;
-    Ok(mappings.into_iter().filter(is_vdso).collect())
-}
-
-/// Moves the vdso and its data pages to one block at `address`.
-pub(crate) fn move_vdso_to(process: &mut Process, address: u64) -> Result<(), RestoreError> {
-    let mut next = address;
-    let places: Vec<u64> = vdso_mappings(process)?
-        .iter()
-        .map(|mapping| {
-            next += mapping.bytes();
-            next - mapping.bytes()
-        })
-        .collect();
-    move_vdso(process, &places)
-}
-
-/// Moves each part of the vdso to its place; no part may lie where another one is going.
-fn move_vdso(process: &mut Process, places: &[u64]) -> Result<(), RestoreError> {
-    const MOVE: u64 = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
-    let present = vdso_mappings(process)?;
-    if present.len() != places.len() {
-        return Err(RestoreError::Incompatible(format!(
-            "its vdso has {} parts, the capsule's has {}",
-            present.len(),
-            places.len()
-        )));
-    }
-    let mut tape = process.tape()?;
-    for (mapping, place) in present.iter().zip(places) {
-        if mapping.start != *place {
-            let bytes = mapping.bytes();
-            tape.call(
-                "move its vdso",
-                libc::SYS_mremap,
-                [mapping.start, bytes, bytes, MOVE, *place, 0],
-            );
-        }
-    }
-    process.run_all(0, &tape, End::Breakpoint)?;
-    for (mapping, place) in present.iter().zip(places) {
-        if mapping.name == "[vdso]" {
-            process.vdso_moved(*place, place + mapping.bytes());
-        }
-    }
-    Ok(())
-}
-
 /// Objects that mappings and descriptors share, made anew and filled; held by the engine until all have them.
 #[derive(Debug, Default)]
 pub(crate) struct Shared {
@@ -956,13 +889,7 @@ pub(crate) fn map(
     heritage: Option<&Heritage>,
     runs: &[PageRun],
 ) -> Result<(), RestoreError> {
-    let places: Vec<u64> = alive
-        .mappings
-        .iter()
-        .filter(|mapping| matches!(mapping.backing, Backing::Vdso { .. }))
-        .map(|mapping| mapping.start)
-        .collect();
-    move_vdso(process, &places)?;
+    vdso::place(process, alive)?;
     for group in alive.mappings.chunks(CHUNK) {
         map_some(process, channel, group, root, shared, heritage, runs)?;
     }

@@ -22,7 +22,6 @@ use samara_kernel::tape::{Call, End};
 use samara_kernel::wait::{self, Status};
 use samara_kernel::{Pid, proc};
 
-use crate::capture::vdso_digest;
 use crate::copy_on_write::{Heritage, Inheritance};
 use crate::descriptors::{Channel, Processes};
 use crate::memory::{HUGE_PAGE, Shared};
@@ -33,7 +32,7 @@ use crate::root::Root;
 use crate::tracee::{self, ARENA_BYTES, Process, Thread, TraceeError, failed};
 use crate::{
     descriptors, internet, labels, memory, names, notices, posix_queues, process, procfiles,
-    sqlite, system_v, terminals, unix_sockets,
+    sqlite, system_v, terminals, unix_sockets, vdso,
 };
 
 /// Why a container could not be restored. Nothing of it is left but the blank init, if that still lives, for the caller to remove.
@@ -255,7 +254,7 @@ impl Tree {
         ptrace::interrupt(init).map_err(failed("interrupt", init))?;
         let thread = first_stop(init)?;
         let mut process = Process::new(init, vec![thread])?;
-        process.set_vdso(&present);
+        process.find_room(&present);
         check_host(&process, &present, container)?;
         process.map_arena(Some(arena))?;
         let channel = Channel::make(&mut process, &taken)?;
@@ -293,7 +292,7 @@ impl Tree {
         let off = tape.words(&[0, libc::SS_DISABLE.unsigned_abs().into(), 0]);
         tape.call("forget its alternate stack", libc::SYS_sigaltstack, [off, 0, 0, 0, 0, 0]);
         for mapping in present {
-            if !memory::is_vdso(mapping) && mapping.name != "[vsyscall]" {
+            if !vdso::is_part(mapping) && mapping.name != "[vsyscall]" {
                 tape.call(
                     "unmap its memory",
                     libc::SYS_munmap,
@@ -302,7 +301,7 @@ impl Tree {
             }
         }
         init.run_all(0, &tape, End::Breakpoint)?;
-        memory::move_vdso_to(init, parking)?;
+        vdso::park(init, parking)?;
         Ok(())
     }
 
@@ -546,7 +545,7 @@ impl Tree {
         let thread = first_stop(*child)?;
         let mut process = Process::new(*child, vec![thread])?;
         process.arena = Some(arena);
-        process.set_vdso_at(creator.vdso());
+        process.set_room(creator.room());
         self.processes.insert(pid, process);
         Ok(())
     }
@@ -607,12 +606,12 @@ impl Tree {
         for record in records {
             let ProcessState::Alive(alive) = &record.state else { continue };
             let first = alive.sharing.memory.unwrap_or(record.pid);
-            let vdso = self.process(first)?.vdso();
+            let room = self.process(first)?.room();
             let taken = taken.entry(first).or_default();
             let process = self.process(record.pid)?;
             process.scratch_taken = *taken;
             *taken += process.threads.len();
-            process.set_vdso_at(vdso);
+            process.set_room(room);
         }
         Ok(())
     }
@@ -692,6 +691,16 @@ impl Tree {
         for record in records {
             if let ProcessState::Alive(alive) = &record.state {
                 process::end_breakpoints(self.process(record.pid)?, alive)?;
+            }
+        }
+        for record in records {
+            if let ProcessState::Alive(alive) = &record.state {
+                let first = alive.sharing.memory.unwrap_or(record.pid);
+                if first == record.pid {
+                    vdso::finish(self.process(first)?, alive)?;
+                }
+                let room = self.process(first)?.room();
+                self.process(record.pid)?.set_room(room);
             }
         }
         for process in self.processes.values_mut() {
@@ -799,7 +808,7 @@ fn check_host(
     let Some(vdso) = present.iter().find(|mapping| mapping.name == "[vdso]") else {
         return Err(RestoreError::Incompatible("its kernel offers no vdso".to_owned()));
     };
-    if vdso_digest(process, vdso.start, vdso.end)? != container.vdso_sha256 {
+    if vdso::digest(process, vdso)? != container.vdso_sha256 {
         return Err(RestoreError::Incompatible(
             "its kernel's vdso differs from the one that the container was saved with; restore it on a host with the same kernel".to_owned(),
         ));

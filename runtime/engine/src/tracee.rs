@@ -206,8 +206,8 @@ pub(crate) struct Process {
     pub(crate) pid: Pid,
     pub(crate) threads: Vec<Thread>,
     pub(crate) memory: File,
-    /// Where the vdso's code is.
-    vdso: Option<(u64, u64)>,
+    /// Code at whose end there is room for the engine's: the vdso, as a rule.
+    room: Option<(u64, u64)>,
     /// Start of the engine's mapping.
     pub(crate) arena: Option<u64>,
     /// Processes and threads that calls of this one have made since the list was last taken, as the engine numbers them.
@@ -229,7 +229,7 @@ impl Process {
             pid,
             threads,
             memory,
-            vdso: None,
+            room: None,
             arena: None,
             born: Vec::new(),
             scratch_taken: 0,
@@ -263,31 +263,30 @@ impl Process {
         Ok(())
     }
 
-    /// Says where the vdso is, which [`Process::map_arena`] needs.
-    pub(crate) fn set_vdso(&mut self, mappings: &[proc::Mapping]) {
-        self.vdso = mappings
-            .iter()
-            .find(|mapping| mapping.name == "[vdso]")
-            .map(|mapping| (mapping.start, mapping.end));
+    /// Looks for room for the engine's first code, which [`Process::map_arena`] needs: behind the vdso's image, or, where a
+    /// process has none that it may run, behind that of a program or library.
+    pub(crate) fn find_room(&mut self, mappings: &[proc::Mapping]) {
+        let code = || mappings.iter().filter(|mapping| mapping.execute && !mapping.shared);
+        let vdso = code().find(|mapping| mapping.name == "[vdso]");
+        let files = code().filter(|mapping| mapping.inode != 0);
+        let room = vdso.into_iter().chain(files).map(|mapping| (mapping.start, mapping.end));
+        let places: Vec<(u64, u64)> = room.collect();
+        self.room = places.iter().copied().find(|place| self.stub_in(Some(*place)).is_ok());
+        // What is wrong with the vdso is the reason that is told.
+        self.room = self.room.or(places.first().copied());
     }
 
-    pub(crate) fn knows_vdso(&self) -> bool {
-        self.vdso.is_some()
+    pub(crate) fn has_room(&self) -> bool {
+        self.room.is_some()
     }
 
-    /// Where the vdso is.
-    pub(crate) fn vdso(&self) -> Option<(u64, u64)> {
-        self.vdso
+    pub(crate) fn room(&self) -> Option<(u64, u64)> {
+        self.room
     }
 
-    /// Says that the vdso is where another process has it, which made this one or has the same memory.
-    pub(crate) fn set_vdso_at(&mut self, place: Option<(u64, u64)>) {
-        self.vdso = place;
-    }
-
-    /// Says that the vdso has been moved.
-    pub(crate) fn vdso_moved(&mut self, start: u64, end: u64) {
-        self.vdso = Some((start, end));
+    /// Says where there is room, as in the process that has made this one or has the same memory.
+    pub(crate) fn set_room(&mut self, place: Option<(u64, u64)>) {
+        self.room = place;
     }
 
     pub(crate) fn read(&self, address: u64, bytes: usize) -> Result<Vec<u8>, TraceeError> {
@@ -312,7 +311,8 @@ impl Process {
 
     /// Makes the mapping that tapes need: at `address` if one is given, else where the kernel likes.
     ///
-    /// The first call is made by code in the padding behind the vdso's image, which no program uses. The page becomes the
+    /// The first call is made by code in the padding behind the vdso's image, which no program uses, or another one's
+    /// ([`Process::find_room`]). The page becomes the
     /// process's own copy by that, and stays so.
     pub(crate) fn map_arena(&mut self, address: Option<u64>) -> Result<(), TraceeError> {
         match self.map_arena_within_limits(address) {
@@ -427,8 +427,11 @@ impl Process {
 
     /// Where [`tape::once`]'s code goes: at the end of the vdso's last page, if nothing but padding is there.
     fn stub_address(&self) -> Result<u64, TraceeError> {
-        let (_, end) =
-            self.vdso.ok_or(TraceeError::NoRoom { pid: self.pid, why: "it has no vdso" })?;
+        self.stub_in(self.room)
+    }
+
+    fn stub_in(&self, room: Option<(u64, u64)>) -> Result<u64, TraceeError> {
+        let (_, end) = room.ok_or(TraceeError::NoRoom { pid: self.pid, why: "it has no code" })?;
         let address = end - (ONCE_BYTES as u64).next_multiple_of(16);
         let padding = self.read(end - PADDING_BYTES as u64, PADDING_BYTES)?;
         let (_, present) = padding
@@ -461,7 +464,7 @@ impl Process {
                 Some(last) => last - SLOT,
             };
             let (_, end) =
-                self.vdso.ok_or(TraceeError::NoRoom { pid: self.pid, why: "it has no vdso" })?;
+                self.room.ok_or(TraceeError::NoRoom { pid: self.pid, why: "it has no code" })?;
             if address < end - PADDING_BYTES as u64 {
                 places.push(None);
                 continue;
