@@ -621,6 +621,60 @@ static void tcp_was_reset_check(void)
 static void tcp_was_reset_spoil(void) { net_option(client, SOL_SOCKET, SO_ERROR); }
 STATE(tcp_was_reset)
 
+/* Whom a socket was connected to: told without a connection too. */
+static const char *tcp_last_peer(int socket)
+{
+	bool is_v6 = net_option(socket, SOL_SOCKET, SO_DOMAIN) == AF_INET6;
+	struct net_address address = {.bytes = is_v6 ? sizeof address.v6 : sizeof address.v4};
+	if (getsockopt(socket, SOL_SOCKET, SO_PEERNAME, &address.any, &address.bytes))
+		return "none";
+	return net_text(&address);
+}
+
+/* Addresses that ended connections still tell, and whose ports others have meanwhile. */
+static char ended_names[2][2][64];
+static int ended_ends[2][2];
+static void tcp_ended_names_setup(void)
+{
+	for (int i = 0; i < 2; i++) {
+		tcp_connect_at(i ? "::1" : "127.0.0.2");
+		MUST(shutdown(client, SHUT_WR));
+		MUST(shutdown(server, SHUT_WR));
+		usleep(1000);
+		ended_ends[i][0] = client;
+		ended_ends[i][1] = server;
+		snprintf(ended_names[i][0], sizeof ended_names[i][0], "%s", net_name(client));
+		snprintf(ended_names[i][1], sizeof ended_names[i][1], "%s", net_name(server));
+	}
+}
+static void tcp_ended_names_check(void)
+{
+	for (int i = 0; i < 2; i++)
+		for (int end = 0; end < 2; end++) {
+			int socket = ended_ends[i][end];
+			CHECK(!strcmp(net_name(socket), ended_names[i][end]), "it is %s, was %s", net_name(socket), ended_names[i][end]);
+			CHECK(!strcmp(tcp_last_peer(socket), ended_names[i][!end]), "its peer was %s, is %s", ended_names[i][!end], tcp_last_peer(socket));
+			CHECK(!strcmp(net_peer(socket), "none"), "it is connected");
+			net_expect_end(socket);
+			CHECK(net_option(socket, SOL_SOCKET, SO_ERROR) == 0, "it has an error");
+			CHECK(send(socket, "x", 1, MSG_NOSIGNAL) == -1 && errno == EPIPE, "it sends");
+		}
+	/* Its port is free for others. */
+	int other = tcp("127.0.0.2");
+	int port = atoi(strchr(ended_names[0][0], ' ') + 1);
+	struct net_address address = net_address("127.0.0.2", port);
+	int one = 1;
+	MUST(setsockopt(other, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one));
+	CHECK(bind(other, &address.any, address.bytes) == 0, "its port is taken");
+	tcp_expect_service("::1", net_port(listener));
+}
+static void tcp_ended_names_spoil(void)
+{
+	int socket = tcp("127.0.0.2");
+	MUST(dup2(socket, ended_ends[0][1]));
+}
+STATE(tcp_ended_names)
+
 static void tcp_was_refused_setup(void)
 {
 	client = MUST(socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0));
@@ -630,6 +684,7 @@ static void tcp_was_refused_setup(void)
 static void tcp_was_refused_check(void)
 {
 	CHECK(net_events(client) & POLLERR, "events %#x", net_events(client));
+	CHECK(!strcmp(tcp_last_peer(client), "127.0.0.1 1"), "its peer was %s", tcp_last_peer(client));
 	CHECK(net_option(client, SOL_SOCKET, SO_ERROR) == ECONNREFUSED, "the error is another");
 	CHECK(fcntl(client, F_GETFL) & O_NONBLOCK, "it waits");
 }

@@ -4,7 +4,9 @@
 #include <linux/filter.h>
 #include <netinet/ip_icmp.h>
 #include <netinet/udp.h>
+#include <linux/sockios.h>
 #include <sys/epoll.h>
+#include <sys/ioctl.h>
 
 #ifndef SO_DETACH_REUSEPORT_BPF
 #define SO_DETACH_REUSEPORT_BPF 68
@@ -702,3 +704,72 @@ static void raw_unread_check(void)
 }
 static void raw_unread_spoil(void) { raw_unread_check(); }
 STATE(raw_unread, .refused = "unread packets")
+
+/* --- interfaces that the new container does not have --- */
+
+/* Makes an interface with a link-local address of its own. */
+static void udp_make_bridge(const char *name, const char *ip)
+{
+	int control = MUST(socket(AF_INET6, SOCK_DGRAM, 0));
+	MUST(ioctl(control, SIOCBRADDBR, name));
+	struct ifreq request = {.ifr_flags = IFF_UP | IFF_NOARP};
+	strcpy(request.ifr_name, name);
+	MUST(ioctl(control, SIOCSIFFLAGS, &request));
+	/* `struct in6_ifreq` of linux/ipv6.h. */
+	struct {
+		struct in6_addr address;
+		uint32_t prefix;
+		int index;
+	} addition = {.prefix = 64, .index = (int)if_nametoindex(name)};
+	CHECK(inet_pton(AF_INET6, ip, &addition.address) == 1, "no address");
+	MUST(ioctl(control, SIOCSIFADDR, &addition));
+	close(control);
+}
+
+static void udp_link_local_setup(void)
+{
+	udp_make_bridge("samara0", "fe80:4567::1");
+	receiver = MUST(socket(AF_INET6, SOCK_DGRAM | SOCK_NONBLOCK, 0));
+	struct net_address address = net_address("fe80:4567::1", 7777);
+	address.v6.sin6_scope_id = if_nametoindex("samara0");
+	/* The kernel looks at a new address by and by. */
+	while (bind(receiver, &address.any, address.bytes)) {
+		CHECK(errno == EADDRNOTAVAIL, "failed: bind: %m");
+		usleep(1000);
+	}
+}
+static void udp_link_local_check(void)
+{
+	char byte;
+	CHECK(!strcmp(net_name(receiver), "fe80:4567::1 7777"), "it is %s", net_name(receiver));
+	CHECK(recv(receiver, &byte, 1, 0) == -1 && errno == EAGAIN, "something arrives");
+}
+static void udp_link_local_spoil(void)
+{
+	MUST(dup2(MUST(socket(AF_INET6, SOCK_DGRAM | SOCK_NONBLOCK, 0)), receiver));
+}
+STATE(udp_link_local, .privileged = true)
+
+static void udp_device_gone_setup(void)
+{
+	udp_make_bridge("samara1", "fe80:4568::1");
+	receiver = MUST(socket(AF_INET, SOCK_DGRAM | SOCK_NONBLOCK, 0));
+	MUST(setsockopt(receiver, SOL_SOCKET, SO_BINDTODEVICE, "samara1", 8));
+	struct net_address address = net_address("0.0.0.0", 7778);
+	MUST(bind(receiver, &address.any, address.bytes));
+}
+static void udp_device_gone_check(void)
+{
+	CHECK(!strcmp(net_name(receiver), "0.0.0.0 7778"), "it is %s", net_name(receiver));
+	int sender = MUST(socket(AF_INET, SOCK_DGRAM, 0));
+	struct net_address address = net_address("127.0.0.1", 7778);
+	MUST(sendto(sender, "x", 1, 0, &address.any, address.bytes));
+	usleep(10000);
+	char byte;
+	CHECK(recv(receiver, &byte, 1, 0) == -1 && errno == EAGAIN, "something arrives from another interface");
+}
+static void udp_device_gone_spoil(void)
+{
+	MUST(setsockopt(receiver, SOL_SOCKET, SO_BINDTODEVICE, "", 0));
+}
+STATE(udp_device_gone, .privileged = true)

@@ -787,6 +787,9 @@ pub enum InternetState {
         unread: Bytes,
         /// ECONNRESET or ECONNREFUSED, which the next call gets.
         error: Option<i32>,
+        /// Whom it was connected to, where the kernel tells.
+        #[serde(default)]
+        peer: Option<SocketAddress>,
     },
     /// Whatever is not TCP.
     Datagrams(Box<Datagrams>),

@@ -121,6 +121,42 @@ pub(crate) fn peer(socket: BorrowedFd<'_>) -> io::Result<Option<SocketAddr>> {
     }
 }
 
+/// What a socket was connected to, also if the connection has ended: `getpeername` tells only of one that lives.
+pub(crate) fn last_peer(socket: BorrowedFd<'_>, domain: i32) -> io::Result<Option<SocketAddr>> {
+    const SO_PEERNAME: i32 = 28;
+    // The kernel takes room for more than there is for a mistake.
+    let bytes = match domain {
+        libc::AF_INET6 => size_of::<libc::sockaddr_in6>(),
+        _ => size_of::<libc::sockaddr_in>(),
+    };
+    match sockopt::get(socket, libc::SOL_SOCKET, SO_PEERNAME, bytes) {
+        Ok(bytes) => socket_address(&bytes).map(Some).ok_or(io::ErrorKind::InvalidData.into()),
+        Err(error) if error.raw_os_error() == Some(libc::ENOTCONN) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Reads a `struct sockaddr_in` or `sockaddr_in6` (`ip(7)`, `ipv6(7)`).
+fn socket_address(bytes: &[u8]) -> Option<SocketAddr> {
+    let (family, rest) = bytes.split_first_chunk::<2>()?;
+    let (port, rest) = rest.split_first_chunk::<2>()?;
+    let port = u16::from_be_bytes(*port);
+    match i32::from(u16::from_le_bytes(*family)) {
+        libc::AF_INET => {
+            let ip = rest.first_chunk::<4>()?;
+            Some((Ipv4Addr::from(*ip), port).into())
+        }
+        libc::AF_INET6 => {
+            let (flow, rest) = rest.split_first_chunk::<4>()?;
+            let (ip, rest) = rest.split_first_chunk::<16>()?;
+            let scope = u32::from_le_bytes(*rest.first_chunk::<4>()?);
+            let flow = u32::from_be_bytes(*flow);
+            Some(SocketAddrV6::new(Ipv6Addr::from(*ip), port, flow, scope).into())
+        }
+        _ => None,
+    }
+}
+
 pub(crate) fn to_record(address: SocketAddr) -> SocketAddress {
     let (flow, scope) = match address {
         SocketAddr::V4(_) => (0, 0),
@@ -231,9 +267,14 @@ impl Addresses {
 
     /// Where a socket goes on that was connected to this address: others than the container's own stay as they are.
     pub(crate) fn follow(&self, address: SocketAddr) -> SocketAddr {
-        match self.moved.get(&address.ip().to_canonical()) {
+        let new = match self.moved.get(&address.ip().to_canonical()) {
             Some(new) => with_ip(address, *new),
             None => address,
+        };
+        match on_link(new) {
+            // The interface has another number here. The socket is bound to it, as everyone is that has such an address.
+            Some(v6) => SocketAddrV6::new(*v6.ip(), v6.port(), v6.flowinfo(), 0).into(),
+            None => new,
         }
     }
 }
@@ -272,6 +313,9 @@ pub(crate) fn bind(
     address: SocketAddr,
     addresses: &Addresses,
 ) -> io::Result<()> {
+    if let Some(address) = on_link(addresses.find(address).unwrap_or(address)) {
+        return bind_on_link(socket, address).map_err(|error| at(address.into(), error));
+    }
     let result = match addresses.find(address) {
         Some(address) => rustix::net::bind(socket, &address),
         None => {
@@ -283,6 +327,37 @@ pub(crate) fn bind(
         }
     };
     result.map_err(|error| at(address, error.into()))
+}
+
+/// An address that means something together with an interface only.
+fn on_link(address: SocketAddr) -> Option<SocketAddrV6> {
+    match address {
+        SocketAddr::V6(v6) if v6.ip().is_unicast_link_local() => Some(v6),
+        SocketAddr::V4(_) | SocketAddr::V6(_) => None,
+    }
+}
+
+/// Binds a socket to an address of the interface that it has been bound to. Where that does not exist, any will do that takes
+/// addresses that are not its own: nothing arrives from that one afterwards.
+fn bind_on_link(socket: BorrowedFd<'_>, address: SocketAddrV6) -> io::Result<()> {
+    let device = sockopt::get(socket, libc::SOL_SOCKET, socket_options::SO_BINDTOIFINDEX, 4)?;
+    let number = device.first_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes));
+    let bound = |address: SocketAddrV6, device: u32| -> io::Result<()> {
+        let address = SocketAddrV6::new(*address.ip(), address.port(), address.flowinfo(), device);
+        Ok(rustix::net::bind(socket, &SocketAddr::from(address))?)
+    };
+    let exists = nix::net::if_::if_nameindex()?.iter().any(|one| one.index() == number);
+    if exists && bound(address, number).is_ok() {
+        return Ok(());
+    }
+    let place = if exists { number } else { nix::net::if_::if_nametoindex("lo")? };
+    let before = sockopt::get(socket, libc::SOL_IP, libc::IP_FREEBIND, 4)?;
+    sockopt::set(socket, libc::SOL_IP, libc::IP_FREEBIND, &1i32.to_le_bytes())?;
+    sockopt::set(socket, libc::SOL_SOCKET, socket_options::SO_BINDTOIFINDEX, &place.to_le_bytes())?;
+    let result = bound(address, place);
+    sockopt::set(socket, libc::SOL_SOCKET, socket_options::SO_BINDTOIFINDEX, &device)?;
+    sockopt::set(socket, libc::SOL_IP, libc::IP_FREEBIND, &before)?;
+    result
 }
 
 /// Says in an error which address it is about.

@@ -5,7 +5,7 @@
 //! program reads what had arrived, then gets ECONNRESET, and connects again as after any failure of a network.
 //!
 //! Limits: an error that nobody has fetched yet comes back as ECONNRESET, or as ECONNREFUSED where no connection had been made;
-//! a socket that lost its connection has another number than before in `getsockname`; connections that wait to be accepted are
+//! a socket that lost a connection out of the container has another number than before in `getsockname`; connections that wait to be accepted are
 //! accepted in another order.
 //!
 //! What this module does not do: urgent data, protocols on top of a connection (TLS in the kernel), data in a connection that
@@ -21,8 +21,8 @@ use nix::sys::socket::{MsgFlags, recv};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{SendFlags, Shutdown};
 use samara_capsule::record::{
-    Bytes, Connection, FileKind, InternetSocket, InternetState, OtherEnd, SocketOption,
-    SocketOptions,
+    Bytes, Connection, FileKind, InternetSocket, InternetState, OtherEnd, SocketAddress,
+    SocketOption, SocketOptions,
 };
 use samara_kernel::pidfd::PidFd;
 use samara_kernel::sock_diag::{self, TcpSocket};
@@ -31,8 +31,8 @@ use samara_kernel::{Pid, sockopt, tcp};
 use crate::capture::{CaptureError, Tables, index, read};
 use crate::descriptors::Found;
 use crate::internet::{
-    Addresses, MPTCP, Made, anywhere, at, bind, canonical, from_record, local, new_socket, peer,
-    to_record, was_given, with_ip,
+    Addresses, MPTCP, Made, anywhere, at, bind, canonical, from_record, last_peer, local, new_socket,
+    peer, to_record, was_given, with_ip,
 };
 use crate::socket_options;
 use crate::unsupported::{Place, UNACCEPTED_TCP};
@@ -93,7 +93,8 @@ pub(crate) fn note(
             } else {
                 libc::ECONNREFUSED
             });
-            InternetState::Ended { unread: unread(socket).map_err(what())?, error }
+            let peer = last_peer(socket, domain).map_err(what())?.map(to_record);
+            InternetState::Ended { unread: unread(socket).map_err(what())?, error, peer }
         }
         state => {
             if events.contains(PollFlags::PRI) {
@@ -271,8 +272,8 @@ fn complete(one: &Noted, other: Other) -> io::Result<InternetState> {
     };
     let sender = match other {
         Other::Outside => {
-            let error = Some(libc::ECONNRESET);
-            return Ok(InternetState::Ended { unread: unread(socket)?, error });
+            let (error, peer) = (Some(libc::ECONNRESET), Some(to_record(one.peer)));
+            return Ok(InternetState::Ended { unread: unread(socket)?, error, peer });
         }
         Other::Silent(peer) => return Ok(InternetState::Connecting { peer: to_record(peer) }),
         Other::Waiting => return Ok(state(OtherEnd::Waiting, unread(socket)?, Bytes::new())),
@@ -316,6 +317,12 @@ pub(crate) fn restore(
     let mut made = Made::new();
     let sockets: BTreeMap<u32, &InternetSocket> =
         sockets.iter().filter(|(_, socket)| socket.kind == libc::SOCK_STREAM).copied().collect();
+    // Before any port is taken: what has ended has none.
+    for (file, socket) in &sockets {
+        if let InternetState::Ended { unread, error, peer } = &socket.state {
+            made.insert(*file, ended(socket, unread, *error, peer.as_ref(), addresses)?);
+        }
+    }
     for (file, socket) in &sockets {
         if let InternetState::Connection(connection) = &socket.state {
             connect(*file, socket, connection, &sockets, addresses, &mut made)?;
@@ -348,11 +355,9 @@ pub(crate) fn restore(
                 }
                 made.insert(*file, new);
             }
-            InternetState::Ended { unread, error } => {
-                made.insert(*file, ended(socket, unread, *error)?);
-            }
             InternetState::Connecting { .. }
             | InternetState::Connection(_)
+            | InternetState::Ended { .. }
             | InternetState::Datagrams(_) => {}
         }
     }
@@ -664,31 +669,107 @@ fn shut(socket: BorrowedFd<'_>, connection: &Connection) -> io::Result<()> {
 }
 
 /// A socket whose connection is no more: with what it can still read, and the error that it will get after that.
-fn ended(socket: &InternetSocket, unread: &[u8], error: Option<i32>) -> io::Result<OwnedFd> {
+///
+/// It tells the addresses that it had where the new container has both of them.
+fn ended(
+    socket: &InternetSocket,
+    unread: &[u8],
+    error: Option<i32>,
+    peer: Option<&SocketAddress>,
+    addresses: &Addresses,
+) -> io::Result<OwnedFd> {
+    let own = |address: Option<&SocketAddress>| -> io::Result<Option<SocketAddr>> {
+        Ok(address.map(from_record).transpose()?.and_then(|address| addresses.find(address)))
+    };
+    if let (Some(here), Some(there)) = (own(socket.local.as_ref())?, own(peer)?) {
+        match end(socket, unread, error, Some(here), there) {
+            Ok(new) => return Ok(new),
+            // An older kernel, or a port that somebody else has.
+            Err(why) => tracing::debug!("a socket that was {here} does not tell so: {why}"),
+        }
+    }
+    end(socket, unread, error, None, loopback(socket.domain))
+}
+
+/// Makes a connection between two addresses and ends it.
+fn end(
+    socket: &InternetSocket,
+    unread: &[u8],
+    error: Option<i32>,
+    here: Option<SocketAddr>,
+    there: SocketAddr,
+) -> io::Result<OwnedFd> {
     let new = new_socket(socket.domain, socket.kind, socket.protocol)?;
     let listener = new_socket(socket.domain, socket.kind, 0)?;
-    rustix::net::bind(&listener, &loopback(socket.domain))?;
+    reuse(listener.as_fd())?;
+    rustix::net::bind(&listener, &there)?;
     let to = local(listener.as_fd())?.ok_or_else(damaged)?;
-    if error == Some(libc::ECONNREFUSED) {
+    let freed = here.map(|here| choose(new.as_fd(), here)).transpose()?;
+    let new = if error == Some(libc::ECONNREFUSED) {
         // Nobody listens at an address that is bound.
-        return refuse(new, to);
-    }
-    socket_options::make_room(&new, unread.len())?;
-    socket_options::make_room(&listener, unread.len())?;
-    let (new, far) = meet(new, to, &listener)?;
-    fill(far.as_fd(), new.as_fd(), unread)?;
-    if error.is_some() {
-        // Closed in this way it sends a reset.
-        let at_once = [1i32.to_le_bytes(), 0i32.to_le_bytes()].concat();
-        sockopt::set(far.as_fd(), libc::SOL_SOCKET, libc::SO_LINGER, &at_once)?;
-        drop(far);
+        refuse(new, to)?
     } else {
-        drop(far);
-        wait_until("the end of a connection", || Ok(tcp::info(new.as_fd())?.state == CLOSE_WAIT))?;
-        rustix::net::shutdown(&new, Shutdown::Both)?;
+        end_with(new, to, &listener, unread)?
+    };
+    if let Some(freed) = freed {
+        freed.put_back(new.as_fd())?;
     }
+    if here.is_some_and(|here| local(new.as_fd()).ok().flatten() != Some(here)) {
+        return Err(damaged());
+    }
+    if error.is_none() {
+        // A connection that both sides have ended differs in nothing else, and leaves nothing behind when it is reset.
+        sockopt::get(new.as_fd(), libc::SOL_SOCKET, libc::SO_ERROR, 4)?;
+    }
+    Ok(new)
+}
+
+/// Connects, receives, and is reset.
+fn end_with(
+    new: OwnedFd,
+    to: SocketAddr,
+    listener: &OwnedFd,
+    unread: &[u8],
+) -> io::Result<OwnedFd> {
+    socket_options::make_room(&new, unread.len())?;
+    socket_options::make_room(listener, unread.len())?;
+    let (new, far) = meet(new, to, listener)?;
+    fill(far.as_fd(), new.as_fd(), unread)?;
+    // Closed in this way it sends a reset.
+    let at_once = [1i32.to_le_bytes(), 0i32.to_le_bytes()].concat();
+    sockopt::set(far.as_fd(), libc::SOL_SOCKET, libc::SO_LINGER, &at_once)?;
+    drop(far);
     wait_until("the end of a connection", || Ok(tcp::info(new.as_fd())?.state == CLOSE))?;
     Ok(new)
+}
+
+/// Options of a socket while it gets an address that it does not keep when its connection ends, as one that has bound it would.
+#[derive(Debug)]
+struct Chosen {
+    without_port: Vec<u8>,
+}
+
+/// ip(7), since Linux 6.3: the lowest port in the low half, the highest in the other; 0 for what is usual.
+const IP_LOCAL_PORT_RANGE: i32 = 51;
+
+/// Has a socket connect from this address.
+fn choose(socket: BorrowedFd<'_>, address: SocketAddr) -> io::Result<Chosen> {
+    let option = libc::IP_BIND_ADDRESS_NO_PORT;
+    let without_port = sockopt::get(socket, libc::SOL_IP, option, 4)?;
+    sockopt::set(socket, libc::SOL_IP, option, &1i32.to_le_bytes())?;
+    let port = u32::from(address.port());
+    let range = port | port << 16;
+    sockopt::set(socket, libc::SOL_IP, IP_LOCAL_PORT_RANGE, &range.to_le_bytes())?;
+    rustix::net::bind(socket, &SocketAddr::new(address.ip(), 0))?;
+    Ok(Chosen { without_port })
+}
+
+impl Chosen {
+    fn put_back(self, socket: BorrowedFd<'_>) -> io::Result<()> {
+        sockopt::set(socket, libc::SOL_IP, IP_LOCAL_PORT_RANGE, &0u32.to_le_bytes())?;
+        let option = libc::IP_BIND_ADDRESS_NO_PORT;
+        sockopt::set(socket, libc::SOL_IP, option, &self.without_port)
+    }
 }
 
 /// Lets a socket try to connect where nobody listens, and keeps the error for the program.
