@@ -61,6 +61,23 @@ static void *registers_general_body(void *data)
 }
 HOLDER(registers_general)
 
+/* A program that has the processor trap after each of its own instructions. */
+static volatile unsigned long traps;
+static void on_trap(int signal) { (void)signal; traps++; }
+static void *single_steps_body(void *data)
+{
+	(void)data;
+	signal(SIGTRAP, on_trap);
+	running = 1;
+	__asm__ volatile("pushfq\n orq $0x100, (%%rsp)\n popfq\n 1: cmpl $0, %0\n je 1b\n" : : "m"(stop) : "memory", "cc");
+	unsigned long before = traps;
+	__asm__ volatile("nop\n nop\n nop\n pushfq\n andq $~0x100, (%%rsp)\n popfq\n" : : : "memory", "cc");
+	if (traps < before + 3)
+		differs++;
+	return NULL;
+}
+HOLDER(single_steps)
+
 /* x87: a full stack, a control word of its own, and an exception that waits. */
 static void *registers_x87_body(void *data)
 {

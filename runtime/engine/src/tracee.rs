@@ -18,7 +18,9 @@ use std::time::{Duration, Instant};
 use samara_capsule::record::Restart;
 use samara_kernel::pidfd::PidFd;
 use samara_kernel::ptrace::{self, Registers};
-use samara_kernel::tape::{self, CALL_BYTES, Call, End, ONCE_BYTES, ONCE_PREFIX, RETURN_BLOCK};
+use samara_kernel::tape::{
+    self, CALL_BYTES, Call, End, ONCE_BYTES, ONCE_PREFIX, RETURN_BLOCK, TRAP_FLAG,
+};
 use samara_kernel::wait::{self, Status};
 use samara_kernel::{Pid, proc};
 
@@ -387,7 +389,9 @@ impl Process {
         let tid = thread.tid;
         let rax = libc::SYS_exit_group.unsigned_abs();
         let after = restart::explicit(&thread.stop);
-        let start = Registers { rip: stub, rax, rdi: code.into(), orig_rax: u64::MAX, ..after };
+        let eflags = after.eflags & !TRAP_FLAG;
+        let start =
+            Registers { rip: stub, rax, rdi: code.into(), orig_rax: u64::MAX, eflags, ..after };
         self.write(stub, &tape::once(&after, thread.mask))?;
         ptrace::set_registers(tid, &start).map_err(failed("set the registers of", tid))?;
         ptrace::set_signal_mask(tid, ALL_SIGNALS).map_err(failed("block the signals of", tid))?;
@@ -409,8 +413,9 @@ impl Process {
         let code = tape::once(&after, thread.mask);
         let [rdi, rsi, rdx, r10, r8, r9] = arguments;
         let rax = number.unsigned_abs();
+        let (orig_rax, eflags) = (u64::MAX, after.eflags & !TRAP_FLAG);
         let start =
-            Registers { rip: stub, rax, rdi, rsi, rdx, r10, r8, r9, orig_rax: u64::MAX, ..after };
+            Registers { rip: stub, rax, rdi, rsi, rdx, r10, r8, r9, orig_rax, eflags, ..after };
         self.memory.write_all_at(&code, stub).map_err(|source| TraceeError::Memory {
             what: "write",
             pid,

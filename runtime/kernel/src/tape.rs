@@ -85,6 +85,10 @@ pub enum End {
     Breakpoint,
 }
 
+/// The bit of the flags with which the processor sends SIGTRAP after every instruction. A program may have set it for itself; code
+/// that a tracer has it run goes without.
+pub const TRAP_FLAG: u64 = 1 << 8;
+
 /// Registers with which a thread starts to run `calls` calls at `tape`, with the interpreter mapped at `interpreter`.
 #[must_use]
 pub fn start(interpreter: u64, tape: u64, calls: u64, end: End, from: &Registers) -> Registers {
@@ -95,6 +99,7 @@ pub fn start(interpreter: u64, tape: u64, calls: u64, end: End, from: &Registers
         rbp: calls,
         r12: breakpoint,
         orig_rax: u64::MAX,
+        eflags: from.eflags & !TRAP_FLAG,
         ..*from
     }
 }
@@ -119,7 +124,8 @@ pub const ONCE_BYTES: usize = ONCE_PREFIX.len() + 9 * 10 + 14 + 8;
 /// Code for one system call after which the thread has the general registers of `to` and the signal mask `mask`.
 ///
 /// The call's number and arguments are in the registers with which the thread starts at the first byte.
-/// Flags need no restoring: `syscall` keeps them, `mov` and `lea` do not change them.
+/// Flags need no restoring: `syscall` keeps them, `mov` and `lea` do not change them. Only [`TRAP_FLAG`], without which the thread
+/// starts, stays away: the code can't load flags without a stack.
 #[must_use]
 pub fn once(to: &Registers, mask: u64) -> [u8; ONCE_BYTES] {
     let loads: [([u8; 2], u64); 9] = [
