@@ -102,6 +102,31 @@ static void memfd_private_closed_spoil(void) { lone_at[PAGE] = 'O'; }
 
 STATE(memfd_private_closed)
 
+static int odd_fd;
+static char *odd_at;
+
+/* A name with characters that the list of mappings writes in another way. */
+static void memfd_odd_name_setup(void)
+{
+	odd_fd = memfd("a\nb\\012 c", 0, PAGE);
+	odd_at = map(odd_fd, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED);
+}
+
+static void memfd_odd_name_check(void)
+{
+	char path[64], link[128] = "";
+	sprintf(path, "/proc/self/fd/%d", odd_fd);
+	MUST(readlink(path, link, sizeof link - 1));
+	CHECK(!strcmp(link, "/memfd:a\nb\\012 c (deleted)"), "its name is %s", link);
+	odd_at[0] = 'm';
+	char byte;
+	CHECK(MUST(pread(odd_fd, &byte, 1, 0)) == 1 && byte == 'm', "the mapping is of another object");
+}
+
+static void memfd_odd_name_spoil(void) { MUST(dup2(MUST(open("/dev/null", O_RDONLY)), odd_fd)); }
+
+STATE(memfd_odd_name)
+
 static int position_fds[3];
 
 static void memfd_positions_setup(void)

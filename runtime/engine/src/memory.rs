@@ -182,7 +182,11 @@ fn backing(
     }
     let nameless = name == b"/dev/zero (deleted)" || name.starts_with(b"[anon_shmem:") || huge;
     if name.starts_with(b"/memfd:") || nameless {
-        let memfd = name
+        // The link has the name as it is, where the list of mappings writes a line feed as four characters.
+        let link_name = fs::read_link(&link).map_err(read(link.as_str()))?;
+        let memfd = link_name
+            .as_os_str()
+            .as_bytes()
             .strip_prefix(b"/memfd:")
             .map(|name| name.strip_suffix(b" (deleted)").unwrap_or(name));
         let memory = tables.shared_memory(identity, &link, memfd)?;
