@@ -75,6 +75,42 @@ static void program_in_tmp_check(void)
 static void program_in_tmp_spoil(void) { end_runner(); }
 STATE(program_in_tmp)
 
+/* A program that was only ever in memory, whose last descriptor went with its start. */
+static int sealed_program;
+static void program_in_memory_setup(void)
+{
+	copy("/bin/busybox", "/tmp/program", 0755);
+	if (!(runner = MUST(fork()))) {
+		char *arguments[] = {"sh", "-c", SCRIPT, NULL}, *environment[] = {NULL}, buffer[65536], path[64];
+		ssize_t count;
+		int from = MUST(open("/tmp/program", O_RDONLY));
+		int to = MUST(memfd_create("tool", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+		while ((count = MUST(read(from, buffer, sizeof buffer))) > 0)
+			MUST(write(to, buffer, (size_t)count));
+		MUST(fcntl(to, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE));
+		/* Who can write to it is no reader of a program. */
+		snprintf(path, sizeof path, "/proc/self/fd/%d", to);
+		int program = MUST(open(path, O_RDONLY | O_CLOEXEC));
+		close(to);
+		syscall(SYS_execveat, program, "", arguments, environment, AT_EMPTY_PATH);
+		_exit(99);
+	}
+	while (access("/tmp/started", F_OK))
+		usleep(1000);
+	char path[64];
+	snprintf(path, sizeof path, "/proc/%d/exe", runner);
+	sealed_program = MUST(open(path, O_RDONLY));
+}
+static void program_in_memory_check(void)
+{
+	CHECK(!strcmp(link_of(runner, "exe"), "/memfd:tool (deleted)"), "it is %s", link_of(runner, "exe"));
+	int seals = MUST(fcntl(sealed_program, F_GET_SEALS));
+	CHECK(seals == (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE), "its seals are %#x", seals);
+	expect_runs();
+}
+static void program_in_memory_spoil(void) { end_runner(); }
+STATE(program_in_memory)
+
 static void program_removed_setup(void)
 {
 	run_copy("/tmp/program");

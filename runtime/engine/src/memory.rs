@@ -12,7 +12,7 @@
 //! Memory is read through `/proc/PID/mem`: `process_vm_readv` pins pages, which makes the kernel copy every page that a
 //! forked child still shares with its parent.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ffi::OsStr;
 use std::fs::{self, File, Metadata};
 use std::io;
@@ -637,14 +637,26 @@ pub(crate) struct Shared {
 
 impl Shared {
     /// Keeps what somebody runs as a handle only: a file that is open to be written is no program.
+    ///
+    /// A memfd gets its seals before that, because a handle can't be sealed. They forbid nothing that is still to come: nobody
+    /// has mapped a program to be written.
     fn stop_writing_programs(&mut self, container: &Container) -> Result<(), RestoreError> {
-        for record in &container.processes {
-            let ProcessState::Alive(alive) = &record.state else { continue };
-            let file = match alive.nameless_executable {
-                None => None,
-                Some(NamelessExecutable::Unlinked { file }) => self.unlinked.get_mut(file as usize),
-                Some(NamelessExecutable::SharedMemory { memory }) => {
-                    self.memory.get_mut(memory as usize)
+        let mut programs: Vec<NamelessExecutable> = Vec::new();
+        for program in self::programs(container) {
+            if !programs.contains(&program) {
+                programs.push(program);
+            }
+        }
+        for program in programs {
+            let file = match program {
+                NamelessExecutable::Unlinked { file } => self.unlinked.get_mut(file as usize),
+                NamelessExecutable::SharedMemory { memory } => {
+                    let file = self.memory.get_mut(memory as usize);
+                    let record = container.shared_memory.get(memory as usize);
+                    if let (Some(file), Some(record)) = (&file, record) {
+                        add_seals(file, record)?;
+                    }
+                    file
                 }
             };
             if let Some(file) = file {
@@ -818,17 +830,39 @@ fn make_memory(
     Ok(file)
 }
 
-/// Seals memfds, once everybody has mapped them: a seal may forbid what was mapped before it.
+/// Seals memfds, once everybody has mapped them: a seal may forbid what was mapped before it. Those that are programs have been
+/// sealed by [`Shared::stop_writing_programs`].
 pub(crate) fn seal(shared: &Shared, container: &Container) -> Result<(), RestoreError> {
-    use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-    for (record, file) in container.shared_memory.iter().zip(&shared.memory) {
-        if let SharedMemoryKind::Memfd { seals, .. } = record.kind {
-            fcntl(file, FcntlArg::F_ADD_SEALS(SealFlag::from_bits_retain(seals)))
-                .map_err(io::Error::from)
-                .map_err(make("the seals of shared memory"))?;
+    let sealed: BTreeSet<u32> = programs(container)
+        .filter_map(|program| match program {
+            NamelessExecutable::SharedMemory { memory } => Some(memory),
+            NamelessExecutable::Unlinked { .. } => None,
+        })
+        .collect();
+    for (number, (record, file)) in (0u32..).zip(container.shared_memory.iter().zip(&shared.memory))
+    {
+        if !sealed.contains(&number) {
+            add_seals(file, record)?;
         }
     }
     Ok(())
+}
+
+fn add_seals(file: &File, record: &record::SharedMemory) -> Result<(), RestoreError> {
+    use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+    let SharedMemoryKind::Memfd { seals, .. } = record.kind else { return Ok(()) };
+    fcntl(file, FcntlArg::F_ADD_SEALS(SealFlag::from_bits_retain(seals)))
+        .map(|_| ())
+        .map_err(io::Error::from)
+        .map_err(make("the seals of shared memory"))
+}
+
+/// What processes run that has no name; what several run comes several times.
+fn programs(container: &Container) -> impl Iterator<Item = NamelessExecutable> {
+    container.processes.iter().filter_map(|record| match &record.state {
+        ProcessState::Alive(alive) => alive.nameless_executable,
+        ProcessState::Zombie { .. } => None,
+    })
 }
 
 /// Makes a regular file without a name on the file system where it was.
