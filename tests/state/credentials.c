@@ -71,6 +71,24 @@ static void groups_many(void)
 	MUST(setgroups(200, groups));
 }
 RIGHTS(groups_many)
+/* As many as the kernel takes. */
+static void groups_most_setup(void)
+{
+	static gid_t groups[65536];
+	for (int i = 0; i < 65536; i++)
+		groups[i] = (gid_t)(5000 + 3 * i);
+	MUST(setgroups(65536, groups));
+}
+static void groups_most_check(void)
+{
+	static gid_t groups[65536];
+	int count = MUST(getgroups(65536, groups));
+	CHECK(count == 65536, "there are %d", count);
+	for (int i = 0; i < count; i++)
+		CHECK(groups[i] == (gid_t)(5000 + 3 * i), "group %d is %u", i, groups[i]);
+}
+static void groups_most_spoil(void) { MUST(setgroups(0, NULL)); }
+STATE(groups_most)
 static void groups_none(void) { MUST(setgroups(0, NULL)); }
 RIGHTS(groups_none)
 static void capabilities_few(void) { capset_to(BIT(CAP_CHOWN), BIT(CAP_CHOWN) | BIT(CAP_KILL), 0); }

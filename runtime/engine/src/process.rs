@@ -1314,6 +1314,12 @@ pub(crate) fn confine(
     // The leader last: timers and the dumpable flag belong to the process, and changing ids resets the latter.
     for (index, thread) in alive.threads.iter().enumerate().rev() {
         let mut tape = process.tape()?;
+        groups(&mut tape, &thread.credentials.groups);
+        // As many as the kernel allows fill a tape.
+        if !tape.has_room(CREDENTIAL_CALLS, CREDENTIAL_BYTES) {
+            process.run_all(index, &tape, End::Breakpoint)?;
+            tape = process.tape()?;
+        }
         credentials(&mut tape, thread, confinement, permitted);
         process.run_all(index, &tape, End::Breakpoint)?;
         for filter in filters(thread, confinement).iter().skip(common.len()) {
@@ -1482,6 +1488,17 @@ fn queue_signal(tape: &mut Tape, alive: &Alive, tid: Option<i32>, info: &[u8]) {
 /// `SECBIT_NO_SETUID_FIXUP`: changing ids leaves capabilities alone.
 const NO_SETUID_FIXUP: u64 = 1 << 2;
 
+/// More than [`credentials`] needs: a call for each capability, some more, and the two structures of capabilities.
+const CREDENTIAL_CALLS: usize = 96;
+const CREDENTIAL_BYTES: usize = 1024;
+
+fn groups(tape: &mut Tape, groups: &[u32]) {
+    let bytes: Vec<u8> = groups.iter().flat_map(|group| group.to_le_bytes()).collect();
+    let address = tape.data(&bytes);
+    let arguments = [groups.len() as u64, address, 0, 0, 0, 0];
+    tape.call("set its groups", libc::SYS_setgroups, arguments);
+}
+
 /// `permitted` are the capabilities that the thread has.
 fn credentials(
     tape: &mut Tape,
@@ -1499,13 +1516,6 @@ fn credentials(
         let drop = u64::from(libc::PR_CAPBSET_DROP.unsigned_abs());
         tape.try_call("drop a capability", libc::SYS_prctl, [drop, capability, 0, 0, 0, 0]);
     }
-    let groups: Vec<u8> = saved.groups.iter().flat_map(|group| group.to_le_bytes()).collect();
-    let address = tape.data(&groups);
-    tape.call(
-        "set its groups",
-        libc::SYS_setgroups,
-        [saved.groups.len() as u64, address, 0, 0, 0, 0],
-    );
     let [real, effective, set, files] = saved.gids.map(u64::from);
     tape.call("set its group ids", libc::SYS_setresgid, [real, effective, set, 0, 0, 0]);
     if files != effective {
