@@ -98,6 +98,38 @@ static void in_receive_all_check(void)
 static void in_receive_all_spoil(void) { MUST(write(pipes[1], "x", 1)); }
 STATE(in_receive_all)
 
+/* Some messages have come before, and the call returns these: the kernel tells the next call why it was interrupted. */
+static int in_receive_many_body(void)
+{
+	char bytes[3];
+	struct iovec parts[3] = {{bytes, 1}, {bytes + 1, 1}, {bytes + 2, 1}};
+	struct mmsghdr messages[3] = {{.msg_hdr = {.msg_iov = parts, .msg_iovlen = 1}},
+		{.msg_hdr = {.msg_iov = parts + 1, .msg_iovlen = 1}}, {.msg_hdr = {.msg_iov = parts + 2, .msg_iovlen = 1}}};
+	for (int have = 0; have < 3;) {
+		int more = recvmmsg(pipes[0], messages + have, (unsigned)(3 - have), 0, NULL);
+		if (more <= 0)
+			return 1;
+		have += more;
+	}
+	return memcmp(bytes, "abc", 3) ? 2 : 0;
+}
+static void in_receive_many_setup(void)
+{
+	MUST(socketpair(AF_UNIX, SOCK_DGRAM, 0, pipes));
+	MUST(write(pipes[1], "a", 1));
+	begin(in_receive_many_body);
+}
+static void in_receive_many_check(void)
+{
+	MUST(write(pipes[1], "b", 1));
+	usleep(20000);
+	CHECK(waitpid(child, NULL, WNOHANG) == 0, "the call has ended too early");
+	MUST(write(pipes[1], "c", 1));
+	expect_exit(child, 0);
+}
+static void in_receive_many_spoil(void) { MUST(write(pipes[1], "x", 1)); }
+STATE(in_receive_many)
+
 /* Waits with a mask of their own: a blocked signal ends them, and is blocked again behind. */
 static volatile sig_atomic_t count;
 static void counting(int signal) { (void)signal; count++; }

@@ -367,6 +367,7 @@ impl Freezer {
                 }
                 let mut thread = Thread::at_stop(tid, group_stop)?;
                 restart::mend_interrupted(&mut thread.stop);
+                restart::take_interrupted_error(pid, &thread.stop);
                 self.stopped.insert(tid, (pid, thread));
             }
             // Delivered now; the interrupt stops the thread before the first instruction of the handler.
@@ -530,6 +531,9 @@ fn let_go(tid: Pid) -> bool {
         Ok(Some(Status::EventStop(_))) => {
             let released = Thread::at_stop(tid, 0).and_then(|mut thread| {
                 restart::mend_interrupted(&mut thread.stop);
+                if let Ok(pid) = process_of(tid) {
+                    restart::take_interrupted_error(pid, &thread.stop);
+                }
                 ptrace::set_registers(tid, &thread.stop)
                     .map_err(failed("set the registers of", tid))?;
                 thread.release()

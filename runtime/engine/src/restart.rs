@@ -8,15 +8,19 @@
 //! | `-ERESTART_RESTARTBLOCK` | go on with the rest of the time, which only the kernel knows | thaw: nothing to do; restore: issue it again with what is left |
 //! | `-EINTR`, of calls that `signal(7)` lists as never restarted | fails, even without a signal handler | issue it again with what is left |
 //!
+//! A call that has moved a part of its data returns that part. [`take_interrupted_error`] is about what `recvmmsg` does besides.
+//!
 //! What is left is known where the call wrote it to memory, or from the time at which the scheduler put the thread to sleep.
 //! A thread that woke in between without returning is taken to have begun then: timeouts may come late, never early.
 
 use std::collections::BTreeMap;
+use std::os::fd::{AsFd, RawFd};
 use std::time::{Duration, Instant};
 
 use samara_capsule::record::Restart;
+use samara_kernel::pidfd::PidFd;
 use samara_kernel::ptrace::Registers;
-use samara_kernel::{Pid, proc, process_vm};
+use samara_kernel::{Pid, proc, process_vm, sockopt};
 
 const ERESTARTSYS: i64 = 512;
 const ERESTARTNOINTR: i64 = 513;
@@ -52,6 +56,31 @@ pub(crate) fn mend_interrupted(stop: &mut Registers) {
     let number = stop.orig_rax.cast_signed();
     if -stop.rax.cast_signed() == i64::from(libc::EINTR) && never_restarted(number) {
         stop.rax = (-ERESTARTNOHAND).cast_unsigned();
+    }
+}
+
+/// Takes back the error that an interrupted `recvmmsg` leaves in its socket.
+///
+/// Where it has received a part of its messages, it returns their number and keeps the reason for the next call on the socket
+/// (net/socket.c, `do_recvmmsg`): ERESTARTSYS too, which no program knows. An error that came from the network at this very moment
+/// would be taken with it.
+pub(crate) fn take_interrupted_error(pid: Pid, stop: &Registers) {
+    let received = stop.rax.cast_signed();
+    let asked = stop.rdx & u64::from(u32::MAX);
+    let cut = stop.orig_rax.cast_signed() == libc::SYS_recvmmsg
+        && received > 0
+        && received.unsigned_abs() < asked;
+    if !cut {
+        return;
+    }
+    // The kernel looks at the lower half of the register.
+    let bytes = stop.rdi.to_le_bytes();
+    let number = bytes.first_chunk().map_or(-1, |low| RawFd::from_le_bytes(*low));
+    let taken = PidFd::open(pid)
+        .and_then(|process| process.get_fd(number))
+        .and_then(|socket| sockopt::get(socket.as_fd(), libc::SOL_SOCKET, libc::SO_ERROR, 4));
+    if let Err(error) = taken {
+        tracing::debug!(%error, pid, number, "the error of an interrupted recvmmsg stays");
     }
 }
 
