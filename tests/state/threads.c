@@ -124,6 +124,26 @@ POLICY(policy_batch, SCHED_BATCH, 0)
 POLICY(policy_idle, SCHED_IDLE, 0)
 POLICY(policy_reset_on_fork, SCHED_BATCH | SCHED_RESET_ON_FORK, 0)
 
+/* The time slice that a thread asks for, beside its nice value and policy. */
+struct slice { uint32_t size, policy; uint64_t flags; int32_t nice; uint32_t priority; uint64_t ns, deadline_ns, period_ns; };
+static struct slice slice;
+static void ask_for_slice(uint64_t ns)
+{
+	struct slice wanted = {.size = sizeof wanted, .policy = SCHED_BATCH, .nice = 4, .ns = ns};
+	MUST(syscall(SYS_sched_setattr, 0, &wanted, 0));
+	MUST(syscall(SYS_sched_getattr, 0, &slice, sizeof slice, 0));
+}
+static void time_slice_setup(void) { ask_for_slice(20000000); }
+static void time_slice_check(void)
+{
+	struct slice now;
+	MUST(syscall(SYS_sched_getattr, 0, &now, sizeof now, 0));
+	CHECK(now.ns == slice.ns, "it was %lu ns and is %lu ns", slice.ns, now.ns);
+	CHECK(now.policy == SCHED_BATCH && now.nice == 4, "policy %u, nice value %d", now.policy, now.nice);
+}
+static void time_slice_spoil(void) { uint64_t before = slice.ns; ask_for_slice(50000000); slice.ns = before; }
+STATE(time_slice)
+
 static void nice_low_setup(void) { MUST(setpriority(PRIO_PROCESS, 0, 14)); }
 static void nice_low_check(void) { CHECK(getpriority(PRIO_PROCESS, 0) == 14, "the nice value is %d", getpriority(PRIO_PROCESS, 0)); }
 static void nice_low_spoil(void) { MUST(setpriority(PRIO_PROCESS, 0, 18)); }

@@ -1164,6 +1164,9 @@ pub struct Scheduling {
     pub memory_policy: Option<(u32, Vec<u64>)>,
     /// Processors that it may run on, as a list; empty for all that there are.
     pub affinity: Vec<u32>,
+    /// The time slice that it has asked for, in nanoseconds; 0 for the kernel's own.
+    #[serde(default)]
+    pub slice_ns: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

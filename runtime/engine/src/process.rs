@@ -862,6 +862,7 @@ fn collect_thread(
             io_priority: u32::try_from(result(io_priority)).unwrap_or(0),
             memory_policy: (mode != 0).then(|| (mode, nodes.to_vec())),
             affinity: if affinity == online { Vec::new() } else { affinity },
+            slice_ns: own_slice(tid).map_err(what())?,
         },
         parent_death_signal: low_int(death),
         timer_slack_ns: result(slack),
@@ -871,6 +872,12 @@ fn collect_thread(
         own_directories: look.own_directories.clone(),
         attributes: attributes::complete(tid, answers)?,
     })
+}
+
+/// The time slice that a thread has asked for; 0 where it is the one that the engine has too, which has asked for none.
+fn own_slice(tid: Pid) -> io::Result<u64> {
+    let (slice_ns, default_ns) = (sched::slice_ns(tid)?, sched::slice_ns(0)?);
+    Ok(if slice_ns == default_ns { 0 } else { slice_ns })
 }
 
 /// All filters of a thread, oldest first.
@@ -1456,6 +1463,12 @@ fn attributes(tape: &mut Tape, thread: &record::Thread) {
     if scheduling.nice != 0 {
         let nice = i64::from(scheduling.nice).cast_unsigned();
         tape.call("set its nice value", libc::SYS_setpriority, [0, 0, nice, 0, 0, 0]);
+    }
+    if scheduling.slice_ns != 0 && sched::is_fair(scheduling.policy) {
+        let Scheduling { policy, reset_on_fork, nice, slice_ns, .. } = *scheduling;
+        let words = tape.words(&sched::slice_words(policy, reset_on_fork, nice, slice_ns));
+        // Kernels that know no slices of threads take it and do nothing.
+        tape.call("set its time slice", libc::SYS_sched_setattr, [0, words, 0, 0, 0, 0]);
     }
     if !scheduling.affinity.is_empty() {
         let words = sched::affinity_words(&scheduling.affinity);

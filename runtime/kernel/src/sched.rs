@@ -27,6 +27,58 @@ pub fn resets_on_fork(tid: Pid) -> io::Result<bool> {
     Ok(policy & libc::c_long::from(libc::SCHED_RESET_ON_FORK) != 0)
 }
 
+/// `struct sched_attr` of linux/sched/types.h, as far as its first version goes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+struct Attributes {
+    size: u32,
+    policy: u32,
+    flags: u64,
+    nice: i32,
+    priority: u32,
+    runtime_ns: u64,
+    deadline_ns: u64,
+    period_ns: u64,
+}
+const ATTRIBUTES_BYTES: u32 = 48;
+const _: () = assert!(size_of::<Attributes>() == ATTRIBUTES_BYTES as usize);
+
+/// The time slice of a thread of `SCHED_OTHER` or `SCHED_BATCH`, in nanoseconds: the kernel's own, or what it has asked for. 0 for
+/// other policies, and of kernels before 6.12, where none can be asked for.
+pub fn slice_ns(tid: Pid) -> io::Result<u64> {
+    let mut attributes = Attributes::default();
+    // SAFETY: the kernel writes no more than the size that is passed along, which is that of `attributes`.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_sched_getattr,
+            tid,
+            std::ptr::from_mut(&mut attributes),
+            ATTRIBUTES_BYTES,
+            0,
+        )
+    };
+    check(result)?;
+    Ok(if is_fair(attributes.policy) { attributes.runtime_ns } else { 0 })
+}
+
+/// Whether threads of this policy can ask for a slice.
+#[must_use]
+pub fn is_fair(policy: u32) -> bool {
+    const OTHER: u32 = libc::SCHED_OTHER.unsigned_abs();
+    const BATCH: u32 = libc::SCHED_BATCH.unsigned_abs();
+    matches!(policy, OTHER | BATCH)
+}
+
+/// What `sched_setattr` takes to give a thread a slice, and, so that they stay, its policy and nice value.
+#[must_use]
+pub fn slice_words(policy: u32, reset_on_fork: bool, nice: i32, slice_ns: u64) -> [u64; 6] {
+    /// `SCHED_FLAG_RESET_ON_FORK`
+    const RESET_ON_FORK: u64 = 1;
+    let first = u64::from(ATTRIBUTES_BYTES) | u64::from(policy) << 32;
+    let flags = if reset_on_fork { RESET_ON_FORK } else { 0 };
+    [first, flags, u64::from(nice.cast_unsigned()), slice_ns, 0, 0]
+}
+
 /// Restricts a thread to `processors`.
 ///
 /// # Errors
