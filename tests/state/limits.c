@@ -54,6 +54,26 @@ static void limit_below_descriptor_check(void)
 static void limit_below_descriptor_spoil(void) { close(900); }
 STATE(limit_below_descriptor)
 
+/* More data and mappings than the soft limits allow now; the hard ones leave room. */
+static char *beyond;
+static void limit_below_mappings_setup(void)
+{
+	beyond = mmap(NULL, 32 << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	CHECK(beyond != MAP_FAILED, "no memory");
+	beyond[5 << 20] = 7;
+	limit_to(RLIMIT_DATA, 4096, 1l << 40);
+	limit_to(RLIMIT_AS, 1 << 20, 1l << 41);
+}
+static void limit_below_mappings_check(void)
+{
+	expect_limit(RLIMIT_DATA, 4096, 1l << 40);
+	expect_limit(RLIMIT_AS, 1 << 20, 1l << 41);
+	CHECK(beyond[5 << 20] == 7 && !beyond[6 << 20], "other content");
+	CHECK(mmap(NULL, 4096, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) == MAP_FAILED, "the limit is not kept");
+}
+static void limit_below_mappings_spoil(void) { beyond[5 << 20] = 8; }
+STATE(limit_below_mappings)
+
 /* More memory than the limit allows now. */
 static char *large;
 static void limit_below_memory_setup(void)

@@ -328,7 +328,7 @@ impl Process {
         }
     }
 
-    /// For a process that has used up what it may map, or lock: its soft limits are lifted for this moment.
+    /// For a process that has used up what it may map, write to, or lock: its soft limits are lifted for this moment.
     fn map_arena_beyond_limits(&mut self, address: Option<u64>) -> Result<(), TraceeError> {
         let pid = self.pid;
         let failed = |source| TraceeError::Call {
@@ -337,13 +337,14 @@ impl Process {
             source,
         };
         let limits = proc::limits(pid).map_err(failed)?;
-        let lifted: Vec<(u32, u64, u64)> = [libc::RLIMIT_AS, libc::RLIMIT_MEMLOCK]
-            .into_iter()
-            .filter_map(|resource| {
-                let (soft, hard) = limits.get(resource as usize).copied()?;
-                Some((resource, soft, hard))
-            })
-            .collect();
+        let lifted: Vec<(u32, u64, u64)> =
+            [libc::RLIMIT_AS, libc::RLIMIT_DATA, libc::RLIMIT_MEMLOCK]
+                .into_iter()
+                .filter_map(|resource| {
+                    let (soft, hard) = limits.get(resource as usize).copied()?;
+                    Some((resource, soft, hard))
+                })
+                .collect();
         for (resource, _, hard) in &lifted {
             proc::set_limit(pid, *resource, *hard, *hard).map_err(failed)?;
         }
