@@ -5,6 +5,7 @@
 #include <sched.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/timerfd.h>
 #include <sys/mman.h>
@@ -284,6 +285,35 @@ static void epoll_used_up_check(void)
 }
 static void epoll_used_up_spoil(void) { MUST(epoll_ctl(instance, EPOLL_CTL_DEL, fd, NULL)); }
 STATE(epoll_used_up)
+
+/* Thousands of files that all have one inode: who asks the kernel of each file whether it is each entry's is never done. */
+#define WATCHED 3000
+static int watched[WATCHED];
+static void epoll_many_setup(void)
+{
+	struct rlimit limit;
+	MUST(getrlimit(RLIMIT_NOFILE, &limit));
+	CHECK(limit.rlim_max >= WATCHED + 100, "this host allows %lu descriptors only", limit.rlim_max);
+	limit.rlim_cur = limit.rlim_max;
+	MUST(setrlimit(RLIMIT_NOFILE, &limit));
+	instance = MUST(epoll_create1(0));
+	for (int i = 0; i < WATCHED; i++) {
+		watched[i] = MUST(eventfd(0, EFD_NONBLOCK));
+		watch(watched[i], EPOLLIN, (uint64_t)i + 1);
+	}
+}
+static void epoll_many_check(void)
+{
+	uint64_t one = 1;
+	for (int i = 0; i < WATCHED; i += 41) {
+		MUST(write(watched[i], &one, 8));
+		uint64_t event = next_event(NULL);
+		CHECK(event == (uint64_t)i + 1, "file %d is told as %lu", i, event);
+		MUST(read(watched[i], &one, 8));
+	}
+}
+static void epoll_many_spoil(void) { MUST(epoll_ctl(instance, EPOLL_CTL_DEL, watched[41], NULL)); }
+STATE(epoll_many)
 
 /* What is refused, and by which name. */
 

@@ -114,12 +114,18 @@ fn find(
     nth: u32,
     tables: &Tables<'_>,
 ) -> Result<Option<u32>, CaptureError> {
-    let holders = tables
-        .known_files
-        .iter()
-        .filter(|((_, inode), _)| line.inode.is_none_or(|wanted| wanted == *inode))
-        .flat_map(|(_, holders)| holders);
-    for (pid, fd, file) in holders {
+    let holders = || {
+        tables
+            .known_files
+            .iter()
+            .filter(|((_, inode), _)| line.inode.is_none_or(|wanted| wanted == *inode))
+            .flat_map(|(_, holders)| holders)
+    };
+    // All eventfds, timers and their like have one inode, and the kernel looks through the whole instance for each question: who
+    // still has the number is asked first, which mostly is the answer.
+    let likely = holders().filter(|(_, fd, _)| *fd == line.fd);
+    let others = holders().filter(|(_, fd, _)| *fd != line.fd);
+    for (pid, fd, file) in likely.chain(others) {
         let same = kcmp::is_watched((*pid, *fd), (instance.pid, instance.fd), line.fd, nth)
             .map_err(read(format!("what descriptor {} watches", instance.fd)))?;
         if same {
