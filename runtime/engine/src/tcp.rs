@@ -31,8 +31,8 @@ use samara_kernel::{Pid, sockopt, tcp};
 use crate::capture::{CaptureError, Tables, index, read};
 use crate::descriptors::Found;
 use crate::internet::{
-    Addresses, MPTCP, Made, anywhere, at, bind, canonical, from_record, last_peer, local, new_socket,
-    peer, to_record, was_given, with_ip,
+    Addresses, MPTCP, Made, anywhere, at, bind, canonical, from_record, last_peer, local,
+    new_socket, peer, to_record, was_given, with_ip,
 };
 use crate::socket_options;
 use crate::unsupported::{Place, UNACCEPTED_TCP};

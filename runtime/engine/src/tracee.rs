@@ -57,6 +57,22 @@ const CODE_BYTES: u64 = 4096;
 
 /// The part at the end of the vdso's last page that the engine uses. Kernels leave more than a kilobyte there.
 pub(crate) const PADDING_BYTES: usize = 1024;
+/// What [`tape::once`] needs of it, at its end. In what is no vdso, the last page may be nearly full.
+const STUB_BYTES: usize = ONCE_BYTES.next_multiple_of(16);
+
+/// Padding behind code, where a process can run code of the engine's: so many bytes before `end`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Room {
+    end: u64,
+    bytes: usize,
+}
+
+impl Room {
+    /// That of a vdso that ends here.
+    pub(crate) fn in_vdso(end: u64) -> Room {
+        Room { end, bytes: PADDING_BYTES }
+    }
+}
 
 const ALL_SIGNALS: u64 = u64::MAX;
 
@@ -209,7 +225,7 @@ pub(crate) struct Process {
     pub(crate) threads: Vec<Thread>,
     pub(crate) memory: File,
     /// Code at whose end there is room for the engine's: the vdso, as a rule.
-    room: Option<(u64, u64)>,
+    room: Option<Room>,
     /// Start of the engine's mapping.
     pub(crate) arena: Option<u64>,
     /// Processes and threads that calls of this one have made since the list was last taken, as the engine numbers them.
@@ -270,9 +286,10 @@ impl Process {
     pub(crate) fn find_room(&mut self, mappings: &[proc::Mapping]) {
         let code = || mappings.iter().filter(|mapping| mapping.execute && !mapping.shared);
         let vdso = code().find(|mapping| mapping.name == "[vdso]");
+        let vdso = vdso.map(|mapping| Room::in_vdso(mapping.end));
         let files = code().filter(|mapping| mapping.inode != 0);
-        let room = vdso.into_iter().chain(files).map(|mapping| (mapping.start, mapping.end));
-        let places: Vec<(u64, u64)> = room.collect();
+        let files = files.map(|mapping| Room { end: mapping.end, bytes: STUB_BYTES });
+        let places: Vec<Room> = vdso.into_iter().chain(files).collect();
         self.room = places.iter().copied().find(|place| self.stub_in(Some(*place)).is_ok());
         // What is wrong with the vdso is the reason that is told.
         self.room = self.room.or(places.first().copied());
@@ -282,12 +299,12 @@ impl Process {
         self.room.is_some()
     }
 
-    pub(crate) fn room(&self) -> Option<(u64, u64)> {
+    pub(crate) fn room(&self) -> Option<Room> {
         self.room
     }
 
     /// Says where there is room, as in the process that has made this one or has the same memory.
-    pub(crate) fn set_room(&mut self, place: Option<(u64, u64)>) {
+    pub(crate) fn set_room(&mut self, place: Option<Room>) {
         self.room = place;
     }
 
@@ -436,14 +453,13 @@ impl Process {
         self.stub_in(self.room)
     }
 
-    fn stub_in(&self, room: Option<(u64, u64)>) -> Result<u64, TraceeError> {
-        let (_, end) = room.ok_or(TraceeError::NoRoom { pid: self.pid, why: "it has no code" })?;
-        let address = end - (ONCE_BYTES as u64).next_multiple_of(16);
-        let padding = self.read(end - PADDING_BYTES as u64, PADDING_BYTES)?;
-        let (_, present) = padding
-            .split_at(PADDING_BYTES - usize::try_from(end - address).expect("a short distance"));
+    fn stub_in(&self, room: Option<Room>) -> Result<u64, TraceeError> {
+        let Room { end, bytes } =
+            room.ok_or(TraceeError::NoRoom { pid: self.pid, why: "it has no code" })?;
+        let padding = self.read(end - bytes as u64, bytes)?;
+        let (_, present) = padding.split_at(bytes - STUB_BYTES);
         if padding.iter().all(|&byte| byte == 0) || present.starts_with(&ONCE_PREFIX) {
-            Ok(address)
+            Ok(end - STUB_BYTES as u64)
         } else {
             Err(TraceeError::NoRoom { pid: self.pid, why: "its vdso has no padding" })
         }
@@ -469,9 +485,9 @@ impl Process {
                 None => self.stub_address()? - SLOT * (self.scratch_taken as u64 + 1),
                 Some(last) => last - SLOT,
             };
-            let (_, end) =
+            let Room { end, bytes } =
                 self.room.ok_or(TraceeError::NoRoom { pid: self.pid, why: "it has no code" })?;
-            if address < end - PADDING_BYTES as u64 {
+            if address < end - bytes as u64 {
                 places.push(None);
                 continue;
             }

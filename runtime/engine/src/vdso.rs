@@ -20,7 +20,7 @@ use sha2::{Digest, Sha256};
 
 use crate::capture::{CaptureError, Tables, read};
 use crate::restore::{RestoreError, make};
-use crate::tracee::{PADDING_BYTES, Process};
+use crate::tracee::{PADDING_BYTES, Process, Room};
 use crate::unsupported::Place;
 
 pub(crate) fn is_part(mapping: &Mapping) -> bool {
@@ -165,7 +165,7 @@ fn move_parts(
     }
     process.run_all(0, &tape, End::Breakpoint)?;
     if let Some((vdso, place)) = moves().find(|(part, _)| part.name == "[vdso]") {
-        process.set_room(Some((place, place + vdso.bytes())));
+        process.set_room(Some(Room::in_vdso(place + vdso.bytes())));
     }
     Ok(())
 }
