@@ -244,6 +244,9 @@ static void actions_setup(void)
 	action = (struct sigaction){.sa_handler = SIG_IGN};
 	MUST(sigaction(SIGPIPE, &action, NULL));
 	MUST(sigaction(SIGCHLD, &action, NULL));
+	action = (struct sigaction){.sa_handler = SIG_DFL, .sa_flags = SA_RESTART};
+	sigaddset(&action.sa_mask, SIGRTMIN);
+	MUST(sigaction(SIGUSR2, &action, NULL));
 }
 static void actions_check(void)
 {
@@ -261,6 +264,9 @@ static void actions_check(void)
 	CHECK(sigismember(&action.sa_mask, SIGTERM) == 1, "the mask is another");
 	MUST(sigaction(SIGPIPE, NULL, &action));
 	CHECK(action.sa_handler == SIG_IGN, "SIGPIPE is not ignored");
+	MUST(sigaction(SIGUSR2, NULL, &action));
+	CHECK(action.sa_handler == SIG_DFL && action.sa_flags & SA_RESTART && sigismember(&action.sa_mask, SIGRTMIN),
+		"a default action has lost its flags or mask");
 	pid_t child = in_child(seven);
 	CHECK(waitpid(child, NULL, 0) == -1 && errno == ECHILD, "an ignored child became a zombie");
 }

@@ -35,7 +35,7 @@ pub use leased::LeasedFiles;
 pub use root::{LocateError, Lower, Overlay, RootChanges};
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// A call to the host's file system that failed.
 #[derive(Debug, thiserror::Error)]
@@ -91,6 +91,22 @@ pub struct DeviceNode {
     pub block: bool,
     pub major: u32,
     pub minor: u32,
+}
+
+/// Device nodes that whoever makes a container puts into a tree, by absolute path in the tree: they belong to that container, so
+/// captures do not tell them, and applications leave them alone.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct GivenNodes(pub Vec<(PathBuf, DeviceNode)>);
+
+impl GivenNodes {
+    fn contains(&self, path: &Path, node: DeviceNode) -> bool {
+        self.0.iter().any(|(given, device)| given == path && *device == node)
+    }
+
+    /// Whether some lie below a directory.
+    fn reach_below(&self, directory: &Path) -> bool {
+        self.0.iter().any(|(given, _)| given != directory && given.starts_with(directory))
+    }
 }
 
 /// A unix socket's name in the file system. The layer carries it, and applying makes the node again; whether somebody

@@ -240,7 +240,7 @@ pub(crate) fn collect(
     mend_for_thaw(process, elapsed)?;
     process.map_arena(None)?;
     let lock_future = memory::lock_future(process, status)?;
-    let answers = Answers::ask(process, status, posix_timers)?;
+    let answers = Answers::ask(process, posix_timers)?;
     memory::ask_policies(process, &mut mappings)?;
     let descriptor_table = attributes::descriptor_table(process)?;
     let mut threads = Vec::new();
@@ -637,25 +637,13 @@ struct Answers {
 }
 
 impl Answers {
-    fn ask(
-        process: &mut Process,
-        status: &proc::Status,
-        timers: &[PosixTimer],
-    ) -> Result<Answers, TraceeError> {
+    fn ask(process: &mut Process, timers: &[PosixTimer]) -> Result<Answers, TraceeError> {
         let posix_timers = posix_timers(process, timers)?;
         let mut tape = process.tape()?;
-        // Signals that are neither caught nor ignored have no action worth a call, but for what SA_NOCLDWAIT says of children.
-        let child = libc::SIGCHLD.unsigned_abs();
-        let interesting: Vec<u32> = (1..=SIGNALS)
-            .filter(|signal| {
-                (status.sigcgt | status.sigign) >> (signal - 1) & 1 == 1 || *signal == child
-            })
-            .collect();
-        let actions: Vec<Output> = interesting
-            .iter()
+        let actions: Vec<Output> = (1..=SIGNALS)
             .map(|signal| {
                 let output = tape.output(SIGACTION_BYTES);
-                let arguments = [u64::from(*signal), 0, output.address, 8, 0, 0];
+                let arguments = [u64::from(signal), 0, output.address, 8, 0, 0];
                 tape.call("ask for a signal action", libc::SYS_rt_sigaction, arguments);
                 output
             })
@@ -703,12 +691,10 @@ impl Answers {
             no_huge_pages: attribute(1),
             merge: attribute(2) != 0,
         };
-        let mut table = vec![SignalAction::default(); SIGNALS as usize];
-        for (signal, output) in interesting.iter().zip(actions) {
+        let mut table = Vec::new();
+        for output in actions {
             let [handler, flags, restorer, mask] = words(&process.output(output)?);
-            if let Some(entry) = table.get_mut(*signal as usize - 1) {
-                *entry = SignalAction { handler, flags, restorer, mask };
-            }
+            table.push(SignalAction { handler, flags, restorer, mask });
         }
         let mut interval_timers = [IntervalTimer::default(); 3];
         for (timer, output) in interval_timers.iter_mut().zip(timers) {

@@ -23,9 +23,9 @@ use fastrand::Rng;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, UTIME_OMIT, XattrFlags};
 use rustix::mount::{MountFlags, UnmountFlags};
 use samara_engine::files::{
-    ApplyError, ApplyReport, CaptureError, DeviceNode, DeviceNodes, Fingerprint, LayerReport,
-    LeasedFiles, LocateError, RootChanges, apply_root, apply_tree, base_fingerprint, capture_root,
-    capture_tree,
+    ApplyError, ApplyReport, CaptureError, DeviceNode, DeviceNodes, Fingerprint, GivenNodes,
+    LayerReport, LeasedFiles, LocateError, RootChanges, apply_root, apply_tree, base_fingerprint,
+    capture_root, capture_tree,
 };
 use sha2::{Digest, Sha256};
 
@@ -744,9 +744,10 @@ fn tmpfs_round_trip() {
         set_time(&from, 1_234_567_890, 123_456_789);
         let wanted = listing(&from);
         let mut layer = Vec::new();
-        capture_tree(open(&from), &LeasedFiles::default(), &mut layer).unwrap();
+        capture_tree(open(&from), &GivenNodes::default(), &LeasedFiles::default(), &mut layer)
+            .unwrap();
         grow(&to, 50, rng);
-        apply_tree(open(&to), &DeviceNodes::Any, &mut &layer[..]).unwrap();
+        apply_tree(open(&to), &DeviceNodes::Any, &GivenNodes::default(), &mut &layer[..]).unwrap();
         assert_same(&wanted, &listing(&to), "on a tmpfs");
         assert_holes_kept(&from, &to, &wanted);
     }
@@ -769,11 +770,14 @@ fn what_is_mounted_below_a_tree_is_neither_told_nor_touched() {
     scratch.mount("tmpfs", &to.join("over"), "");
     fs::write(to.join("shm/theirs"), "x").unwrap();
     let mut layer = Vec::new();
-    let report = capture_tree(open(&from), &LeasedFiles::default(), &mut layer).unwrap();
+    let report =
+        capture_tree(open(&from), &GivenNodes::default(), &LeasedFiles::default(), &mut layer)
+            .unwrap();
     let covered_or_bare = report.covered == [PathBuf::from("/shm")];
     assert!(covered_or_bare, "{:?}", report.covered);
     assert!(!layer.windows(8).any(|w| w == b"not mine"));
-    let report = apply_tree(open(&to), &DeviceNodes::Any, &mut &layer[..]).unwrap();
+    let report =
+        apply_tree(open(&to), &DeviceNodes::Any, &GivenNodes::default(), &mut &layer[..]).unwrap();
     assert_eq!(fs::read_to_string(to.join("shm/theirs")).unwrap(), "x");
     assert_eq!(
         fs::read_dir(to.join("over")).unwrap().count(),

@@ -39,6 +39,7 @@ use crate::cgroup::CgroupError;
 use crate::ending;
 use crate::fail_point;
 use crate::monitor::{Client, MonitorError};
+use crate::privileges;
 use crate::protocol::{self, ProtocolError, WorkerReport, WorkerTask};
 use crate::saved::{Origin, ROOT_STREAM, Saved, SavedTree};
 use crate::state_dir::{Record, StateDir, StateError, Status, replace};
@@ -584,7 +585,8 @@ fn capture_trees(
         let stream = format!("tree-{}", trees.len());
         let folder =
             open_folder_inside(init, &path).map_err(io("open a mount of the container"))?;
-        files::capture_tree(folder, leased, &mut StreamWriter::new(writer, &stream))?;
+        let given = privileges::given_nodes(spec, &path);
+        files::capture_tree(folder, &given, leased, &mut StreamWriter::new(writer, &stream))?;
         trees.push(SavedTree { path, stream });
     }
     Ok(trees)
@@ -646,7 +648,7 @@ fn refuse_own_mounts(init: i32, spec: &oci_spec::runtime::Spec) -> Result<(), Ch
 /// The annotation that says which volumes travel: `PATH=include` or `PATH=external`, separated by commas.
 pub const VOLUMES_ANNOTATION: &str = "dev.samara.volumes";
 
-/// Mount points whose content travels: file systems in memory but /dev, and volumes for which it is asked.
+/// Mount points whose content travels: file systems in memory that can be written to, and volumes for which it is asked.
 fn travelling_mounts(
     init: i32,
     spec: &oci_spec::runtime::Spec,
@@ -674,11 +676,12 @@ fn travelling_mounts(
     let mut paths = Vec::new();
     for mount in mounts.0 {
         let Some(path) = mount.mount_point.to_str() else { continue };
-        let masked =
-            path.starts_with("/proc") || path.starts_with("/sys") || path == "/dev" || path == "/";
+        let masked = path.starts_with("/proc") || path.starts_with("/sys") || path == "/";
         // A mount that the specification does not have hides something (a masked path), or was made by the program.
         let known = specified.contains(&Path::new(path));
-        let in_memory = mount.fs_type == "tmpfs" && mount.root == "/";
+        let in_memory = mount.fs_type == "tmpfs"
+            && mount.root == "/"
+            && !mount.mount_options.contains_key("ro");
         if !masked && known && wish(path).unwrap_or(in_memory) {
             paths.push(path.to_owned());
         }

@@ -6,17 +6,26 @@
 //! files are the capsule's too.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 
 use oci_spec::runtime::{LinuxDeviceType, Process, Spec};
 use rustix::thread::CapabilitySet;
 use samara_capsule::record::{Container, Credentials, FileKind, ProcessState};
-use samara_engine::files::{DeviceNode, DeviceNodes};
+use samara_engine::files::{DeviceNode, DeviceNodes, GivenNodes};
 use samara_engine::labels;
 
 use crate::confine::{ConfineError, capability_sets};
 
-/// Character devices that every container has (runtime-spec, "Default Devices"), by number.
-const DEFAULT_DEVICES: [(u32, u32); 7] = [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 2)];
+/// Character devices that every container has in /dev (runtime-spec, "Default Devices"), by name and number.
+const DEFAULT_DEVICES: [(&str, u32, u32); 7] = [
+    ("null", 1, 3),
+    ("zero", 1, 5),
+    ("full", 1, 7),
+    ("random", 1, 8),
+    ("urandom", 1, 9),
+    ("tty", 5, 0),
+    ("ptmx", 5, 2),
+];
 
 /// The device nodes that the files of a capsule may have.
 pub(crate) fn device_nodes(spec: &Spec) -> Result<DeviceNodes, ConfineError> {
@@ -27,18 +36,40 @@ pub(crate) fn device_nodes(spec: &Spec) -> Result<DeviceNodes, ConfineError> {
     if bounding.contains(CapabilitySet::MKNOD) {
         return Ok(DeviceNodes::Any);
     }
-    let default = DEFAULT_DEVICES.map(|(major, minor)| DeviceNode { block: false, major, minor });
+    let default =
+        DEFAULT_DEVICES.map(|(_, major, minor)| DeviceNode { block: false, major, minor });
+    let given = devices(spec).map(|(_, node)| node);
+    Ok(DeviceNodes::Known(default.into_iter().chain(given).collect()))
+}
+
+/// What a new container of this specification finds of device nodes in a mount of its own: in /dev.
+pub(crate) fn given_nodes(spec: &Spec, mount: &str) -> GivenNodes {
+    if mount != "/dev" {
+        return GivenNodes::default();
+    }
+    let default = DEFAULT_DEVICES.map(|(name, major, minor)| {
+        (Path::new("/").join(name), DeviceNode { block: false, major, minor })
+    });
+    let given = devices(spec).filter_map(|(path, node)| {
+        let name = path.strip_prefix("/dev").ok()?;
+        Some((Path::new("/").join(name), node))
+    });
+    GivenNodes(default.into_iter().chain(given).collect())
+}
+
+/// The devices that a specification names.
+fn devices(spec: &Spec) -> impl Iterator<Item = (&Path, DeviceNode)> {
     let given = spec.linux().as_ref().and_then(|linux| linux.devices().as_ref());
-    let given = given.into_iter().flatten().filter_map(|device| {
+    given.into_iter().flatten().filter_map(|device| {
         let block = match device.typ() {
             LinuxDeviceType::B => true,
             LinuxDeviceType::C | LinuxDeviceType::U => false,
             LinuxDeviceType::P | LinuxDeviceType::A => return None,
         };
         let major = u32::try_from(device.major()).ok()?;
-        Some(DeviceNode { block, major, minor: u32::try_from(device.minor()).ok()? })
-    });
-    Ok(DeviceNodes::Known(default.into_iter().chain(given).collect()))
+        let node = DeviceNode { block, major, minor: u32::try_from(device.minor()).ok()? };
+        Some((device.path().as_path(), node))
+    })
 }
 
 /// What processes of a capsule have and the program of `process` could not have got, in words.

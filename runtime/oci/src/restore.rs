@@ -505,7 +505,8 @@ fn fill(dir: &StateDir, waiting: &Waiting, kept: Kept) -> Result<Restored, Resto
             .ok_or_else(|| RestoreError::NoStream(tree.stream.clone()))?;
         let folder =
             open_folder_inside(init, &tree.path).map_err(io("open a mount of the container"))?;
-        files::apply_tree(folder, &privileges::device_nodes(&spec)?, &mut stream)?;
+        let given = privileges::given_nodes(&spec, &tree.path);
+        files::apply_tree(folder, &privileges::device_nodes(&spec)?, &given, &mut stream)?;
     }
     let confinement = confinement(&spec, &saved.origin)?;
     let request = RestoreRequest { init, container: &saved.container, confinement };

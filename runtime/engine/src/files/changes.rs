@@ -25,7 +25,7 @@ use super::root::{
 };
 use super::tree::{Kind, Stat, Tree, TreePath, names, open_file, open_subdir, stat_fd, stat_name};
 use super::{
-    ApplyError, ApplyReport, Attempt, CaptureError, DeviceNode, DeviceNodes, HostError,
+    ApplyError, ApplyReport, Attempt, CaptureError, DeviceNode, DeviceNodes, GivenNodes, HostError,
     LayerReport, SocketNode,
 };
 
@@ -44,18 +44,19 @@ pub fn capture_root(
         Some(overlay) => Some(Changes::of(overlay, &merged)?),
         None => None,
     };
-    capture(&merged, changes.as_ref(), leased, out)
+    capture(&merged, changes.as_ref(), &GivenNodes::default(), leased, out)
 }
 
-/// Writes the whole tree at `dir`, its root's own metadata included, as a layer. Nothing that is mounted below is part
-/// of it. As [`capture_root`] otherwise.
+/// Writes the whole tree at `dir`, its root's own metadata included, as a layer. Neither what is mounted below nor `given` nodes
+/// are part of it. As [`capture_root`] otherwise.
 pub fn capture_tree(
     dir: OwnedFd,
+    given: &GivenNodes,
     leased: &LeasedFiles,
     out: &mut dyn Write,
 ) -> Result<LayerReport, CaptureError> {
     let tree = Tree::at(dir).attempt("look up", "/")?;
-    capture(&tree, None, leased, out)
+    capture(&tree, None, given, leased, out)
 }
 
 /// Makes a container's root equal to the one that was captured.
@@ -77,18 +78,21 @@ pub fn apply_root(
         None => None,
     };
     let needs_base = || ApplyError::NeedsBase { root: target.root.clone() };
-    Application::new(&merged, base.as_ref(), devices).run(stream)?.ok_or_else(needs_base)
+    let application =
+        Application::new(&merged, base.as_ref(), devices, &GivenNodes::default()).run(stream)?;
+    application.ok_or_else(needs_base)
 }
 
-/// Makes the tree at `dir` equal to the one that was captured. Names that something is mounted on are left alone.
-/// As [`apply_root`] otherwise.
+/// Makes the tree at `dir` equal to the one that was captured. Names that something is mounted on are left alone, and so are
+/// `given` nodes that the stream does not have. As [`apply_root`] otherwise.
 pub fn apply_tree(
     dir: OwnedFd,
     devices: &DeviceNodes,
+    given: &GivenNodes,
     stream: &mut dyn Read,
 ) -> Result<ApplyReport, ApplyError> {
     let tree = Tree::at(dir).attempt("look up", "/")?;
-    Application::new(&tree, None, devices)
+    Application::new(&tree, None, devices, given)
         .run(stream)?
         .ok_or_else(|| ApplyError::NeedsBase { root: "/".into() })
 }
@@ -166,6 +170,7 @@ enum Finding<'a> {
 fn capture(
     tree: &Tree,
     changes: Option<&Changes<'_>>,
+    given: &GivenNodes,
     leased: &LeasedFiles,
     out: &mut dyn Write,
 ) -> Result<LayerReport, CaptureError> {
@@ -177,8 +182,18 @@ fn capture(
         first_names: HashMap::new(),
         buffer: vec![0; BUFFER_BYTES],
     };
-    walk(tree, changes, &mut |path, stat, finding| writing.write(path, stat, finding))?;
+    walk(tree, changes, &mut |path, stat, finding| match is_given(given, path, stat) {
+        true => Ok(()),
+        false => writing.write(path, stat, finding),
+    })?;
     writing.end()
+}
+
+fn is_given(given: &GivenNodes, path: &TreePath, stat: &Stat) -> bool {
+    let (major, minor) = stat.device;
+    let block = stat.kind == Kind::BlockDevice;
+    (block || stat.kind == Kind::CharDevice)
+        && given.contains(&path.absolute(), DeviceNode { block, major, minor })
 }
 
 type Visit<'a> = dyn FnMut(&TreePath, &Stat, Finding<'_>) -> Result<(), CaptureError> + 'a;
@@ -532,6 +547,7 @@ struct Application<'a> {
     tree: &'a Tree,
     base: Option<&'a Base<'a>>,
     devices: &'a DeviceNodes,
+    given: &'a GivenNodes,
     open: Vec<Open>,
     report: ApplyReport,
     buffer: Vec<u8>,
@@ -544,10 +560,11 @@ impl<'a> Application<'a> {
         tree: &'a Tree,
         base: Option<&'a Base<'a>>,
         devices: &'a DeviceNodes,
+        given: &'a GivenNodes,
     ) -> Application<'a> {
         let report = ApplyReport::default();
         let (buffer, old) = (vec![0; BUFFER_BYTES], vec![0; BUFFER_BYTES]);
-        Application { tree, base, devices, open: Vec::new(), report, buffer, old }
+        Application { tree, base, devices, given, open: Vec::new(), report, buffer, old }
     }
 
     /// None if the layer holds changes only and there is no base. Nothing was changed then.
@@ -882,6 +899,12 @@ impl<'a> Application<'a> {
                             .child(&name)
                             .map_err(|_| Errno::NAMETOOLONG)
                             .attempt("walk", &top.path)?;
+                        let stat = stat_name(dir, &name).attempt("look up", &path)?;
+                        if stat.is_some_and(|stat| is_given(self.given, &path, &stat))
+                            || self.given.reach_below(&path.absolute())
+                        {
+                            continue;
+                        }
                         if remove(self.tree, dir.as_fd(), &name, &path)? {
                             self.report.removed += 1;
                         } else {
