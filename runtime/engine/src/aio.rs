@@ -28,18 +28,18 @@ use crate::unsupported::{AIO_UNDER_WAY, Place};
 pub(crate) const MAPPING: &[u8] = b"/[aio]";
 
 /// `struct aio_ring` of the kernel's fs/aio.c, before its events.
-const HEADER_BYTES: u64 = 32;
+const HEADER_BYTES: usize = 32;
 const HEAD: u64 = 8;
 const TAIL: u64 = 12;
 const MAGIC: u32 = 0xa10a_10a1;
 /// `struct io_event`: data, request, result, second result.
 const EVENT_BYTES: usize = 32;
 /// The kernel's bound on the events of one ring (fs/aio.c, ioctx_alloc), which it takes twice and rounds up to pages.
-const EVENTS_MAX: u32 = 0x1000_0000 / EVENT_BYTES as u32;
+const EVENTS_MAX: u32 = 0x1000_0000 / 32;
 /// Requests that one call submits at most.
 const AT_ONCE: usize = 4096;
 /// So many rounds it takes at least to go around a ring.
-const ROUNDS: usize = 8;
+const ROUNDS: u32 = 8;
 /// Unread events, and processors, for which there is room on a tape.
 const UNREAD_MAX: usize = 4096;
 const PROCESSORS_MAX: usize = 512;
@@ -59,7 +59,7 @@ struct Ring {
 impl Ring {
     /// The ring in a mapping, if it is a whole one.
     fn read(process: &Process, mapping: &record::Mapping) -> Result<Option<Ring>, TraceeError> {
-        let header = process.read(mapping.start, HEADER_BYTES as usize)?;
+        let header = process.read(mapping.start, HEADER_BYTES)?;
         let word = |at: usize| -> u32 {
             let bytes = header.get(at..).and_then(|rest| rest.first_chunk::<4>());
             bytes.map_or(0, |bytes| u32::from_le_bytes(*bytes))
@@ -95,7 +95,7 @@ impl Ring {
     fn ranges(&self, from: u32, count: u32) -> Vec<(u64, usize)> {
         let first = count.min(self.events - from);
         let range = |place: u32, count: u32| {
-            let address = self.start + HEADER_BYTES + u64::from(place) * EVENT_BYTES as u64;
+            let address = self.start + HEADER_BYTES as u64 + u64::from(place) * EVENT_BYTES as u64;
             (address, count as usize * EVENT_BYTES)
         };
         let ranges = [range(from, first), range(0, count - first)];
@@ -142,13 +142,13 @@ impl Ring {
     /// How many requests may be submitted at once, wherever the thread runs: the other processors may have taken aside half of
     /// the places.
     fn step(&self) -> u32 {
-        (self.events / ROUNDS as u32).max(1)
+        (self.events / ROUNDS).max(1)
     }
 
     /// Whether all that it takes to find out whether the context is idle goes onto a tape.
     fn fits(&self, processors: usize) -> bool {
         let calls = (self.events as usize).div_ceil(AT_ONCE) + 1;
-        let calls = (2 * processors + 4 * ROUNDS).saturating_mul(calls);
+        let calls = (2 * processors + 4 * ROUNDS as usize).saturating_mul(calls);
         calls < CALLS_MAX && (self.unread() as usize) < UNREAD_MAX && processors < PROCESSORS_MAX
     }
 }
@@ -159,7 +159,7 @@ fn count_of(content: &[u8]) -> u32 {
 
 /// The size of a ring's mapping.
 fn bytes(events: u32) -> u64 {
-    (HEADER_BYTES + u64::from(events) * EVENT_BYTES as u64).next_multiple_of(PAGE)
+    (HEADER_BYTES as u64 + u64::from(events) * EVENT_BYTES as u64).next_multiple_of(PAGE)
 }
 
 /// Describes the rings of all processes, which leaves them as they are, and notes contexts that are not idle.
