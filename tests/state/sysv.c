@@ -406,6 +406,45 @@ STATE(sysv_sem_values)
 
 static int untouched_id;
 
+/* As many as a set can have, some of them changed by another process. */
+#define MANY 32000
+static int many_id;
+static pid_t many_child;
+
+static int change_many(void)
+{
+	for (unsigned short number = 0; number < MANY; number += 400)
+		op(many_id, number, 2, 0);
+	until_finishing();
+	return 0;
+}
+static void sysv_sem_many_setup(void)
+{
+	static unsigned short values[MANY];
+	for (int i = 0; i < MANY; i++)
+		values[i] = (unsigned short)(i % 30000);
+	many_id = MUST(semget(IPC_PRIVATE, MANY, 0600));
+	MUST(semctl(many_id, 0, SETALL, values));
+	many_child = in_child(change_many);
+	while (semctl(many_id, MANY - 400, GETPID) != many_child)
+		usleep(1000);
+}
+static void sysv_sem_many_check(void)
+{
+	static unsigned short values[MANY];
+	MUST(semctl(many_id, 0, GETALL, values));
+	for (int i = 0; i < MANY; i++)
+		CHECK(values[i] == i % 30000 + (i % 400 ? 0 : 2), "semaphore %d is %u", i, values[i]);
+	for (int i = 0; i < MANY; i += 100)
+		CHECK(semctl(many_id, i, GETPID) == (i % 400 ? getpid() : many_child), "semaphore %d was changed by another process", i);
+	struct semid_ds status;
+	MUST(semctl(many_id, 0, IPC_STAT, &status));
+	CHECK(status.sem_otime, "nobody has changed it");
+	expect_exit(many_child, 0);
+}
+static void sysv_sem_many_spoil(void) { op(many_id, 7, 1, 0); }
+STATE(sysv_sem_many)
+
 /* Programs take a set whose otime is 0 for one that nobody has initialized. */
 static void sysv_sem_untouched_setup(void)
 {

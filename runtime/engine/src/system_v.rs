@@ -8,7 +8,7 @@
 //!
 //! Not restored: the times of the last operations.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Read as _};
 
@@ -40,6 +40,7 @@ const MESSAGE_BYTES_MAX: usize = 128 << 10;
 const SEMAPHORES_MAX: usize = 32000;
 const SEM_UNDO: u16 = 0x1000;
 const SETVAL: u64 = 16;
+const SETALL: u64 = 17;
 const SHM_LOCK: u64 = 11;
 const PAGE: u64 = PAGE_BYTES as u64;
 
@@ -813,7 +814,20 @@ fn set_semaphores(tree: &mut Tree, set: &SemaphoreSet) -> Result<(), RestoreErro
             by_process.entry(by).or_default().push((number, semaphore.value));
         }
     }
-    for (pid, values) in &by_process {
+    // The kernel goes through a whole set to change one of it: what one process has changed last of all is set at once.
+    let most = by_process.iter().max_by_key(|(_, values)| values.len()).map(|(pid, _)| *pid);
+    let touched: usize = by_process.values().map(Vec::len).sum();
+    let at_once = most.filter(|_| touched == set.semaphores.len());
+    if let Some(pid) = at_once {
+        let process = tree.process(pid)?;
+        let mut tape = process.tape()?;
+        let values = set.semaphores.iter().flat_map(|semaphore| semaphore.value.to_le_bytes());
+        let values = tape.data(&values.collect::<Vec<u8>>());
+        let arguments = [word(id), 0, SETALL, values, 0, 0];
+        tape.call(format!("set semaphores {id}"), libc::SYS_semctl, arguments);
+        process.run_all(0, &tape, End::Breakpoint)?;
+    }
+    for (pid, values) in by_process.iter().filter(|(pid, _)| Some(**pid) != at_once) {
         let process = tree.process(*pid)?;
         for group in values.chunks(AT_ONCE) {
             let mut tape = process.tape()?;
@@ -838,9 +852,19 @@ fn set_semaphores(tree: &mut Tree, set: &SemaphoreSet) -> Result<(), RestoreErro
     if !set.operated {
         return Ok(());
     }
-    // What leaves no trace but who did it, and that it was done.
+    // What leaves no trace but who did it, where another one has for the adjustments, and once that it was done.
+    let adjusted: BTreeSet<u16> = set.undo.iter().map(|undo| undo.number).collect();
+    let mut operated = false;
     for (pid, values) in &by_process {
         let process = tree.process(*pid)?;
+        let values: Vec<(u16, u16)> = values
+            .iter()
+            .copied()
+            .filter(|(number, _)| {
+                let is_first = !std::mem::replace(&mut operated, true);
+                is_first || adjusted.contains(number)
+            })
+            .collect();
         for group in values.chunks(AT_ONCE) {
             let mut tape = process.tape()?;
             for (number, value) in group {
