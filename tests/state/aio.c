@@ -231,7 +231,11 @@ static pid_t inheritor;
 
 static int keep_ring(void)
 {
+	uint32_t before[8], *header = (uint32_t *)inherited;
+	memcpy(before, header, sizeof before);
 	until_finishing();
+	if (memcmp(before, header, sizeof before))
+		return 2;
 	struct io_event event;
 	return syscall(SYS_io_getevents, inherited, 0, 1, &event, NULL) == -1 && errno == EINVAL ? 0 : 1;
 }
@@ -252,4 +256,4 @@ static void aio_inherited_spoil(void)
 {
 	submit(inherited, 1);
 }
-STATE(aio_inherited, .refused = "the ring of an AIO context that the process does not have")
+STATE(aio_inherited)

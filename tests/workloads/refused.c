@@ -1,11 +1,14 @@
 /*
- * State that can't be saved, in several processes: inotify events that nobody has read in the first, and a lease for writing in its child;
+ * State that can't be saved, in several processes: inotify events that nobody has read in the first, and a corked socket in its child;
  * another child shares the first one's memory. Whoever tries must name all of it, and leave everything as it was.
  */
 #include "workload.h"
+#include <netinet/in.h>
+#include <netinet/udp.h>
 #include <sched.h>
 #include <sys/inotify.h>
 #include <sys/ioctl.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 
 static char stack[64 << 10];
@@ -30,8 +33,8 @@ int main(int argc, char **argv)
 	MUST(ioctl(watching, FIONREAD, &unread));
 	pid_t child = MUST(fork());
 	if (child == 0) {
-		int leased = MUST(open("/dev/shm/leased", O_RDWR | O_CREAT | O_CLOEXEC, 0600));
-		MUST(fcntl(leased, F_SETLEASE, F_WRLCK));
+		int corked = MUST(socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0));
+		MUST(setsockopt(corked, IPPROTO_UDP, UDP_CORK, &(int){1}, sizeof(int)));
 		for (;;)
 			pause();
 	}

@@ -9,7 +9,10 @@
 //! whether the engine lives or not. Where they are not, the tape stops and the engine takes its own events out of the ring; only
 //! an engine that is killed in that moment, over a context that is busy, leaves them there.
 //!
-//! What this module does not do: save requests that are under way, or a ring that a child has from its parent without the context.
+//! A child has the ring of its parent, but not the context, and can do nothing with it: it gets a copy, which does not change as the
+//! parent's does.
+//!
+//! What this module does not do: save requests that are under way.
 
 use std::io;
 
@@ -43,6 +46,8 @@ const ROUNDS: u32 = 8;
 /// Unread events, and processors, for which there is room on a tape.
 const UNREAD_MAX: usize = 4096;
 const PROCESSORS_MAX: usize = 512;
+/// The largest ring of somebody else's whose content is kept in the record.
+const INHERITED_BYTES_MAX: usize = 1 << 20;
 /// What the engine's requests are known by, beside their address.
 const MARK: u64 = 0x5341_4d41_5241_2121;
 
@@ -198,8 +203,15 @@ fn look(
         return Ok(Err("a part of an AIO ring, or a protected one, is not supported".to_owned()));
     };
     if !is_context(process, ring)? {
-        let what = "the ring of an AIO context that the process does not have, as a child does not have its parent's, is not supported";
-        return Ok(Err(what.to_owned()));
+        let bytes = usize::try_from(bytes(ring.events)).unwrap_or(usize::MAX);
+        if bytes > INHERITED_BYTES_MAX {
+            let what =
+                "so large a ring of an AIO context that the process does not have is not supported";
+            return Ok(Err(what.to_owned()));
+        }
+        let content = Bytes::from(process.read(ring.start, bytes)?);
+        mapping.backing = Backing::InheritedRing { content };
+        return Ok(Ok(()));
     }
     let processors = sched::possible_processors().map_err(read("the processors"))?;
     if !ring.fits(processors.len()) {
@@ -403,8 +415,10 @@ pub(crate) fn restore(
     process: &mut Process,
     mapping: &record::Mapping,
 ) -> Result<(), RestoreError> {
-    let Backing::AsynchronousIo { events, head, tail, unread } = &mapping.backing else {
-        return Ok(());
+    let (events, head, tail, unread) = match &mapping.backing {
+        Backing::AsynchronousIo { events, head, tail, unread } => (events, head, tail, unread),
+        Backing::InheritedRing { content } => return restore_inherited(process, mapping, content),
+        _ => return Ok(()),
     };
     let ring = Ring { start: mapping.start, events: *events, head: *head, tail: *tail };
     let sound = (2..=EVENTS_MAX).contains(events)
@@ -427,6 +441,26 @@ pub(crate) fn restore(
     advance(process, ring)?;
     ring.write_events(process, ring.head, unread)?;
     process.write(ring.start + HEAD, &ring.head.to_le_bytes())?;
+    Ok(())
+}
+
+/// Gives a process a copy of a ring that is not its own.
+fn restore_inherited(
+    process: &mut Process,
+    mapping: &record::Mapping,
+    content: &[u8],
+) -> Result<(), RestoreError> {
+    const OWN: u64 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE) as u64;
+    const RW: u64 = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+    let bytes = mapping.end - mapping.start;
+    if content.len() as u64 != bytes {
+        return Err(RestoreError::Damaged(format!("the AIO ring at {:#x}", mapping.start)));
+    }
+    let mut tape = process.tape()?;
+    let arguments = [mapping.start, bytes, RW, OWN, u64::MAX, 0];
+    tape.call("map a copy of an AIO ring", libc::SYS_mmap, arguments);
+    process.run_all(0, &tape, End::Breakpoint)?;
+    process.write(mapping.start, content)?;
     Ok(())
 }
 

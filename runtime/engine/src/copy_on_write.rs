@@ -230,6 +230,7 @@ impl Kind {
             | Backing::Shared { .. }
             | Backing::SystemV { .. }
             | Backing::AsynchronousIo { .. }
+            | Backing::InheritedRing { .. }
             | Backing::Vdso { .. } => return None,
         };
         Some(Kind { no_reserve: mapping.advice.no_reserve, file })

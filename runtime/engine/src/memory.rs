@@ -444,7 +444,8 @@ impl<'a> PrivateMemory<'a> {
             | Backing::SharedUnlinked { .. }
             | Backing::Shared { .. }
             | Backing::SystemV { .. }
-            | Backing::AsynchronousIo { .. } => Own::Nothing,
+            | Backing::AsynchronousIo { .. }
+            | Backing::InheritedRing { .. } => Own::Nothing,
             Backing::Vdso { .. } => return Ok(()),
         };
         let (runs, next) = self
@@ -971,6 +972,7 @@ fn map_some(
             Backing::Anonymous { .. }
             | Backing::SystemV { .. }
             | Backing::AsynchronousIo { .. }
+            | Backing::InheritedRing { .. }
             | Backing::Vdso { .. } => None,
             Backing::PrivateFile { path, check, .. } => {
                 Some(Need::Path(path, libc::O_RDONLY, *check))
@@ -1105,7 +1107,10 @@ fn placement(mapping: &record::Mapping) -> Option<(u64, u64)> {
         Backing::SharedFile { offset, .. }
         | Backing::SharedUnlinked { offset, .. }
         | Backing::Shared { offset, .. } => (SHARED, offset),
-        Backing::SystemV { .. } | Backing::AsynchronousIo { .. } | Backing::Vdso { .. } => {
+        Backing::SystemV { .. }
+        | Backing::AsynchronousIo { .. }
+        | Backing::InheritedRing { .. }
+        | Backing::Vdso { .. } => {
             return None;
         }
     };

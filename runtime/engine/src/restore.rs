@@ -885,6 +885,7 @@ pub(crate) fn is_filled(backing: &Backing) -> bool {
         | Backing::Shared { .. }
         | Backing::SystemV { .. }
         | Backing::AsynchronousIo { .. }
+        | Backing::InheritedRing { .. }
         | Backing::Vdso { .. } => false,
     }
 }

@@ -337,7 +337,7 @@ fn refuses_state(fixture: &Fixture) -> Result<()> {
     let nonce = container.wait_ready()?;
     for _ in 0..size("SAMARA_TEST_CAPTURES", 20)? {
         let ended = container.save(&pair.store.url("refusals/state"), &["--stop"])?;
-        for named in ["process 1 ", "events that nobody has read", "a lease for writing"] {
+        for named in ["process 1 ", "events that nobody has read", "a corked UDP socket"] {
             refused(&ended, named)?;
         }
     }
