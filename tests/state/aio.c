@@ -257,3 +257,36 @@ static void aio_inherited_spoil(void)
 	submit(inherited, 1);
 }
 STATE(aio_inherited)
+
+/* --- the same, after its parent has ended --- */
+
+static aio_context_t left_over;
+static int orphan_pipe[2];
+
+static int keep_ended_ring(void)
+{
+	until_finishing();
+	int ends[2];
+	MUST(pipe(ends));
+	return write(ends[1], (void *)left_over, 1) == -1 && errno == EFAULT ? 0 : 1;
+}
+
+/* Has a context, a child that gets the ring, and an end. */
+static int leave_ring(void)
+{
+	left_over = make_context(8);
+	pid_t child = in_child(keep_ended_ring);
+	MUST(write(orphan_pipe[1], &child, sizeof child));
+	return 0;
+}
+
+static pid_t orphaned;
+static void aio_left_over_setup(void)
+{
+	MUST(pipe(orphan_pipe));
+	expect_exit(in_child(leave_ring), 0);
+	MUST(read(orphan_pipe[0], &orphaned, sizeof orphaned));
+}
+static void aio_left_over_check(void) { expect_exit(orphaned, 0); }
+static void aio_left_over_spoil(void) { kill(orphaned, SIGKILL); }
+STATE(aio_left_over)

@@ -198,7 +198,15 @@ fn look(
     mapping: &mut record::Mapping,
 ) -> Result<Result<(), String>, CaptureError> {
     const RW: u32 = 3;
-    let whole = Ring::read(process, mapping)?.filter(|_| mapping.protection == RW);
+    let read_ring = match Ring::read(process, mapping) {
+        // Its context has ended with the process that had it, and nothing is behind the mapping any more.
+        Err(TraceeError::Memory { source, .. }) if source.raw_os_error() == Some(libc::EIO) => {
+            mapping.backing = Backing::InheritedRing { content: Bytes::default() };
+            return Ok(Ok(()));
+        }
+        other => other?,
+    };
+    let whole = read_ring.filter(|_| mapping.protection == RW);
     let Some(ring) = whole else {
         return Ok(Err("a part of an AIO ring, or a protected one, is not supported".to_owned()));
     };
@@ -444,7 +452,7 @@ pub(crate) fn restore(
     Ok(())
 }
 
-/// Gives a process a copy of a ring that is not its own.
+/// Gives a process a copy of a ring that is not its own; or what raises SIGBUS when it is touched, as the rest of an ended one.
 fn restore_inherited(
     process: &mut Process,
     mapping: &record::Mapping,
@@ -453,6 +461,18 @@ fn restore_inherited(
     const OWN: u64 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE) as u64;
     const RW: u64 = (libc::PROT_READ | libc::PROT_WRITE) as u64;
     let bytes = mapping.end - mapping.start;
+    if content.is_empty() {
+        const SHARED: u64 = (libc::MAP_SHARED | libc::MAP_FIXED_NOREPLACE) as u64;
+        let descriptor = lowest_free(proc::descriptors(process.pid).map_err(make("an AIO ring"))?);
+        let mut tape = process.tape()?;
+        let name = tape.data(b"aio\0");
+        tape.call("make an empty file", libc::SYS_memfd_create, [name, 0, 0, 0, 0, 0]);
+        let arguments = [mapping.start, bytes, RW, SHARED, descriptor, 0];
+        tape.call("map the rest of an AIO ring", libc::SYS_mmap, arguments);
+        tape.call("close a descriptor", libc::SYS_close, [descriptor, 0, 0, 0, 0, 0]);
+        process.run_all(0, &tape, End::Breakpoint)?;
+        return Ok(());
+    }
     if content.len() as u64 != bytes {
         return Err(RestoreError::Damaged(format!("the AIO ring at {:#x}", mapping.start)));
     }
