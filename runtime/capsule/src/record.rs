@@ -299,7 +299,8 @@ pub enum Backing {
     /// The ring of a context of asynchronous I/O (`io_setup`), which no request uses: so many places, where the next event is read
     /// and where it is written, and the events (`struct io_event`) between these.
     AsynchronousIo { events: u32, head: u32, tail: u32, unread: Bytes },
-    /// The ring of a context that the process does not have, as a child does not have its parent's: its content.
+    /// The ring of a context that the process does not have, as a child does not have its parent's: its content, or nothing once
+    /// the context has ended.
     InheritedRing { content: Bytes },
     /// The vdso and its data pages: one block, put back as the new host has it. `index` counts from the block's start.
     Vdso { index: u32 },

@@ -331,8 +331,7 @@ impl Process {
     /// Makes the mapping that tapes need: at `address` if one is given, else where the kernel likes.
     ///
     /// The first call is made by code in the padding behind the vdso's image, which no program uses, or another one's
-    /// ([`Process::find_room`]). The page becomes the
-    /// process's own copy by that, and stays so.
+    /// ([`Process::find_room`]). The page becomes the process's own copy by that, and stays so.
     pub(crate) fn map_arena(&mut self, address: Option<u64>) -> Result<(), TraceeError> {
         match self.map_arena_within_limits(address) {
             Err(TraceeError::Call { source, .. })
@@ -448,7 +447,7 @@ impl Process {
         })
     }
 
-    /// Where [`tape::once`]'s code goes: at the end of the vdso's last page, if nothing but padding is there.
+    /// Where [`tape::once`]'s code goes: at the end of the room's last page, if nothing but padding is there.
     fn stub_address(&self) -> Result<u64, TraceeError> {
         self.stub_in(self.room)
     }

@@ -33,6 +33,9 @@ pub fn create(name: &[u8], mode: u32, limits: Limits) -> io::Result<OwnedFd> {
 }
 
 /// Opens a queue of the IPC namespace of the calling thread. `flags` are the access mode and `O_NONBLOCK`.
+///
+/// # Errors
+/// ENOENT: there is none of this name.
 pub fn open(name: &[u8], flags: i32) -> io::Result<OwnedFd> {
     let name = CString::new(name).map_err(|_| io::ErrorKind::InvalidInput)?;
     // Closed by `exec` it is anyway; asked for, that would stay among the flags of the description.

@@ -45,6 +45,9 @@ const _: () = assert!(size_of::<Attributes>() == ATTRIBUTES_BYTES as usize);
 
 /// The time slice of a thread of `SCHED_OTHER` or `SCHED_BATCH`, in nanoseconds: the kernel's own, or what it has asked for. 0 for
 /// other policies, and of kernels before 6.12, where none can be asked for.
+///
+/// # Errors
+/// ESRCH: no such thread.
 pub fn slice_ns(tid: Pid) -> io::Result<u64> {
     let mut attributes = Attributes::default();
     // SAFETY: the kernel writes no more than the size that is passed along, which is that of `attributes`.
@@ -110,6 +113,9 @@ pub fn affinity_words(processors: &[u32]) -> Vec<u64> {
 }
 
 /// The processors that the kernel has made room for, whether they are there or not (cputopology.rst).
+///
+/// # Errors
+/// The file can't be read, or holds no list ([`io::ErrorKind::InvalidData`]).
 pub fn possible_processors() -> io::Result<Vec<u32>> {
     let text = std::fs::read_to_string("/sys/devices/system/cpu/possible")?;
     parse_processors(text.trim()).ok_or_else(|| io::ErrorKind::InvalidData.into())

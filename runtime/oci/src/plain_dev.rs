@@ -25,8 +25,8 @@ const LINKS: [(&str, &str); 5] = [
     ("stderr", "/proc/self/fd/2"),
 ];
 
-/// What it makes of character devices, beside those of the specification.
-const DEVICES: [(&str, u32, u32); 6] = [
+/// What it makes of character devices, beside those of the specification: by name in /dev and number.
+pub(crate) const DEVICES: [(&str, u32, u32); 6] = [
     ("null", 1, 3),
     ("zero", 1, 5),
     ("full", 1, 7),

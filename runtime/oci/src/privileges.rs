@@ -15,17 +15,16 @@ use samara_engine::files::{DeviceNode, DeviceNodes, GivenNodes};
 use samara_engine::labels;
 
 use crate::confine::{ConfineError, capability_sets};
+use crate::plain_dev;
 
-/// Character devices that every container has in /dev (runtime-spec, "Default Devices"), by name and number.
-const DEFAULT_DEVICES: [(&str, u32, u32); 7] = [
-    ("null", 1, 3),
-    ("zero", 1, 5),
-    ("full", 1, 7),
-    ("random", 1, 8),
-    ("urandom", 1, 9),
-    ("tty", 5, 0),
-    ("ptmx", 5, 2),
-];
+/// Character devices that every container has in /dev (runtime-spec, "Default Devices").
+fn default_devices() -> impl Iterator<Item = (&'static str, DeviceNode)> {
+    let multiplexer = ("ptmx", 5, 2);
+    plain_dev::DEVICES
+        .into_iter()
+        .chain([multiplexer])
+        .map(|(name, major, minor)| (name, DeviceNode { block: false, major, minor }))
+}
 
 /// The device nodes that the files of a capsule may have.
 pub(crate) fn device_nodes(spec: &Spec) -> Result<DeviceNodes, ConfineError> {
@@ -36,10 +35,9 @@ pub(crate) fn device_nodes(spec: &Spec) -> Result<DeviceNodes, ConfineError> {
     if bounding.contains(CapabilitySet::MKNOD) {
         return Ok(DeviceNodes::Any);
     }
-    let default =
-        DEFAULT_DEVICES.map(|(_, major, minor)| DeviceNode { block: false, major, minor });
+    let default = default_devices().map(|(_, node)| node);
     let given = devices(spec).map(|(_, node)| node);
-    Ok(DeviceNodes::Known(default.into_iter().chain(given).collect()))
+    Ok(DeviceNodes::Known(default.chain(given).collect()))
 }
 
 /// What a new container of this specification finds of device nodes in a mount of its own: in /dev.
@@ -47,14 +45,12 @@ pub(crate) fn given_nodes(spec: &Spec, mount: &str) -> GivenNodes {
     if mount != "/dev" {
         return GivenNodes::default();
     }
-    let default = DEFAULT_DEVICES.map(|(name, major, minor)| {
-        (Path::new("/").join(name), DeviceNode { block: false, major, minor })
-    });
+    let default = default_devices().map(|(name, node)| (Path::new("/").join(name), node));
     let given = devices(spec).filter_map(|(path, node)| {
         let name = path.strip_prefix("/dev").ok()?;
         Some((Path::new("/").join(name), node))
     });
-    GivenNodes(default.into_iter().chain(given).collect())
+    GivenNodes(default.chain(given).collect())
 }
 
 /// The devices that a specification names.

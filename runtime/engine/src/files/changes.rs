@@ -899,11 +899,13 @@ impl<'a> Application<'a> {
                             .child(&name)
                             .map_err(|_| Errno::NAMETOOLONG)
                             .attempt("walk", &top.path)?;
-                        let stat = stat_name(dir, &name).attempt("look up", &path)?;
-                        if stat.is_some_and(|stat| is_given(self.given, &path, &stat))
-                            || self.given.reach_below(&path.absolute())
-                        {
-                            continue;
+                        if !self.given.0.is_empty() {
+                            let stat = stat_name(dir, &name).attempt("look up", &path)?;
+                            if stat.is_some_and(|stat| is_given(self.given, &path, &stat))
+                                || self.given.reach_below(&path.absolute())
+                            {
+                                continue;
+                            }
                         }
                         if remove(self.tree, dir.as_fd(), &name, &path)? {
                             self.report.removed += 1;
