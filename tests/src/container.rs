@@ -81,7 +81,15 @@ impl Launch {
         words.push(self.image.tag().to_owned());
         words.extend(self.command.iter().cloned());
         // A restore is part of the start.
-        let id = node.docker(words).within(Duration::from_secs(600)).output()?;
+        let id =
+            node.docker(words).within(Duration::from_secs(600)).output().with_context(|| {
+                let logs = node.docker(["logs", &self.name]).run();
+                format!(
+                    "{} had said: {:?}",
+                    self.name,
+                    logs.map(|ended| ended.stdout + &ended.stderr)
+                )
+            })?;
         Ok(Container {
             node,
             id: id.lines().last().unwrap_or_default().to_owned(),
@@ -171,7 +179,10 @@ impl Container<'_> {
         /// A workload may see the file and end before `touch` has, which is then killed with it.
         const KILLED: i32 = 137;
         let ended = self.node.docker(["exec", &self.id, "touch", "/tmp/finish"]).run()?;
-        if ended.status.code() == Some(KILLED) { Ok(()) } else { ended.successful() }
+        if ended.status.code() == Some(KILLED) {
+            return Ok(());
+        }
+        ended.successful().with_context(|| format!("{} had said: {:?}", self.name, self.logs()))
     }
 
     /// Waits for its end, and answers its exit status.

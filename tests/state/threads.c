@@ -102,6 +102,31 @@ static void thread_name_each_check(void)
 static void thread_name_each_spoil(void) { MUST(prctl(PR_SET_NAME, "third")); }
 STATE(thread_name_each)
 
+/* A process that ends as soon as its first thread goes on, when the others may not have been let go yet. */
+static pid_t hasty;
+static void *sleeps(void *data) { pause(); return data; }
+static int hasty_body(void)
+{
+	enum { OTHERS = 200 };
+	const int64_t gap = 50 * 1000 * 1000;
+	pthread_t thread;
+	pthread_attr_t attributes;
+	pthread_attr_init(&attributes);
+	pthread_attr_setstacksize(&attributes, 64 * 1024);
+	for (int i = 0; i < OTHERS; i++)
+		CHECK(pthread_create(&thread, &attributes, sleeps, NULL) == 0, "no thread");
+	for (int64_t before = now_ns(CLOCK_MONOTONIC), now; !finishing(); before = now) {
+		now = now_ns(CLOCK_MONOTONIC);
+		if (now - before > gap)
+			break;
+	}
+	return 7;
+}
+static void ends_when_let_go_setup(void) { hasty = in_child(hasty_body); }
+static void ends_when_let_go_check(void) { expect_exit(hasty, 7); }
+static void ends_when_let_go_spoil(void) { expect_exit(hasty, 7); }
+STATE(ends_when_let_go)
+
 /* Policies, priorities and nice values; the latter are high, since a container may begin with one. */
 static void expect_policy(int policy, int priority)
 {

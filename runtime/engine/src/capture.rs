@@ -102,12 +102,13 @@ pub fn capture(
     let begun = Instant::now();
     let mut frozen = FrozenTree::stop(request.init, thaw)?;
     let clocks = clocks::of_container(request.init).map_err(read("the container's clocks"))?;
+    let clocks_read = Instant::now();
     let names = names::changed(request.init, &request.names).map_err(read("the host's name"))?;
     let freeze = begun.elapsed();
     phase::reached(Phase::Stopped);
 
     let begun = Instant::now();
-    let mut tables = Tables::new(request)?;
+    let mut tables = Tables::new(request, clocks_read)?;
     let mut processes = collect(&mut frozen, &mut tables)?;
     let collect = begun.elapsed();
     phase::reached(Phase::Collected);
@@ -331,6 +332,8 @@ impl Content {
 #[derive(Debug)]
 pub(crate) struct Tables<'a> {
     pub(crate) request: &'a CaptureRequest,
+    /// When the clocks were read that the capsule gets. What is left until something is due counts from then.
+    pub(crate) clocks_read: Instant,
     pub(crate) root: Root,
     pub(crate) vdso: vdso::Host,
     pub(crate) files: Vec<record::OpenFile>,
@@ -383,9 +386,10 @@ pub(crate) struct Tables<'a> {
 }
 
 impl<'a> Tables<'a> {
-    fn new(request: &'a CaptureRequest) -> Result<Tables<'a>, CaptureError> {
+    fn new(request: &'a CaptureRequest, clocks_read: Instant) -> Result<Tables<'a>, CaptureError> {
         Ok(Tables {
             request,
+            clocks_read,
             root: Root::of(request.init).map_err(read("the container's root directory"))?,
             vdso: vdso::Host::look().map_err(read("this host's vdso"))?,
             files: Vec::new(),

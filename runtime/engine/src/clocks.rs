@@ -29,6 +29,13 @@ pub(crate) fn of_container(pid: Pid) -> io::Result<Clocks> {
     })
 }
 
+/// The time that has passed on the clocks of a container since its capture, in nanoseconds: they go on while it is restored, so
+/// that what it waits for is due on them when it would have been. `pid` is a process of the restored container.
+pub(crate) fn passed(pid: Pid, then: &Clocks) -> io::Result<u64> {
+    let passed = of_container(pid)?.monotonic_ns.saturating_sub(then.monotonic_ns);
+    Ok(u64::try_from(passed).unwrap_or(0))
+}
+
 /// The offsets that a time namespace needs for its clocks to go on from `clocks` now.
 pub fn offsets_to_continue(clocks: &Clocks) -> io::Result<TimeOffsets> {
     Ok(TimeOffsets {

@@ -29,7 +29,7 @@ use crate::root::Root;
 use crate::tracee::Process;
 use crate::unsupported::Place;
 use crate::{
-    directories, epoll, inotify, internet, nameless, notices, pipes, posix_queues, process,
+    clocks, directories, epoll, inotify, internet, nameless, notices, pipes, posix_queues, process,
     procfiles, sockets, terminals, timers, unix_sockets,
 };
 
@@ -331,9 +331,10 @@ fn anonymous(found: &Found<'_>, tables: &mut Tables<'_>) -> Result<FileKind, Str
             rustix::time::timerfd_gettime(&timer)?;
             proc::descriptor_info(found.pid, found.fd)
         });
+        let asked = tables.clocks_read.elapsed();
         return told
             .ok()
-            .and_then(|info| timers::describe(&info))
+            .and_then(|info| timers::describe(&info, asked))
             .map(FileKind::TimerFd)
             .ok_or_else(|| "this kernel does not tell the state of a timer".to_owned());
     }
@@ -759,7 +760,9 @@ fn make_file(
             epoll.0
         }
         FileKind::TimerFd(timer) => {
-            let timer = timers::restore(timer, &container.clocks).map_err(make("a timer"))?;
+            let passed_ns = clocks::passed(init, &container.clocks).map_err(make("a timer"))?;
+            let timer =
+                timers::restore(timer, &container.clocks, passed_ns).map_err(make("a timer"))?;
             set_flags(&timer, flags)?;
             timer
         }

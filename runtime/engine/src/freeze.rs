@@ -511,7 +511,7 @@ impl Freezer {
 impl Drop for Freezer {
     fn drop(&mut self) {
         for (_, mut thread) in std::mem::take(&mut self.stopped).into_values() {
-            if let Err(error) = thread.settle().and_then(|()| thread.release()) {
+            if let Err(error) = thread.settle().and_then(|()| thread.release().map(drop)) {
                 tracing::warn!(error = %error, "a thread could not be let go cleanly");
             }
         }
@@ -536,7 +536,7 @@ fn let_go(tid: Pid) -> bool {
                 }
                 ptrace::set_registers(tid, &thread.stop)
                     .map_err(failed("set the registers of", tid))?;
-                thread.release()
+                thread.release().map(drop)
             });
             if let Err(error) = released {
                 tracing::warn!(error = %error, "a thread could not be let go cleanly");

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::Instant;
 
 use samara_capsule::record::{
     self, Alive, AlternateStack, Bytes, Clocks, Credentials, Directories, EndedDirectory,
@@ -29,7 +30,7 @@ use crate::restore::{RestoreError, make, open_below};
 use crate::root::Root;
 use crate::tracee::{Output, Process, Tape, Thread, TraceeError, failed};
 use crate::unsupported::Place;
-use crate::{attributes, directories, labels, memory, procfiles, sockets, timers};
+use crate::{attributes, clocks, directories, labels, memory, procfiles, sockets, timers};
 
 /// Signals are numbered from 1 to this.
 pub(crate) const SIGNALS: u32 = 64;
@@ -73,6 +74,8 @@ pub(crate) struct Examined {
     /// For each thread.
     threads: Vec<ExaminedThread>,
     paths: Paths,
+    /// As [`Tables::clocks_read`].
+    clocks_read: Instant,
 }
 
 /// Where a process is, and what it runs.
@@ -143,7 +146,14 @@ pub(crate) fn examine(
         let why = "a POSIX timer on the processor clock of a process that has ended, or for a thread that has ended, is not supported";
         tables.refuse(pid, Place::Process, why);
     }
-    Ok(Examined { stat, status, posix_timers: timers.unwrap_or_default(), threads, paths })
+    Ok(Examined {
+        stat,
+        status,
+        posix_timers: timers.unwrap_or_default(),
+        threads,
+        paths,
+        clocks_read: tables.clocks_read,
+    })
 }
 
 /// Whether the container of `init` has a thread of this number. Only for what is rare: all threads are asked.
@@ -229,7 +239,7 @@ pub(crate) fn collect(
 ) -> Result<record::Process, CaptureError> {
     let pid = process.pid;
     let what = || read(format!("process {pid} in /proc"));
-    let Examined { stat, status, posix_timers, threads: looks, paths } = examined;
+    let Examined { stat, status, posix_timers, threads: looks, paths, clocks_read } = examined;
     leave_critical_sections(process)?;
     // What the capsule gets is decided before the corrections for the thaw change the registers.
     let restored: Vec<(Registers, Restart)> = process
@@ -240,7 +250,7 @@ pub(crate) fn collect(
     mend_for_thaw(process, elapsed)?;
     process.map_arena(None)?;
     let lock_future = memory::lock_future(process, status)?;
-    let answers = Answers::ask(process, posix_timers)?;
+    let answers = Answers::ask(process, posix_timers, *clocks_read)?;
     memory::ask_policies(process, &mut mappings)?;
     let descriptor_table = attributes::descriptor_table(process)?;
     let mut threads = Vec::new();
@@ -637,8 +647,12 @@ struct Answers {
 }
 
 impl Answers {
-    fn ask(process: &mut Process, timers: &[PosixTimer]) -> Result<Answers, TraceeError> {
-        let posix_timers = posix_timers(process, timers)?;
+    fn ask(
+        process: &mut Process,
+        timers: &[PosixTimer],
+        clocks_read: Instant,
+    ) -> Result<Answers, TraceeError> {
+        let posix_timers = posix_timers(process, timers, clocks_read)?;
         let mut tape = process.tape()?;
         let actions: Vec<Output> = (1..=SIGNALS)
             .map(|signal| {
@@ -679,6 +693,7 @@ impl Answers {
         let brk = tape.len();
         tape.call("ask for its break", libc::SYS_brk, [0; 6]);
         let results = process.run_all(0, &tape, End::Call)?;
+        let asked = clocks_read.elapsed();
         let result = |index: usize| results.get(index).copied().unwrap_or(0);
 
         let attribute = |index: usize| -> u32 {
@@ -705,6 +720,8 @@ impl Answers {
                 rest_us: us(rest_s, rest_us),
             };
         }
+        let [real, _, _] = &mut interval_timers;
+        real.rest_us = timers::left(real.rest_us, asked.as_micros());
         let [subreaper] = words(&process.output(subreaper)?);
         let [vector_features] = words(&process.output(features)?);
         Ok(Answers {
@@ -729,6 +746,7 @@ impl Answers {
 fn posix_timers(
     process: &mut Process,
     timers: &[PosixTimer],
+    clocks_read: Instant,
 ) -> Result<Vec<PosixTimer>, TraceeError> {
     /// What fits on a tape with room to spare.
     const AT_ONCE: usize = 1024;
@@ -746,8 +764,9 @@ fn posix_timers(
             })
             .collect();
         process.run_all(0, &tape, End::Call)?;
+        let asked = clocks_read.elapsed();
         for (timer, output) in group.iter_mut().zip(outputs) {
-            timers::set_times(timer, words(&process.output(output)?));
+            timers::set_times(timer, words(&process.output(output)?), asked);
         }
     }
     Ok(timers)
@@ -1327,7 +1346,13 @@ pub(crate) fn confine(
             for (which, timer) in (0u64..).zip(alive.interval_timers) {
                 // A periodic timer of real time stands while its signal is pending, and shows no rest: taking that winds it up.
                 let stands = which == 0 && timer.interval_us != 0;
-                let rest_us = if stands { timer.rest_us.max(1) } else { timer.rest_us };
+                let rest_us = match which {
+                    0 if stands || timer.rest_us != 0 => {
+                        let passed = clocks::passed(process.pid, then).map_err(make("a timer"))?;
+                        timer.rest_us.saturating_sub(passed / 1000).max(1)
+                    }
+                    _ => timer.rest_us,
+                };
                 if rest_us != 0 {
                     let split = |us: u64| [us / 1_000_000, us % 1_000_000];
                     let [interval, rest] = [split(timer.interval_us), split(rest_us)];
@@ -1626,12 +1651,24 @@ fn set_capabilities(tape: &mut Tape, sets: [u64; 3]) {
 }
 
 /// Gives every thread the registers and the signal mask that it goes on with. Nothing may run in the process after this.
-pub(crate) fn set_registers(process: &mut Process, alive: &Alive) -> Result<(), RestoreError> {
-    let places = process.scratch_for(alive.threads.iter().map(|thread| thread.restart))?;
-    for ((thread, record), place) in process.threads.iter_mut().zip(&alive.threads).zip(places) {
+///
+/// `passed_ns` has passed on the container's clocks since the capture.
+pub(crate) fn set_registers(
+    process: &mut Process,
+    alive: &Alive,
+    passed_ns: u64,
+) -> Result<(), RestoreError> {
+    let later: Vec<(Registers, Restart)> = alive
+        .threads
+        .iter()
+        .map(|thread| restart::later(from_record(&thread.registers), thread.restart, passed_ns))
+        .collect();
+    let places = process.scratch_for(later.iter().map(|(_, restart)| *restart))?;
+    for (((thread, record), (mut registers, restart)), place) in
+        process.threads.iter_mut().zip(&alive.threads).zip(later).zip(places)
+    {
         let tid = thread.tid;
-        let mut registers = from_record(&record.registers);
-        if let (Restart::Timespec { argument, .. }, Some(address)) = (record.restart, place) {
+        if let (Restart::Timespec { argument, .. }, Some(address)) = (restart, place) {
             restart::point_at(&mut registers, argument, address);
         }
         ptrace::set_xstate(tid, &record.xstate)

@@ -296,13 +296,7 @@ pub(crate) fn shorten(
     match timeout(number) {
         None | Some(Timeout::Socket(_)) => Restart::AsIs,
         Some(Timeout::Milliseconds(argument)) => {
-            let register = argument.of(registers);
-            // The kernel takes an int.
-            let whole_ms = (*register & 0xffff_ffff) as u32;
-            if whole_ms.cast_signed() > 0 {
-                let rest_ns = (u64::from(whole_ms) * MS).saturating_sub(elapsed_ns);
-                *register = rest_ns.div_ceil(MS);
-            }
+            shorten_milliseconds(argument.of(registers), elapsed_ns);
             Restart::AsIs
         }
         Some(Timeout::Timespec(argument)) => {
@@ -363,6 +357,38 @@ pub(crate) fn socket_wait(stop: &Registers) -> Option<(i32, Direction)> {
     match timeout(number)? {
         Timeout::Socket(direction) => Some((i32::try_from(stop.rdi).ok()?, direction)),
         Timeout::Milliseconds(_) | Timeout::Timespec(_) | Timeout::Sleep { .. } => None,
+    }
+}
+
+/// What a thread goes on with whose restore has taken `passed_ns`: a call that begins again has so much less of its time.
+pub(crate) fn later(
+    mut registers: Registers,
+    restart: Restart,
+    passed_ns: u64,
+) -> (Registers, Restart) {
+    let begins_again =
+        registers.orig_rax.cast_signed() >= 0 && -registers.rax.cast_signed() == ERESTARTNOHAND;
+    let restart = match restart {
+        Restart::Timespec { argument, rest_ns } => {
+            Restart::Timespec { argument, rest_ns: rest_ns.saturating_sub(passed_ns) }
+        }
+        Restart::AsIs => {
+            let number = registers.orig_rax.cast_signed();
+            if begins_again && let Some(Timeout::Milliseconds(argument)) = timeout(number) {
+                shorten_milliseconds(argument.of(&mut registers), passed_ns);
+            }
+            Restart::AsIs
+        }
+    };
+    (registers, restart)
+}
+
+/// The kernel takes an int, of which a negative one is no timeout.
+fn shorten_milliseconds(register: &mut u64, passed_ns: u64) {
+    const MS: u64 = 1_000_000;
+    let whole_ms = (*register & 0xffff_ffff) as u32;
+    if whole_ms.cast_signed() > 0 {
+        *register = (u64::from(whole_ms) * MS).saturating_sub(passed_ns).div_ceil(MS);
     }
 }
 

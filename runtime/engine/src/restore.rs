@@ -31,8 +31,8 @@ use crate::process::Confinement;
 use crate::root::Root;
 use crate::tracee::{self, ARENA_BYTES, Process, Thread, TraceeError, failed};
 use crate::{
-    descriptors, internet, labels, memory, names, notices, posix_queues, process, procfiles,
-    sqlite, system_v, terminals, unix_sockets, vdso,
+    clocks, descriptors, internet, labels, memory, names, notices, posix_queues, process,
+    procfiles, sqlite, system_v, terminals, unix_sockets, vdso,
 };
 
 /// Why a container could not be restored. Nothing of it is left but the blank init, if that still lives, for the caller to remove.
@@ -189,7 +189,7 @@ pub fn restore(
     phase::reached(Phase::Confined);
     let threads = tree.processes.values().map(|process| process.threads.len()).sum();
     ready();
-    tree.resume(&container.processes)?;
+    tree.resume(&container.processes, &container.clocks)?;
     phase::reached(Phase::Resumed);
     terminals.resize();
     let finish = begun.elapsed();
@@ -686,8 +686,8 @@ impl Tree {
         process::confine(process, alive, confinement, then)
     }
 
-    /// Removes the engine from all processes and lets them go.
-    fn resume(&mut self, records: &[Record]) -> Result<(), RestoreError> {
+    /// Removes the engine from all processes and lets them go. `then` are the clocks at the capture.
+    fn resume(&mut self, records: &[Record], then: &Clocks) -> Result<(), RestoreError> {
         for record in records {
             if let ProcessState::Alive(alive) = &record.state {
                 process::end_breakpoints(self.process(record.pid)?, alive)?;
@@ -706,10 +706,11 @@ impl Tree {
         for process in self.processes.values_mut() {
             process.unmap_arena()?;
         }
+        let passed_ns = clocks::passed(self.process(1)?.pid, then).map_err(make("the clocks"))?;
         for record in records {
             if let ProcessState::Alive(alive) = &record.state {
                 let process = self.process(record.pid)?;
-                process::set_registers(process, alive)?;
+                process::set_registers(process, alive, passed_ns)?;
             }
         }
         // From here on a failure kills all that has not been released when this process ends, and with init the rest.

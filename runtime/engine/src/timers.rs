@@ -21,11 +21,20 @@ use samara_kernel::proc::DescriptorInfo;
 use samara_kernel::tape::{Call, End};
 use samara_kernel::{Pid, timerfd};
 
+use crate::clocks;
 use crate::restore::{RestoreError, make};
 use crate::tracee::{Process, Tape};
 
-/// What `fdinfo` says of a timer; `None` where it does not.
-pub(crate) fn describe(info: &DescriptorInfo) -> Option<record::TimerFd> {
+/// What is left of a time now is `rest`; this is what was left `passed` ago, in the same unit. 0 is a timer that is not armed.
+pub(crate) fn left(rest: u64, passed: u128) -> u64 {
+    match rest {
+        0 => 0,
+        rest => rest.saturating_add(u64::try_from(passed).unwrap_or(u64::MAX)),
+    }
+}
+
+/// What `fdinfo` says of a timer; `None` where it does not. It has been read `asked` after the clocks.
+pub(crate) fn describe(info: &DescriptorInfo, asked: Duration) -> Option<record::TimerFd> {
     let line = |name: &str| {
         info.others.iter().find(|(found, _)| found == name).map(|(_, value)| value.as_str())
     };
@@ -33,7 +42,7 @@ pub(crate) fn describe(info: &DescriptorInfo) -> Option<record::TimerFd> {
         clock: line("clockid")?.parse().ok()?,
         ticks: line("ticks")?.parse().ok()?,
         flags: i32::from_str_radix(line("settime flags")?, 8).ok()?,
-        rest_ns: nanoseconds(line("it_value")?)?,
+        rest_ns: left(nanoseconds(line("it_value")?)?, asked.as_nanos()),
         interval_ns: nanoseconds(line("it_interval")?)?,
     })
 }
@@ -44,8 +53,28 @@ fn nanoseconds(text: &str) -> Option<u64> {
     seconds.parse::<u64>().ok()?.checked_mul(1_000_000_000)?.checked_add(ns.parse().ok()?)
 }
 
-/// Makes a timer. `then` are the clocks at the capture.
-pub(crate) fn restore(record: &record::TimerFd, then: &Clocks) -> io::Result<OwnedFd> {
+/// What a timer has become after so much time.
+fn later(timer: record::TimerFd, passed_ns: u64) -> record::TimerFd {
+    let record::TimerFd { ticks, rest_ns, interval_ns, .. } = timer;
+    let (ticks, rest_ns) = match passed_ns.checked_sub(rest_ns) {
+        _ if rest_ns == 0 => (ticks, 0),
+        None => (ticks, rest_ns - passed_ns),
+        // It is about to expire, and stands then.
+        Some(_) if interval_ns == 0 => (ticks, 1),
+        Some(late_ns) => {
+            let missed = (late_ns / interval_ns).saturating_add(1);
+            (ticks.saturating_add(missed), interval_ns - late_ns % interval_ns)
+        }
+    };
+    record::TimerFd { ticks, rest_ns, ..timer }
+}
+
+/// Makes a timer. `then` are the clocks at the capture, and `passed_ns` has passed on them since.
+pub(crate) fn restore(
+    record: &record::TimerFd,
+    then: &Clocks,
+    passed_ns: u64,
+) -> io::Result<OwnedFd> {
     let (clock, is_wall) = match record.clock {
         libc::CLOCK_REALTIME => (ClockId::CLOCK_REALTIME, true),
         libc::CLOCK_REALTIME_ALARM => (ClockId::CLOCK_REALTIME_ALARM, true),
@@ -55,11 +84,12 @@ pub(crate) fn restore(record: &record::TimerFd, then: &Clocks) -> io::Result<Own
         _ => return Err(io::ErrorKind::InvalidData.into()),
     };
     let timer = TimerFd::new(clock, TimerFlags::TFD_CLOEXEC)?;
+    let is_instant = is_wall && record.flags & libc::TFD_TIMER_ABSTIME != 0 && record.rest_ns > 0;
+    let record = if is_instant { *record } else { later(*record, passed_ns) };
     let has_expired = record.rest_ns == 0 && record.ticks > 0;
     let armed = record.rest_ns > 0 || record.interval_ns > 0 && has_expired;
     if armed {
-        let instant = is_wall && record.flags & libc::TFD_TIMER_ABSTIME != 0 && record.rest_ns > 0;
-        let (flags, value_ns) = if instant {
+        let (flags, value_ns) = if is_instant {
             let then = u64::try_from(then.realtime_ns).unwrap_or(0);
             (record.flags, then.saturating_add(record.rest_ns))
         } else {
@@ -162,11 +192,23 @@ pub(crate) fn comes_again(info: &[u8], timers: &[PosixTimer]) -> bool {
 /// `struct itimerspec`
 pub(crate) const ITIMERSPEC_BYTES: usize = 32;
 
-/// Reads interval and rest from what `timer_gettime` wrote.
-pub(crate) fn set_times(timer: &mut PosixTimer, [interval_s, interval, rest_s, rest]: [u64; 4]) {
+/// Reads interval and rest from what `timer_gettime` wrote `asked` after the clocks were read.
+pub(crate) fn set_times(
+    timer: &mut PosixTimer,
+    [interval_s, interval, rest_s, rest]: [u64; 4],
+    asked: Duration,
+) {
     let ns = |seconds: u64, ns: u64| seconds.saturating_mul(1_000_000_000).saturating_add(ns);
     timer.interval_ns = ns(interval_s, interval);
-    timer.rest_ns = ns(rest_s, rest);
+    timer.rest_ns = match counts_processor_time(timer.clock) {
+        true => ns(rest_s, rest),
+        false => left(ns(rest_s, rest), asked.as_nanos()),
+    };
+}
+
+/// Such a clock stands as long as the container does.
+fn counts_processor_time(clock: i32) -> bool {
+    clock < 0 || matches!(clock, libc::CLOCK_PROCESS_CPUTIME_ID | libc::CLOCK_THREAD_CPUTIME_ID)
 }
 
 /// Makes the timers of a process again, under their numbers. `due` are those that have expired, and whose signal is pending;
@@ -205,7 +247,9 @@ pub(crate) fn restore_posix(
             match timer {
                 Some(timer) => {
                     let is_due = due.contains(&timer.id) && timer.interval_ns > 0;
-                    make_posix(&mut tape, timer, is_due.then_some(then));
+                    let passed_ns =
+                        clocks::passed(process.pid, then).map_err(make("the clocks"))?;
+                    make_posix(&mut tape, timer, next_expiration(timer, is_due, then, passed_ns));
                 }
                 None => {
                     let id = tape.words(&[0]);
@@ -226,8 +270,8 @@ pub(crate) fn restore_posix(
     Ok(())
 }
 
-/// `then` is given for one that is to expire at once.
-fn make_posix(tape: &mut Tape, timer: &PosixTimer, then: Option<&Clocks>) {
+/// `flags` and `value_ns` are for `timer_settime`.
+fn make_posix(tape: &mut Tape, timer: &PosixTimer, (flags, value_ns): (u64, u64)) {
     let low = |number: i32| u64::from(number.cast_unsigned());
     let notify = timer.notify | if timer.thread.is_some() { libc::SIGEV_THREAD_ID } else { 0 };
     // `struct sigevent`: value, signal and kind, thread, padding.
@@ -246,27 +290,27 @@ fn make_posix(tape: &mut Tape, timer: &PosixTimer, then: Option<&Clocks>) {
     tape.call(what, libc::SYS_timer_create, [low(timer.clock), event, id, 0, 0, 0]);
     if timer.rest_ns > 0 {
         let split = |ns: u64| [ns / 1_000_000_000, ns % 1_000_000_000];
-        let (flags, value_ns) = match then {
-            None => (0, timer.rest_ns),
-            Some(then) => last_expiration(timer, then),
-        };
         let times = tape.words(&[split(timer.interval_ns), split(value_ns)].concat());
         let what = format!("set the timer {}", timer.id);
         tape.call(what, libc::SYS_timer_settime, [low(timer.id), flags, times, 0, 0, 0]);
     }
 }
 
-/// Flags and value of a timer that expires at once, and from then on when it would have.
-fn last_expiration(timer: &PosixTimer, then: &Clocks) -> (u64, u64) {
+/// Flags and value of an armed timer: when it would have expired. One that `is_due` expires at once, and from then on when it
+/// would have.
+fn next_expiration(timer: &PosixTimer, is_due: bool, then: &Clocks, passed_ns: u64) -> (u64, u64) {
     const ABSOLUTE: u64 = libc::TIMER_ABSTIME as u64;
     let clock_ns = match timer.clock {
         libc::CLOCK_MONOTONIC => then.monotonic_ns,
         libc::CLOCK_BOOTTIME | libc::CLOCK_BOOTTIME_ALARM => then.boottime_ns,
         // Clocks that do not go on from where they were: the period begins anew.
-        _ => return (0, 1),
+        _ if is_due => return (0, 1),
+        clock if counts_processor_time(clock) => return (0, timer.rest_ns),
+        _ => return (0, timer.rest_ns.saturating_sub(passed_ns).max(1)),
     };
     let next_ns = u64::try_from(clock_ns).unwrap_or(0).saturating_add(timer.rest_ns);
-    (ABSOLUTE, next_ns.saturating_sub(timer.interval_ns).max(1))
+    let before_ns = if is_due { timer.interval_ns } else { 0 };
+    (ABSOLUTE, next_ns.saturating_sub(before_ns).max(1))
 }
 
 #[cfg(test)]
@@ -277,7 +321,11 @@ mod tests {
     fn described(timer: &OwnedFd) -> record::TimerFd {
         use std::os::fd::AsRawFd;
         let own = i32::try_from(std::process::id()).unwrap();
-        describe(&samara_kernel::proc::descriptor_info(own, timer.as_raw_fd()).unwrap()).unwrap()
+        describe(
+            &samara_kernel::proc::descriptor_info(own, timer.as_raw_fd()).unwrap(),
+            Duration::ZERO,
+        )
+        .unwrap()
     }
 
     /// A timer that comes back unarmed is waited for for ever.
@@ -287,15 +335,31 @@ mod tests {
         let hour = 3_600_000_000_000;
         let clock = libc::CLOCK_MONOTONIC;
         let timer = record::TimerFd { clock, ticks: 0, flags: 0, rest_ns: hour, interval_ns: 7 };
-        let made = described(&restore(&timer, &now).unwrap());
+        let made = described(&restore(&timer, &now, 0).unwrap());
         assert!(made.rest_ns <= hour && made.rest_ns > hour / 2, "{made:?}");
         assert_eq!((made.interval_ns, made.ticks), (7, 0));
         // Expired three times, and armed no more.
         let timer = record::TimerFd { ticks: 3, rest_ns: 0, interval_ns: 0, ..timer };
-        assert_eq!(described(&restore(&timer, &now).unwrap()), timer);
+        assert_eq!(described(&restore(&timer, &now, 0).unwrap()), timer);
         // Never armed.
         let timer = record::TimerFd { ticks: 0, ..timer };
-        assert_eq!(described(&restore(&timer, &now).unwrap()), timer);
+        assert_eq!(described(&restore(&timer, &now, 0).unwrap()), timer);
+    }
+
+    /// A periodic timer is a clock too: it goes with the container's, which goes on while the container is restored.
+    #[test]
+    fn a_restore_takes_time() {
+        let timer =
+            record::TimerFd { clock: 1, ticks: 2, flags: 0, rest_ns: 500, interval_ns: 1000 };
+        let became = |timer: record::TimerFd, passed| {
+            let made = later(timer, passed);
+            (made.ticks, made.rest_ns)
+        };
+        assert_eq!(became(timer, 499), (2, 1));
+        assert_eq!(became(timer, 500), (3, 1000));
+        assert_eq!(became(timer, 2600), (5, 900));
+        assert_eq!(became(record::TimerFd { rest_ns: 0, ..timer }, 2600), (2, 0));
+        assert_eq!(became(record::TimerFd { interval_ns: 0, ..timer }, 2600), (2, 1));
     }
 
     /// An alarm for an instant that passed while the container was stored is due at once.
@@ -310,7 +374,7 @@ mod tests {
             rest_ns: 1_000_000_000,
             interval_ns: 0,
         };
-        let timer = restore(&timer, &then).unwrap();
+        let timer = restore(&timer, &then, 5_000_000_000).unwrap();
         let mut count = [0; 8];
         nix::unistd::read(&timer, &mut count).unwrap();
         assert_eq!(u64::from_le_bytes(count), 1);

@@ -184,14 +184,20 @@ impl Thread {
         }
     }
 
-    /// Lets a settled thread go on.
-    pub(crate) fn release(&self) -> Result<(), TraceeError> {
-        ptrace::detach(self.tid, self.owed_signal).map_err(failed("let go of", self.tid))
+    /// Lets a settled thread go on. False: it was killed in its stop.
+    pub(crate) fn release(&self) -> Result<bool, TraceeError> {
+        match ptrace::detach(self.tid, self.owed_signal) {
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(false),
+            outcome => outcome.map(|()| true).map_err(failed("let go of", self.tid)),
+        }
     }
 }
 
 /// Lets settled processes go on. Those that a signal had stopped are so again before any other runs and could look; nobody can
 /// where they are `frozen` in a cgroup.
+///
+/// What is let go first may end or replace its process while other threads of it are still in their stops: they are gone then,
+/// which is no failure.
 ///
 /// # Errors
 /// The first that occurred; all that can be let go has been let go.
@@ -200,13 +206,20 @@ pub(crate) fn release(processes: &[Process], frozen: bool) -> Result<(), TraceeE
     const STOP_MAX: Duration = Duration::from_secs(2);
     let (stopped, running): (Vec<&Process>, Vec<&Process>) =
         processes.iter().partition(|process| process.threads.iter().any(|t| t.group_stop != 0));
-    let threads = |list: &[&Process]| {
-        list.iter()
-            .flat_map(|process| &process.threads)
-            .map(Thread::release)
-            .fold(Ok(()), Result::and)
+    let mut killed = Vec::new();
+    let mut first_error = None;
+    let mut let_go = |list: &[&Process]| {
+        for thread in list.iter().flat_map(|process| &process.threads) {
+            match thread.release() {
+                Ok(true) => {}
+                Ok(false) => killed.push(thread.tid),
+                Err(error) => {
+                    first_error.get_or_insert(error);
+                }
+            }
+        }
     };
-    let first = threads(&stopped);
+    let_go(&stopped);
     let deadline = Instant::now() + STOP_MAX;
     let stands = |process: &Process| {
         let wanted = process.threads.iter().all(|thread| thread.group_stop != 0);
@@ -215,7 +228,29 @@ pub(crate) fn release(processes: &[Process], frozen: bool) -> Result<(), TraceeE
     while !frozen && !stopped.iter().all(|process| stands(process)) && Instant::now() < deadline {
         std::thread::sleep(Duration::from_micros(20));
     }
-    first.and(threads(&running))
+    let_go(&running);
+    see_end_of(killed);
+    first_error.map_or(Ok(()), Err)
+}
+
+/// Waits for threads that were killed in their stops, as a tracer has to: their processes neither end nor run another program
+/// before. Children of our own are left to whoever waits for their exit status.
+fn see_end_of(mut killed: Vec<Pid>) {
+    /// The way from a stop to the end takes microseconds, but a core may be written on it. What is left then is seen to by the
+    /// kernel when this process ends.
+    const END_MAX: Duration = Duration::from_secs(2);
+    let own = i32::try_from(std::process::id()).expect("pids are ints");
+    killed.retain(|tid| proc::stat(*tid).is_ok_and(|stat| stat.ppid != own));
+    let deadline = Instant::now() + END_MAX;
+    while !killed.is_empty() && Instant::now() < deadline {
+        killed.retain(|tid| {
+            !matches!(
+                wait::poll_one(*tid),
+                Ok(Some(Status::Exited(_) | Status::Killed(_))) | Err(_)
+            )
+        });
+        std::thread::sleep(Duration::from_micros(20));
+    }
 }
 
 /// A process all of whose threads are in ptrace stops.

@@ -36,6 +36,7 @@ use crate::address::Node;
 use crate::bundle::{Bundle, BundleError};
 use crate::capsule_verbs::{CheckpointArgs, ImageArgs};
 use crate::cgroup::CgroupError;
+use crate::defect;
 use crate::ending;
 use crate::fail_point;
 use crate::monitor::{Client, MonitorError};
@@ -313,11 +314,12 @@ pub fn worker() -> Result<(), ProtocolError> {
             std::process::exit(1);
         }
     });
-    let report = match work(&task) {
-        Ok(summary) => WorkerReport::Done {
+    let report = match defect::caught(|| work(&task)) {
+        Ok(Ok(summary)) => WorkerReport::Done {
             result: serde_json::to_value(summary).map_err(ProtocolError::Json)?,
         },
-        Err(error) => WorkerReport::Failed { message: crate::report::chain(&error) },
+        Ok(Err(error)) => WorkerReport::Failed { message: crate::report::chain(&error) },
+        Err(defect) => WorkerReport::Failed { message: defect.to_string() },
     };
     protocol::send(&mut io::stdout(), &report)
 }
@@ -331,8 +333,9 @@ fn progress(text: &str) {
     let _ = protocol::send(&mut io::stdout(), &WorkerReport::Progress { progress: text.into() });
 }
 
-/// How long a capture is tried again for something that can't be saved and is likely to pass, and after which time.
-const PASSING_MAX: Duration = Duration::from_secs(1);
+/// How long a capture is tried again for something that can't be saved and is likely to pass, and after which time. The program
+/// runs for as long as it has stood, or it would hardly get any further on a busy machine.
+const PASSING_MAX: Duration = Duration::from_secs(3);
 const PASSING_PAUSE: Duration = Duration::from_millis(5);
 
 /// The protocol of a capture, in order.
@@ -390,7 +393,7 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
             Err(CaptureError::Unsupported(list))
                 if list.passes() && !paused && tried_since.elapsed() < PASSING_MAX =>
             {
-                std::thread::sleep(PASSING_PAUSE);
+                std::thread::sleep(stopped.elapsed().max(PASSING_PAUSE));
             }
             captured => break captured,
         }

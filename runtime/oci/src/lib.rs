@@ -15,6 +15,7 @@ pub mod command_line;
 pub mod confine;
 pub mod container_id;
 pub mod create;
+mod defect;
 pub mod device_filter;
 pub mod ending;
 pub mod events;
