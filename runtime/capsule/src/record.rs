@@ -58,11 +58,14 @@ pub struct Names {
 }
 
 /// Clocks at the instant of the capture, as the container saw them, in nanoseconds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Clocks {
     pub monotonic_ns: i64,
     pub boottime_ns: i64,
     pub realtime_ns: i64,
+    /// For how long after these times the container's state was read; its clocks go on from the end of that.
+    #[serde(default)]
+    pub reading_ns: u64,
 }
 
 /// A process that runs, or a zombie that its parent has not waited for.

@@ -101,7 +101,7 @@ pub fn capture(
 ) -> Result<Captured, CaptureError> {
     let begun = Instant::now();
     let mut frozen = FrozenTree::stop(request.init, thaw)?;
-    let clocks = clocks::of_container(request.init).map_err(read("the container's clocks"))?;
+    let mut clocks = clocks::of_container(request.init).map_err(read("the container's clocks"))?;
     let clocks_read = Instant::now();
     let names = names::changed(request.init, &request.names).map_err(read("the host's name"))?;
     let freeze = begun.elapsed();
@@ -111,6 +111,7 @@ pub fn capture(
     let mut tables = Tables::new(request, clocks_read)?;
     let mut processes = collect(&mut frozen, &mut tables)?;
     let collect = begun.elapsed();
+    clocks.reading_ns = u64::try_from(clocks_read.elapsed().as_nanos()).unwrap_or(u64::MAX);
     phase::reached(Phase::Collected);
 
     let begun = Instant::now();

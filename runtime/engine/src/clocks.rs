@@ -26,6 +26,7 @@ pub(crate) fn of_container(pid: Pid) -> io::Result<Clocks> {
         monotonic_ns: now(ClockId::CLOCK_MONOTONIC)? + inside.monotonic_ns - ours.monotonic_ns,
         boottime_ns: now(ClockId::CLOCK_BOOTTIME)? + inside.boottime_ns - ours.boottime_ns,
         realtime_ns: now(ClockId::CLOCK_REALTIME)?,
+        reading_ns: 0,
     })
 }
 
@@ -36,11 +37,16 @@ pub(crate) fn passed(pid: Pid, then: &Clocks) -> io::Result<u64> {
     Ok(u64::try_from(passed).unwrap_or(0))
 }
 
-/// The offsets that a time namespace needs for its clocks to go on from `clocks` now.
+/// The offsets that a time namespace needs for its clocks to go on now from where they were when all of `clocks`' capture had been
+/// read: a timer may have expired until then.
 pub fn offsets_to_continue(clocks: &Clocks) -> io::Result<TimeOffsets> {
+    let reading_ns = i64::try_from(clocks.reading_ns).unwrap_or(0);
+    let offset = |then_ns: i64, clock| -> io::Result<i64> {
+        Ok(then_ns.saturating_add(reading_ns).saturating_sub(now(clock)?))
+    };
     Ok(TimeOffsets {
-        monotonic_ns: clocks.monotonic_ns - now(ClockId::CLOCK_MONOTONIC)?,
-        boottime_ns: clocks.boottime_ns - now(ClockId::CLOCK_BOOTTIME)?,
+        monotonic_ns: offset(clocks.monotonic_ns, ClockId::CLOCK_MONOTONIC)?,
+        boottime_ns: offset(clocks.boottime_ns, ClockId::CLOCK_BOOTTIME)?,
     })
 }
 

@@ -20,7 +20,7 @@ use samara_kernel::kcmp::{self, Resource};
 use samara_kernel::ptrace::{self, Queue, Registers};
 use samara_kernel::tape::{Call, End};
 use samara_kernel::wait::{self, Status};
-use samara_kernel::{Pid, proc, sched};
+use samara_kernel::{Pid, proc, process_vm, sched};
 
 use crate::capture::{CaptureError, Tables, attribute, inner_pid, link, read, unsupported};
 use crate::descriptors::{Channel, Descriptors};
@@ -1650,6 +1650,23 @@ fn set_capabilities(tape: &mut Tape, sets: [u64; 3]) {
     tape.call("set its capabilities", libc::SYS_capset, [header, data, 0, 0, 0, 0]);
 }
 
+/// Has a call that begins again wait for less by `passed_ns`, where the kernel has left in memory what remains of its time.
+fn shorten_rest(pid: Pid, registers: &Registers, passed_ns: u64) {
+    let Some((address, unit_ns)) = restart::rest_in_memory(registers) else { return };
+    let place = [process_vm::Range { address, bytes: 16 }];
+    let mut bytes = [0; 16];
+    if !matches!(process_vm::read(pid, &place, &mut bytes), Ok(16)) {
+        return;
+    }
+    if let Some(shorter) = restart::shorten_in_memory(bytes, unit_ns, passed_ns) {
+        // Where the program allows nobody to write any more, it waits for longer.
+        let _ = process_vm::write(pid, &place, &shorter);
+    }
+}
+
+/// Of linux/personality.h: calls do not write what remains of their time.
+const STICKY_TIMEOUTS: u32 = 0x400_0000;
+
 /// Gives every thread the registers and the signal mask that it goes on with. Nothing may run in the process after this.
 ///
 /// `passed_ns` has passed on the container's clocks since the capture.
@@ -1670,6 +1687,10 @@ pub(crate) fn set_registers(
         let tid = thread.tid;
         if let (Restart::Timespec { argument, .. }, Some(address)) = (restart, place) {
             restart::point_at(&mut registers, argument, address);
+        }
+        let personality = record.attributes.personality.unwrap_or(alive.personality);
+        if personality & STICKY_TIMEOUTS == 0 {
+            shorten_rest(process.pid, &registers, passed_ns);
         }
         ptrace::set_xstate(tid, &record.xstate)
             .map_err(failed("set the vector registers of", tid))?;

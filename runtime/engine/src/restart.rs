@@ -383,6 +383,36 @@ pub(crate) fn later(
     (registers, restart)
 }
 
+/// The call of a thread has left what remains of its timeout in the program's memory: there, and how many nanoseconds the second
+/// number counts.
+pub(crate) fn rest_in_memory(registers: &Registers) -> Option<(u64, u64)> {
+    let number = registers.orig_rax.cast_signed();
+    let begins_again = number >= 0 && -registers.rax.cast_signed() == ERESTARTNOHAND;
+    let (address, unit_ns) = match number {
+        libc::SYS_select => (registers.r8, 1000),
+        libc::SYS_pselect6 => (registers.r8, 1),
+        libc::SYS_ppoll => (registers.rdx, 1),
+        _ => return None,
+    };
+    (begins_again && address != 0).then_some((address, unit_ns))
+}
+
+/// A `struct timeval` or `struct timespec` that is so much shorter; `None` where it makes no sense.
+pub(crate) fn shorten_in_memory(bytes: [u8; 16], unit_ns: u64, passed_ns: u64) -> Option<[u8; 16]> {
+    const SECOND: u64 = 1_000_000_000;
+    let (seconds, rest) = bytes.split_at(8);
+    let seconds = u64::from_le_bytes(seconds.try_into().ok()?);
+    let rest = u64::from_le_bytes(rest.try_into().ok()?);
+    let whole_ns = seconds.checked_mul(SECOND)?.checked_add(rest.checked_mul(unit_ns)?)?;
+    let left_ns = whole_ns.saturating_sub(passed_ns);
+    let words = [left_ns / SECOND, left_ns % SECOND / unit_ns];
+    let mut shorter = [0; 16];
+    for (to, word) in shorter.chunks_exact_mut(8).zip(words) {
+        to.copy_from_slice(&word.to_le_bytes());
+    }
+    Some(shorter)
+}
+
 /// The kernel takes an int, of which a negative one is no timeout.
 fn shorten_milliseconds(register: &mut u64, passed_ns: u64) {
     const MS: u64 = 1_000_000;
@@ -464,6 +494,34 @@ mod tests {
             assert_eq!(explicit(&registers).rax, libc::SYS_epoll_wait.unsigned_abs());
             assert_eq!(explicit(&registers).rip, 0x1000);
         }
+    }
+
+    /// The time that a restore takes counts, or every move would make the waits of a program longer.
+    #[test]
+    fn a_restore_takes_time() {
+        let mut poll = interrupted(libc::SYS_poll, ERESTARTNOHAND);
+        poll.rdx = 1000;
+        let (after, _) = later(poll, Restart::AsIs, 400_000_000);
+        assert_eq!((after.rdx, later(after, Restart::AsIs, u64::MAX).0.rdx), (600, 0));
+        let timespec = Restart::Timespec { argument: 3, rest_ns: 7 };
+        let shorter = Restart::Timespec { argument: 3, rest_ns: 2 };
+        assert_eq!(later(poll, timespec, 5).1, shorter);
+
+        let mut select = interrupted(libc::SYS_select, ERESTARTNOHAND);
+        assert_eq!(rest_in_memory(&select), None);
+        select.r8 = 0x7000;
+        assert_eq!(rest_in_memory(&select), Some((0x7000, 1000)));
+        assert_eq!(rest_in_memory(&Registers { rax: 1, ..select }), None);
+        let timeval = |seconds: u64, us: u64| {
+            let mut bytes = [0; 16];
+            bytes[..8].copy_from_slice(&seconds.to_le_bytes());
+            bytes[8..].copy_from_slice(&us.to_le_bytes());
+            bytes
+        };
+        let shorter = |passed_ns| shorten_in_memory(timeval(2, 500_000), 1000, passed_ns);
+        assert_eq!(shorter(600_000_000), Some(timeval(1, 900_000)));
+        assert_eq!(shorter(9_000_000_000), Some(timeval(0, 0)));
+        assert_eq!(shorten_in_memory(timeval(u64::MAX, 0), 1, 5), None);
     }
 
     /// A sleep that is thawed goes on with what the kernel remembers; one that is restored, with what we know.

@@ -331,7 +331,7 @@ mod tests {
     /// A timer that comes back unarmed is waited for for ever.
     #[test]
     fn timers_come_back_as_they_were() {
-        let now = Clocks { monotonic_ns: 0, boottime_ns: 0, realtime_ns: 0 };
+        let now = Clocks::default();
         let hour = 3_600_000_000_000;
         let clock = libc::CLOCK_MONOTONIC;
         let timer = record::TimerFd { clock, ticks: 0, flags: 0, rest_ns: hour, interval_ns: 7 };
@@ -365,8 +365,7 @@ mod tests {
     /// An alarm for an instant that passed while the container was stored is due at once.
     #[test]
     fn instants_of_the_wall_clock_stay() {
-        let then =
-            Clocks { monotonic_ns: 0, boottime_ns: 0, realtime_ns: 1_000_000_000_000_000_000 };
+        let then = Clocks { realtime_ns: 1_000_000_000_000_000_000, ..Clocks::default() };
         let timer = record::TimerFd {
             clock: libc::CLOCK_REALTIME,
             ticks: 0,
