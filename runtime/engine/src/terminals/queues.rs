@@ -8,6 +8,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use samara_capsule::record::{Bytes, LineEnd, OutputStop, TerminalLine, TerminalQueues};
@@ -319,13 +320,21 @@ fn put_output(
     Ok(())
 }
 
+/// Writes what there was room for before it was taken out. The kernel makes that room again in a thread of its own, which may have
+/// to wait for a processor.
 fn write_all(tty: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()> {
     /// What fits when there is room at all, more or less: a description that blocks must not.
     const AT_ONCE: usize = 256;
+    const ROOM_MAX: Duration = Duration::from_secs(2);
+    let deadline = Instant::now() + ROOM_MAX;
     for mut part in bytes.chunks(AT_ONCE) {
         while !part.is_empty() {
             if !is_ready(tty, PollFlags::OUT)? {
-                return Err(io::ErrorKind::WouldBlock.into());
+                if Instant::now() > deadline {
+                    return Err(io::ErrorKind::WouldBlock.into());
+                }
+                std::thread::sleep(Duration::from_micros(200));
+                continue;
             }
             let count = rustix::io::write(tty, part)?;
             part = part.get(count..).unwrap_or_default();
