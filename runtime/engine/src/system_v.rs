@@ -391,7 +391,7 @@ fn with_undo(pids: &[Pid]) -> io::Result<Vec<Pid>> {
         Ok(with)
     };
     std::thread::scope(|scope| {
-        let thread = scope.spawn(ask);
+        let thread = std::thread::Builder::new().spawn_scoped(scope, ask)?;
         thread.join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
     })
 }

@@ -25,7 +25,8 @@ pub fn add(epoll: BorrowedFd<'_>, interests: &[Interest<'_>]) -> io::Result<()> 
         return Ok(());
     }
     std::thread::scope(|scope| {
-        let thread = scope.spawn(|| add_in_own_table(epoll, interests));
+        let add = || add_in_own_table(epoll, interests);
+        let thread = std::thread::Builder::new().spawn_scoped(scope, add)?;
         thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread for epoll has panicked")))
     })
 }

@@ -297,7 +297,7 @@ impl Summary {
 pub fn worker() -> Result<(), ProtocolError> {
     let mut stdin = io::stdin();
     let task: WorkerTask = protocol::receive(&mut stdin)?;
-    std::thread::spawn(move || {
+    let listener = std::thread::Builder::new().spawn(move || {
         let mut byte = [0];
         loop {
             match stdin.read(&mut byte) {
@@ -314,6 +314,10 @@ pub fn worker() -> Result<(), ProtocolError> {
             std::process::exit(1);
         }
     });
+    if let Err(error) = listener {
+        let message = format!("cannot start the thread that listens to the monitor: {error}");
+        return protocol::send(&mut io::stdout(), &WorkerReport::Failed { message });
+    }
     let report = match defect::caught(|| work(&task)) {
         Ok(Ok(summary)) => WorkerReport::Done {
             result: serde_json::to_value(summary).map_err(ProtocolError::Json)?,

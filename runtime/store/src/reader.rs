@@ -76,6 +76,8 @@ pub enum ReadError {
     FrameContent { pack: Digest, offset: u32, source: FrameError },
     #[error("the stream {name} is damaged")]
     Stream { name: String, source: io::Error },
+    #[error("can't start a thread that decompresses")]
+    Thread(#[source] io::Error),
     #[error("can't decompress")]
     Decompress(#[source] io::Error),
     #[error("a thread of the reader ended unexpectedly")]
@@ -95,6 +97,7 @@ impl ReadError {
             ),
             ReadError::Log(_)
             | ReadError::None { .. }
+            | ReadError::Thread(_)
             | ReadError::Decompress(_)
             | ReadError::Panicked => false,
             ReadError::Manifest { .. }
@@ -340,11 +343,15 @@ impl CapsuleReader {
         std::thread::scope(|scope| {
             for _ in 0..threads {
                 let (queue, plan, fail) = (queue.clone(), &plan, &fail);
-                scope.spawn(move || {
+                let decode = move || {
                     if let Err(error) = self.decode_packs(&queue, plan, place) {
                         fail(error);
                     }
-                });
+                };
+                if let Err(error) = std::thread::Builder::new().spawn_scoped(scope, decode) {
+                    fail(ReadError::Thread(error).into());
+                    break;
+                }
             }
             // Once every worker has ended, as they do on their first error each, sending fails and the fetches end.
             drop(queue);
