@@ -236,6 +236,42 @@ static void epoll_kinds_check(void)
 static void epoll_kinds_spoil(void) { MUST(epoll_ctl(instance, EPOLL_CTL_DEL, other, NULL)); }
 STATE(epoll_kinds)
 
+/* Edges that the program has been told of, of files that are still ready. */
+static void epoll_edges_told_setup(void)
+{
+	/* The outer one first. */
+	int outer = MUST(epoll_create1(0));
+	instance = MUST(epoll_create1(EPOLL_CLOEXEC));
+	MUST(pipe2(pipes[0], O_NONBLOCK));
+	MUST(pipe2(pipes[1], O_NONBLOCK));
+	watch(pipes[1][0], EPOLLIN, 1);
+	int inner = instance;
+	instance = outer;
+	watch(inner, EPOLLIN | EPOLLET, 2);
+	watch(pipes[0][0], EPOLLIN | EPOLLET, 3);
+	watch(pipes[0][1], EPOLLOUT | EPOLLET, 4);
+	MUST(write(pipes[0][1], "x", 1));
+	MUST(write(pipes[1][1], "x", 1));
+	for (int i = 0; i < 3; i++)
+		CHECK(next_event(NULL) != 0, "only %d events", i);
+	CHECK(next_event(NULL) == 0, "more events");
+}
+static void epoll_edges_told_check(void)
+{
+	CHECK(next_event(NULL) == 0, "something is told twice");
+	MUST(write(pipes[0][1], "x", 1));
+	CHECK(next_event(NULL) == 3 && next_event(NULL) == 0, "another edge");
+	MUST(write(pipes[1][1], "x", 1));
+	CHECK(next_event(NULL) == 2 && next_event(NULL) == 0, "another edge inside");
+	char byte;
+	MUST(read(pipes[0][0], &byte, 1));
+	MUST(close(pipes[0][0]));
+	uint32_t events;
+	CHECK(next_event(&events) == 4 && events & EPOLLERR, "nobody reads any more");
+}
+static void epoll_edges_told_spoil(void) { MUST(write(pipes[0][1], "x", 1)); }
+STATE(epoll_edges_told)
+
 static int holder(void) { until_finishing(); struct timespec pause = {.tv_nsec = 400000000}; nanosleep(&pause, NULL); return 0; }
 static void epoll_held_elsewhere_setup(void)
 {

@@ -583,6 +583,9 @@ pub struct Watch {
     pub file: u32,
     pub events: u32,
     pub data: u64,
+    /// What the file was ready for, where an entry for edges had told of it.
+    #[serde(default)]
+    pub told: u32,
 }
 
 /// A timer that is read. Times are in nanoseconds.

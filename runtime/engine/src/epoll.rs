@@ -7,14 +7,19 @@
 //! A signalfd wakes the process in whose context it was registered, so that is done by a process of the container; every other
 //! file is registered by the engine.
 //!
-//! Limits: an event that was due on an edge is due again after a restore. A one-shot entry that has fired and was not set up
+//! An entry for edges tells of a file once. The kernel does not say which entries have; but where an instance has nothing to tell,
+//! all have whose files are ready. They are used up when they are restored, unless their files are ready for more by then, as a
+//! connection is that had to be closed.
+//!
+//! Limits: where something is due on one entry, edges that others have told of are due again after a restore. A one-shot entry that has fired and was not set up
 //! again reports a later hang-up, if its file is ready for nothing when it is restored.
 
-use std::collections::BTreeMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 
 use samara_capsule::record::{Container, FileKind, ProcessState, Watch};
 use samara_kernel::epoll::{Interest, add};
+use samara_kernel::pidfd::PidFd;
 use samara_kernel::proc::DescriptorInfo;
 use samara_kernel::{Pid, kcmp};
 
@@ -75,21 +80,23 @@ fn parse(line: &str) -> Option<Line> {
 pub(crate) fn resolve(tables: &mut Tables<'_>) -> Result<(), CaptureError> {
     for instance in std::mem::take(&mut tables.epolls) {
         let mut watches: Vec<Watch> = Vec::with_capacity(instance.lines.len());
+        let is_quiet = ready_for((instance.pid, instance.fd), libc::EPOLLIN.cast_unsigned())? == 0;
         for (position, line) in instance.lines.iter().enumerate() {
             // Of several under one number the kernel wants to know which.
             let earlier = instance.lines.iter().take(position);
             let nth = index(earlier.filter(|other| other.fd == line.fd).count());
             match find(&instance, line, nth, tables)? {
-                Some(file) if !is_registrable(&instance, line, file, tables) => {
+                Some((_, file)) if !is_registrable(&instance, line, file, tables) => {
                     let what = format!(
                         "it watches signals, registered as descriptor {}, which is another file now",
                         line.fd
                     );
                     tables.refuse(instance.pid, Place::Descriptor(instance.fd), what);
                 }
-                Some(file) => {
+                Some((holder, file)) => {
                     let Line { fd, events, data, .. } = *line;
-                    watches.push(Watch { fd, file, events, data });
+                    let told = if is_quiet { ready_edge(holder, events)? } else { 0 };
+                    watches.push(Watch { fd, file, events, data, told });
                 }
                 None => {
                     let what = format!(
@@ -107,13 +114,28 @@ pub(crate) fn resolve(tables: &mut Tables<'_>) -> Result<(), CaptureError> {
     Ok(())
 }
 
-/// The index of the open file that one line means.
+/// What a file is ready for of what an entry for edges asks, including what every entry is told.
+fn ready_edge(holder: (Pid, RawFd), events: u32) -> Result<u32, CaptureError> {
+    match events & libc::EPOLLET.cast_unsigned() {
+        0 => Ok(0),
+        _ => ready_for(holder, events),
+    }
+}
+
+fn ready_for((pid, fd): (Pid, RawFd), events: u32) -> Result<u32, CaptureError> {
+    PidFd::open(pid)
+        .and_then(|process| process.get_fd(fd))
+        .and_then(|file| samara_kernel::epoll::ready(file.as_fd(), events))
+        .map_err(read(format!("what descriptor {fd} of process {pid} is ready for")))
+}
+
+/// The index of the open file that one line means, and who has it.
 fn find(
     instance: &Instance,
     line: &Line,
     nth: u32,
     tables: &Tables<'_>,
-) -> Result<Option<u32>, CaptureError> {
+) -> Result<Option<((Pid, RawFd), u32)>, CaptureError> {
     let holders = || {
         tables
             .known_files
@@ -129,7 +151,7 @@ fn find(
         let same = kcmp::is_watched((*pid, *fd), (instance.pid, instance.fd), line.fd, nth)
             .map_err(read(format!("what descriptor {} watches", instance.fd)))?;
         if same {
-            return Ok(Some(*file));
+            return Ok(Some(((*pid, *fd), *file)));
         }
     }
     Ok(None)
@@ -193,10 +215,37 @@ pub(crate) fn register(tape: &mut Tape, watches: &[(i32, Watch)]) {
     }
 }
 
+/// The instances among [`Container::files`], each with what it watches, and after those that it watches.
+fn inner_first(container: &Container) -> Vec<(usize, &[Watch])> {
+    /// More than the kernel allows (EP_MAX_NESTS of fs/eventpoll.c).
+    const DEPTH_MAX: usize = 8;
+    fn visit<'a>(
+        container: &'a Container,
+        file: usize,
+        depth: usize,
+        seen: &mut BTreeSet<usize>,
+        order: &mut Vec<(usize, &'a [Watch])>,
+    ) {
+        let record = container.files.get(file);
+        let Some(FileKind::Epoll { watches }) = record.map(|file| &file.kind) else { return };
+        if depth < DEPTH_MAX && seen.insert(file) {
+            for watch in watches {
+                visit(container, watch.file as usize, depth + 1, seen, order);
+            }
+            order.push((file, watches));
+        }
+    }
+    let (mut seen, mut order) = (BTreeSet::new(), Vec::new());
+    for file in 0..container.files.len() {
+        visit(container, file, 0, &mut seen, &mut order);
+    }
+    order
+}
+
 /// Lets restored instances watch what they watched. `files` are [`Container::files`].
 pub(crate) fn restore(container: &Container, files: &[OwnedFd]) -> Result<(), RestoreError> {
-    for (epoll, record) in files.iter().zip(&container.files) {
-        let FileKind::Epoll { watches } = &record.kind else { continue };
+    for (epoll, watches) in inner_first(container) {
+        let Some(epoll) = files.get(epoll) else { continue };
         let interests = watches
             .iter()
             .filter(|watch| !is_own(container, watch))
@@ -205,8 +254,8 @@ pub(crate) fn restore(container: &Container, files: &[OwnedFd]) -> Result<(), Re
                 let file = file.ok_or_else(|| {
                     RestoreError::Damaged("an epoll watches a file that is not there".to_owned())
                 })?;
-                let Watch { fd: number, events, data, .. } = *watch;
-                Ok(Interest { file: file.as_fd(), number, events, data })
+                let Watch { fd: number, events, data, told, .. } = *watch;
+                Ok(Interest { file: file.as_fd(), number, events, data, told })
             })
             .collect::<Result<Vec<_>, RestoreError>>()?;
         add(epoll.as_fd(), &interests).map_err(make("what an epoll watches"))?;

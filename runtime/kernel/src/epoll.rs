@@ -12,6 +12,21 @@ pub struct Interest<'a> {
     pub number: RawFd,
     pub events: u32,
     pub data: u64,
+    /// What the file may be ready for without an event: the entry is one for edges, and has told of it. 0: nothing.
+    pub told: u32,
+}
+
+/// What of `events` a file is ready for now, errors and a hang-up always among them.
+///
+/// # Errors
+/// Those of `poll`.
+pub fn ready(file: BorrowedFd<'_>, events: u32) -> io::Result<u32> {
+    // The bits of poll and epoll are the same ones, those of epoll alone being above.
+    let events = (events & 0x7fff) as libc::c_short;
+    let mut polled = libc::pollfd { fd: file.as_raw_fd(), events, revents: 0 };
+    // SAFETY: the kernel writes to the one structure.
+    check(unsafe { libc::poll(&raw mut polled, 1, 0) }.into())?;
+    Ok(u32::from(polled.revents.cast_unsigned()))
 }
 
 /// Registers files under numbers that they need not have here.
@@ -43,11 +58,19 @@ fn add_in_own_table(epoll: BorrowedFd<'_>, interests: &[Interest<'_>]) -> io::Re
         .map(|interest| duplicate(interest.file, above))
         .collect::<io::Result<Vec<RawFd>>>()?;
     // Those that are used up first: while they are being used up, nothing else must be due.
-    let (used_up, others): (Vec<_>, Vec<_>) =
-        interests.iter().zip(files).partition(|(interest, _)| is_used_up(interest.events));
+    let (used_up, others): (Vec<_>, Vec<_>) = interests
+        .iter()
+        .zip(files)
+        .partition(|(interest, _)| is_used_up(interest.events) || has_told(interest));
     for (interest, file) in used_up {
         place(file, interest.number)?;
-        use_up(epoll, interest)?;
+        match has_told(interest) {
+            true => {
+                control(epoll, libc::EPOLL_CTL_ADD, interest, interest.events)?;
+                take_event(epoll)?;
+            }
+            false => use_up(epoll, interest)?,
+        }
     }
     for (interest, file) in others {
         place(file, interest.number)?;
@@ -63,14 +86,25 @@ fn is_used_up(events: u32) -> bool {
     events & libc::EPOLLONESHOT.cast_unsigned() != 0 && events & !FLAGS.cast_unsigned() == 0
 }
 
+/// Whether a file is ready for nothing but what its entry has told of.
+fn has_told(interest: &Interest<'_>) -> bool {
+    interest.told != 0
+        && ready(interest.file, interest.events).is_ok_and(|ready| ready & !interest.told == 0)
+}
+
+/// Takes the event that is due, if one is.
+fn take_event(epoll: RawFd) -> io::Result<bool> {
+    let mut event = libc::epoll_event { events: 0, u64: 0 };
+    // SAFETY: the kernel writes at most the one event.
+    let count = unsafe { libc::epoll_wait(epoll, &raw mut event, 1, 0) };
+    Ok(check(count.into())? > 0)
+}
+
 /// Registers a one-shot entry and lets it fire. One whose file is ready for nothing stays, for errors and a hang-up.
 fn use_up(epoll: RawFd, interest: &Interest<'_>) -> io::Result<()> {
     let ready = (libc::EPOLLIN | libc::EPOLLOUT).cast_unsigned();
     control(epoll, libc::EPOLL_CTL_ADD, interest, interest.events | ready)?;
-    let mut event = libc::epoll_event { events: 0, u64: 0 };
-    // SAFETY: the kernel writes at most the one event.
-    let count = unsafe { libc::epoll_wait(epoll, &raw mut event, 1, 0) };
-    if check(count.into())? == 0 {
+    if !take_event(epoll)? {
         control(epoll, libc::EPOLL_CTL_MOD, interest, interest.events)?;
     }
     Ok(())
