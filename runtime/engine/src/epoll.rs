@@ -86,14 +86,14 @@ pub(crate) fn resolve(tables: &mut Tables<'_>) -> Result<(), CaptureError> {
             let earlier = instance.lines.iter().take(position);
             let nth = index(earlier.filter(|other| other.fd == line.fd).count());
             match find(&instance, line, nth, tables)? {
-                Some((_, file)) if !is_registrable(&instance, line, file, tables) => {
+                Some(Held { file, .. }) if !is_registrable(&instance, line, file, tables) => {
                     let what = format!(
                         "it watches signals, registered as descriptor {}, which is another file now",
                         line.fd
                     );
                     tables.refuse(instance.pid, Place::Descriptor(instance.fd), what);
                 }
-                Some((holder, file)) => {
+                Some(Held { holder, file }) => {
                     let Line { fd, events, data, .. } = *line;
                     let told = if is_quiet { ready_edge(holder, events)? } else { 0 };
                     watches.push(Watch { fd, file, events, data, told });
@@ -129,13 +129,19 @@ fn ready_for((pid, fd): (Pid, RawFd), events: u32) -> Result<u32, CaptureError> 
         .map_err(read(format!("what descriptor {fd} of process {pid} is ready for")))
 }
 
-/// The index of the open file that one line means, and who has it.
+/// An open file by its index, and a descriptor of it.
+struct Held {
+    holder: (Pid, RawFd),
+    file: u32,
+}
+
+/// The open file that one line means.
 fn find(
     instance: &Instance,
     line: &Line,
     nth: u32,
     tables: &Tables<'_>,
-) -> Result<Option<((Pid, RawFd), u32)>, CaptureError> {
+) -> Result<Option<Held>, CaptureError> {
     let holders = || {
         tables
             .known_files
@@ -151,7 +157,7 @@ fn find(
         let same = kcmp::is_watched((*pid, *fd), (instance.pid, instance.fd), line.fd, nth)
             .map_err(read(format!("what descriptor {} watches", instance.fd)))?;
         if same {
-            return Ok(Some(((*pid, *fd), *file)));
+            return Ok(Some(Held { holder: (*pid, *fd), file: *file }));
         }
     }
     Ok(None)
