@@ -170,6 +170,27 @@ static void udp_queue_check(void)
 static void udp_queue_spoil(void) { udp_spoil(); }
 STATE(udp_queue)
 
+/* An empty datagram that the program has looked at already. */
+static void udp_peeked_setup(void)
+{
+	char byte;
+	receiver = udp_bound("127.0.0.1", 4701);
+	sender = udp_bound("127.0.0.1", 4702);
+	udp_send(sender, "127.0.0.1", 4701, "", 0);
+	udp_send(sender, "127.0.0.1", 4701, "", 0);
+	udp_send(sender, "127.0.0.1", 4701, "last", 4);
+	CHECK(recv(receiver, &byte, 1, MSG_PEEK) == 0, "the first one is not empty");
+}
+static void udp_peeked_check(void)
+{
+	udp_expect(receiver, "", "127.0.0.1 4702");
+	udp_expect(receiver, "", "127.0.0.1 4702");
+	udp_expect(receiver, "last", "127.0.0.1 4702");
+	udp_expect_nothing(receiver);
+}
+static void udp_peeked_spoil(void) { udp_expect(receiver, "", NULL); }
+STATE(udp_peeked)
+
 static void udp_queue_v6_setup(void)
 {
 	receiver = udp_bound("::1", 7006);

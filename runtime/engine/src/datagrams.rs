@@ -168,17 +168,27 @@ fn events(socket: BorrowedFd<'_>) -> io::Result<PollFlags> {
 fn queue(socket: BorrowedFd<'_>) -> io::Result<Result<Vec<Datagram>, String>> {
     let offset = |value: &[u8]| sockopt::set(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF, value);
     let before = sockopt::get(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF, 4)?;
-    // Each look moves on by a datagram.
-    offset(&0i32.to_le_bytes())?;
-    let mut queue = Vec::new();
-    let result = loop {
-        match look(socket) {
-            Ok(Some(Ok(datagram))) => queue.push(datagram),
-            Ok(Some(Err(refusal))) => break Ok(Err(refusal)),
-            Ok(None) => break Ok(Ok(queue)),
-            Err(error) => break Err(error),
+    let look_at_all = || {
+        let mut queue = Vec::new();
+        // A look from an offset passes over an empty datagram that has been looked at before, as the first one may have been by
+        // the program. A look without one does not.
+        offset(&(-1i32).to_le_bytes())?;
+        if let Some(Ok(first)) = look(socket)?
+            && first.data.is_empty()
+        {
+            queue.push(first);
+        }
+        // Each look moves on by a datagram.
+        offset(&0i32.to_le_bytes())?;
+        loop {
+            match look(socket)? {
+                Some(Ok(datagram)) => queue.push(datagram),
+                Some(Err(refusal)) => return Ok(Err(refusal)),
+                None => return Ok(Ok(queue)),
+            }
         }
     };
+    let result = look_at_all();
     offset(&before)?;
     result
 }
