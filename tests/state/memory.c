@@ -409,13 +409,16 @@ static void memory_locked_setup(void)
 	/* Memory without access can be locked, too. */
 	MUST(mprotect(locked + 4 * PAGE, PAGE, PROT_NONE));
 	CHECK(mlock(locked + 4 * PAGE, PAGE) == -1 && errno == ENOMEM, "it was populated");
+	/* And memory with a guard page in it. */
+	MUST(madvise(locked + 5 * PAGE, PAGE, MADV_GUARD_INSTALL));
+	CHECK(mlock(locked + 5 * PAGE, PAGE) == -1 && errno == ENOMEM, "it was populated");
 }
 
 static void memory_locked_check(void)
 {
 	CHECK(has_flag(locked, "lo") && !has_flag(locked, "lf"), "the first page is not locked");
 	CHECK(has_flag(locked + 2 * PAGE, "lo") && has_flag(locked + 2 * PAGE, "lf"), "the third page is not locked on fault");
-	CHECK(has_flag(locked + 4 * PAGE, "lo"), "the fifth page is not locked");
+	CHECK(has_flag(locked + 4 * PAGE, "lo") && has_flag(locked + 5 * PAGE, "lo"), "the fifth or sixth page is not locked");
 	CHECK(!has_flag(locked + PAGE, "lo") && !has_flag(locked + 3 * PAGE, "lo"), "others are locked");
 	CHECK(locked[0] == 'l', "another content");
 }

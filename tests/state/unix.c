@@ -734,6 +734,25 @@ static void unix_datagram_clients_check(void)
 static void unix_datagram_clients_spoil(void) { close(s[2]); s[2] = MUST(socket(AF_UNIX, SOCK_DGRAM, 0)); }
 STATE(unix_datagram_clients)
 
+/* Several are connected to a socket that is closed. */
+static void unix_datagram_server_closed_setup(void)
+{
+	int server = bound(SOCK_DGRAM, "@closed server");
+	s[0] = connected(SOCK_DGRAM, "@closed server");
+	s[1] = connected(SOCK_DGRAM, "@closed server");
+	close(server);
+}
+static void unix_datagram_server_closed_check(void)
+{
+	for (int i = 0; i < 2; i++) {
+		expect_name(s[i], true, "@closed server");
+		CHECK(send(s[i], "x", 1, MSG_NOSIGNAL) == -1 && errno == ECONNREFUSED, "somebody receives");
+	}
+	close(bound(SOCK_DGRAM, "@closed server"));
+}
+static void unix_datagram_server_closed_spoil(void) { bound(SOCK_DGRAM, "@closed server"); }
+STATE(unix_datagram_server_closed)
+
 static void unix_datagram_self_setup(void) { s[0] = bound(SOCK_DGRAM, "@self"); MUST(connect_to(s[0], "@self")); put(s[0], "me"); }
 static void unix_datagram_self_check(void) { expect_name(s[0], true, "@self"); expect_from(s[0], "me", "@self"); put(s[0], "again"); expect_from(s[0], "again", "@self"); }
 static void unix_datagram_self_spoil(void) { drain(s[0]); }

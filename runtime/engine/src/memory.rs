@@ -1278,10 +1278,11 @@ pub(crate) fn protect(process: &mut Process, alive: &Alive) -> Result<(), Restor
             let what = format!("lock {start:#x}");
             let arguments = [start, bytes, flags, 0, 0, 0];
             let anonymous = matches!(mapping.backing, Backing::Anonymous { .. });
-            if anonymous && mapping.protection & 1 != 0 {
+            if anonymous && mapping.protection & 1 != 0 && mapping.guards.is_empty() {
                 tape.call(what, libc::SYS_mlock2, arguments);
             } else {
-                // It fails behind the end of a file, and where nothing may be read, and has locked the range nevertheless.
+                // It fails behind the end of a file, at a guard page, and where nothing may be read, and has locked the range
+                // nevertheless.
                 tape.try_call(what, libc::SYS_mlock2, arguments);
             }
         }

@@ -15,6 +15,7 @@ mod makers;
 mod names;
 mod queue;
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -52,6 +53,8 @@ pub(crate) struct Sockets {
     /// Of each record, and as long as this lives, the socket itself.
     open: Vec<Open>,
     by_inode: BTreeMap<u32, u32>,
+    /// Records of closed datagram sockets that others are connected to, by name.
+    closed_datagrams: BTreeMap<Bytes, u32>,
     /// Descriptors that were in flight: what they refer to is compared with what others do.
     in_flight: Vec<OwnedFd>,
     /// The socket whose queue is being read, by who holds it.
@@ -318,7 +321,16 @@ impl Sockets {
         else {
             return Ok(closed);
         };
-        let name = unix::peer_name(open.socket.as_fd()).unwrap_or(None);
+        let name = unix::peer_name(open.socket.as_fd()).unwrap_or(None).map(Bytes::from);
+        // Two sockets cannot have one name, so it was one that several were connected to.
+        if survivor.kind == SOCK_DGRAM
+            && let Some(name) = &name
+        {
+            match self.closed_datagrams.entry(name.clone()) {
+                Entry::Occupied(known) => return Ok(*known.get()),
+                Entry::Vacant(place) => place.insert(closed),
+            };
+        }
         let is_outside =
             survivor.kind != SOCK_DGRAM && !(survivor.read_shut && survivor.write_shut);
         // What the other side has not read, it will not read.
@@ -326,7 +338,7 @@ impl Sockets {
         survivor.reset |= is_outside && unread > 0;
         let record = UnixSocket {
             kind: survivor.kind,
-            name: name.map(Bytes::from),
+            name,
             accepted: false,
             node: None,
             state: if survivor.kind == SOCK_DGRAM {
