@@ -11,8 +11,8 @@
 //! all have whose files are ready. They are used up when they are restored, unless their files are ready for more by then, as a
 //! connection is that had to be closed.
 //!
-//! Limits: where something is due on one entry, edges that others have told of are due again after a restore. A one-shot entry that has fired and was not set up
-//! again reports a later hang-up, if its file is ready for nothing when it is restored.
+//! Limits: where something is due on one entry, edges that others have told of are due again after a restore. A one-shot entry
+//! that has fired and was not set up again reports a later hang-up, if its file is ready for nothing when it is restored.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, OwnedFd, RawFd};
