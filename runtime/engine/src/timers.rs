@@ -241,14 +241,13 @@ pub(crate) fn restore_posix(
     /// Timers that are made with one tape: each takes some 150 bytes of it.
     const AT_ONCE: usize = 256;
     for (turn, group) in wanted.chunks(AT_ONCE).enumerate() {
+        let passed_ns = clocks::passed(process.pid, then).map_err(make("the clocks"))?;
         let mut tape = process.tape()?;
         for (place, timer) in group.iter().enumerate() {
             let number = i32::try_from(turn * AT_ONCE + place).expect("fewer than there are turns");
             match timer {
                 Some(timer) => {
                     let is_due = due.contains(&timer.id) && timer.interval_ns > 0;
-                    let passed_ns =
-                        clocks::passed(process.pid, then).map_err(make("the clocks"))?;
                     make_posix(&mut tape, timer, next_expiration(timer, is_due, then, passed_ns));
                 }
                 None => {
