@@ -175,7 +175,7 @@ impl CapsuleReader {
         let pool = Pool::default();
         // Packs last: what is kept of them is what there is room for.
         let checks = futures::stream::iter(others.into_iter().chain(packs)).map(|(_, blob)| {
-            let (store, buffer) = (self.store.clone(), pool.take());
+            let (store, buffer) = (self.store.for_task(), pool.take());
             let task = AbortOnDrop(self.store.handle().spawn(checked_blob(store, blob, buffer)));
             async move { (blob, task.join().await) }
         });
@@ -396,7 +396,7 @@ impl CapsuleReader {
         let kept = self.kept.get(&pack.digest);
         let pool = pool.clone();
         let fetch = kept.is_none().then(|| {
-            let (store, buffer) = (self.store.clone(), pool.take());
+            let (store, buffer) = (self.store.for_task(), pool.take());
             let fetch = async move { store.get_blob_unchecked(pack, buffer).await };
             AbortOnDrop(self.store.handle().spawn(fetch))
         });
@@ -727,7 +727,7 @@ struct PartsReader<'a> {
 impl PartsReader<'_> {
     fn fetch_next(&mut self) {
         self.next = self.parts.next().map(|&blob| {
-            let (store, kept) = (self.reader.store.clone(), self.reader.kept.clone());
+            let (store, kept) = (self.reader.store.for_task(), self.reader.kept.clone());
             let fetch = async move { kept.blob(&store, blob).await };
             AbortOnDrop(self.reader.store.handle().spawn(fetch))
         });

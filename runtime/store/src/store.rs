@@ -40,10 +40,14 @@ pub const LISTING_MAX: usize = 1_000_000;
 
 /// A place in a store. Clones share connections.
 #[derive(Clone)]
-pub struct Store(Arc<Inner>);
+pub struct Store {
+    inner: Arc<Inner>,
+    /// What ends the threads with the last of those that have it. None where they run themselves.
+    threads: Option<Arc<Threads>>,
+}
 
 struct Inner {
-    runtime: Arc<Threads>,
+    runtime: Handle,
     objects: Arc<dyn ObjectStore>,
     prefix: ObjectPath,
     location: Location,
@@ -71,7 +75,7 @@ impl Drop for Threads {
 
 impl fmt::Debug for Store {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Store({})", self.0.location)
+        write!(f, "Store({})", self.inner.location)
     }
 }
 
@@ -172,36 +176,44 @@ impl Store {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = config.threads.unwrap_or(cores).clamp(1, 16);
         let location = location.clone();
-        let runtime = Arc::new(Threads(Some(runtime)));
-        Ok(Store(Arc::new(Inner { runtime, objects, prefix, location, timeout, threads })))
+        let handle = runtime.handle().clone();
+        let inner = Inner { runtime: handle, objects, prefix, location, timeout, threads };
+        Ok(Store { inner: Arc::new(inner), threads: Some(Arc::new(Threads(Some(runtime)))) })
     }
 
     /// A place under this one, which shares its connections. `parts` come from a listing of this place.
     pub(crate) fn at(&self, parts: &[String]) -> Store {
         let prefix =
-            parts.iter().fold(self.0.prefix.clone(), |parent, part| parent.join(part.as_str()));
-        Store(Arc::new(Inner {
-            runtime: self.0.runtime.clone(),
-            objects: self.0.objects.clone(),
+            parts.iter().fold(self.inner.prefix.clone(), |parent, part| parent.join(part.as_str()));
+        let inner = Inner {
+            runtime: self.inner.runtime.clone(),
+            objects: self.inner.objects.clone(),
             prefix,
-            location: self.0.location.join(parts.iter().cloned()),
-            timeout: self.0.timeout,
-            threads: self.0.threads,
-        }))
+            location: self.inner.location.join(parts.iter().cloned()),
+            timeout: self.inner.timeout,
+            threads: self.inner.threads,
+        };
+        Store { inner: Arc::new(inner), threads: self.threads.clone() }
+    }
+
+    /// The place for a task on the store's own threads. They end with the callers' clones, and their tasks with them; a task that
+    /// outlived those could not wait for the threads, of which it runs on one.
+    pub(crate) fn for_task(&self) -> Store {
+        Store { inner: self.inner.clone(), threads: None }
     }
 
     /// The place.
     pub fn location(&self) -> &Location {
-        &self.0.location
+        &self.inner.location
     }
 
     /// Threads that compress or decompress.
     pub(crate) fn threads(&self) -> usize {
-        self.0.threads
+        self.inner.threads
     }
 
     pub(crate) fn handle(&self) -> &Handle {
-        self.0.runtime.0.as_ref().expect("the runtime is there until it is dropped").handle()
+        &self.inner.runtime
     }
 
     /// Runs a future to its end. Only for threads that are not the runtime's own.
@@ -211,14 +223,14 @@ impl Store {
 
     pub(crate) fn describe(&self, path: &str) -> String {
         match path {
-            "" => self.0.location.to_string(),
-            path => format!("{}/{path}", self.0.location),
+            "" => self.inner.location.to_string(),
+            path => format!("{}/{path}", self.inner.location),
         }
     }
 
     fn path(&self, path: &str) -> ObjectPath {
         let parts = path.split('/').filter(|part| !part.is_empty());
-        parts.fold(self.0.prefix.clone(), |parent, part| parent.join(part))
+        parts.fold(self.inner.prefix.clone(), |parent, part| parent.join(part))
     }
 
     async fn bounded<T>(
@@ -228,13 +240,13 @@ impl Store {
         call: impl Future<Output = object_store::Result<T>>,
     ) -> Result<T, StoreError> {
         let object = || self.describe(path);
-        match tokio::time::timeout(self.0.timeout, call).await {
+        match tokio::time::timeout(self.inner.timeout, call).await {
             Ok(Ok(value)) => Ok(value),
-            Ok(Err(source)) => Err(sort(action, object(), source, self.0.timeout)),
+            Ok(Err(source)) => Err(sort(action, object(), source, self.inner.timeout)),
             Err(_) => Err(StoreError::Stalled {
                 action,
                 object: object(),
-                seconds: self.0.timeout.as_secs(),
+                seconds: self.inner.timeout.as_secs(),
             }),
         }
     }
@@ -242,8 +254,12 @@ impl Store {
     /// Writes an object whose name is derived from its content.
     pub(crate) async fn put(&self, path: &str, content: Bytes) -> Result<(), StoreError> {
         let target = self.path(path);
-        self.bounded("write", path, self.0.objects.put(&target, PutPayload::from_bytes(content)))
-            .await?;
+        self.bounded(
+            "write",
+            path,
+            self.inner.objects.put(&target, PutPayload::from_bytes(content)),
+        )
+        .await?;
         Ok(())
     }
 
@@ -253,7 +269,7 @@ impl Store {
     pub(crate) async fn create(&self, path: &str, content: Bytes) -> Result<(), StoreError> {
         let target = self.path(path);
         let options = PutOptions::from(PutMode::Create);
-        let call = self.0.objects.put_opts(&target, PutPayload::from_bytes(content), options);
+        let call = self.inner.objects.put_opts(&target, PutPayload::from_bytes(content), options);
         self.bounded("write", path, call).await?;
         Ok(())
     }
@@ -277,7 +293,7 @@ impl Store {
             bytes_max: bytes_max as u64,
         };
         let call = async {
-            let result = self.0.objects.get(&source).await?;
+            let result = self.inner.objects.get(&source).await?;
             let announced = result.meta.size;
             if announced > bytes_max as u64 {
                 return Ok(Err(announced));
@@ -317,7 +333,7 @@ impl Store {
     /// Whether there is an object of that name.
     pub(crate) async fn exists(&self, path: &str) -> Result<bool, StoreError> {
         let target = self.path(path);
-        match self.bounded("look up", path, self.0.objects.head(&target)).await {
+        match self.bounded("look up", path, self.inner.objects.head(&target)).await {
             Ok(_) => Ok(true),
             Err(StoreError::NotFound { .. }) => Ok(false),
             Err(error) => Err(error),
@@ -327,7 +343,7 @@ impl Store {
     /// Removes an object. One that is not there counts as removed.
     pub(crate) async fn delete(&self, path: &str) -> Result<(), StoreError> {
         let target = self.path(path);
-        match self.bounded("remove", path, self.0.objects.delete(&target)).await {
+        match self.bounded("remove", path, self.inner.objects.delete(&target)).await {
             Ok(()) | Err(StoreError::NotFound { .. }) => Ok(()),
             Err(error) => Err(error),
         }
@@ -336,7 +352,7 @@ impl Store {
     /// Names and sizes of all objects under `path`, at most [`LISTING_MAX`], in no promised order. Names count from `path`.
     pub(crate) async fn list(&self, path: &str) -> Result<Vec<(String, u64)>, StoreError> {
         let folder = self.path(path);
-        let mut stream = self.0.objects.list(Some(&folder)).chunks(1000);
+        let mut stream = self.inner.objects.list(Some(&folder)).chunks(1000);
         let mut found = Vec::new();
         // The bound in time is for each thousand: a large folder is not a stalled one.
         loop {
@@ -351,7 +367,7 @@ impl Store {
                 found.push((name.join("/"), object.size));
             }
             if found.len() > LISTING_MAX {
-                return Err(StoreError::Crowded { location: self.0.location.clone() });
+                return Err(StoreError::Crowded { location: self.inner.location.clone() });
             }
         }
     }
@@ -362,8 +378,9 @@ impl Store {
         path: &str,
     ) -> Result<(Vec<String>, Vec<String>), StoreError> {
         let folder = self.path(path);
-        let listing =
-            self.bounded("list", path, self.0.objects.list_with_delimiter(Some(&folder))).await?;
+        let listing = self
+            .bounded("list", path, self.inner.objects.list_with_delimiter(Some(&folder)))
+            .await?;
         let last =
             |path: &ObjectPath| path.parts().next_back().map(|part| part.as_ref().to_owned());
         let folders = listing.common_prefixes.iter().filter_map(last).collect();

@@ -175,6 +175,7 @@ impl Progress {
 /// Writes one capsule. Dropping it without [`CapsuleWriter::commit`] leaves nothing but unreferenced blobs.
 #[derive(Debug)]
 pub struct CapsuleWriter {
+    store: Store,
     shared: Arc<Shared>,
     jobs: Option<Sender<Job>>,
     workers: Vec<JoinHandle<()>>,
@@ -311,7 +312,7 @@ impl CapsuleWriter {
         let threads = store.threads();
         let in_flight_max = jobs_in_flight_max(threads);
         let shared = Arc::new(Shared {
-            store: store.clone(),
+            store: store.for_task(),
             state: Mutex::new(State { known, ..State::default() }),
             changed: Condvar::new(),
             uploads: Arc::new(Semaphore::new(UPLOADS_MAX)),
@@ -320,6 +321,7 @@ impl CapsuleWriter {
         });
         let (jobs, queue) = crossbeam_channel::bounded(in_flight_max);
         let mut writer = CapsuleWriter {
+            store: store.clone(),
             shared,
             jobs: Some(jobs),
             workers: Vec::with_capacity(threads),
@@ -421,7 +423,7 @@ impl CapsuleWriter {
         manifest.config = BlobRef::to(&config);
         let content = manifest.encode()?;
         let blob = BlobRef::to(&content);
-        let store = &self.shared.store;
+        let store = &self.store;
         let (config_path, manifest_path) =
             (blob_path(&manifest.config.digest), blob_path(&blob.digest));
         let config = store.put(&config_path, Bytes::from(config));

@@ -1,13 +1,15 @@
 //! Stores that don't answer, answer nonsense, or are not there.
 
+use std::ffi::OsString;
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex};
 
+use samara_capsule::transfer::Sink as _;
 use samara_store::config::{S3Settings, Secret, StoreConfig};
 use samara_store::{CapsuleReader, CapsuleWriter, Location, Store};
 
-use crate::sample::{chain, facts, fill, open, take_epoch, write};
+use crate::sample::{batch, chain, facts, fill, open, take_epoch, write};
 
 /// A TCP relay that can stop to relay: connections stay open, and nothing comes through.
 pub(crate) struct Switch {
@@ -105,6 +107,30 @@ fn every_call_fails(store: &Store, expected: &str) {
     ];
     for error in errors {
         assert!(error.contains(expected), "{error}");
+    }
+}
+
+/// What nobody waits for any more is done or taken back: a file that was begun would stay behind when the process ends.
+#[test]
+fn an_abandoned_writer_leaves_no_file_half_written() {
+    for seed in 0..2 {
+        let folder = tempfile::tempdir().unwrap();
+        let store = open(folder.path());
+        let mut writer = CapsuleWriter::new(&store).unwrap();
+        let begun = || {
+            let blobs = std::fs::read_dir(folder.path().join("blobs/sha256")).into_iter().flatten();
+            let names = blobs.map(|entry| entry.unwrap().file_name());
+            names.filter(|name| name.to_string_lossy().contains('#')).collect::<Vec<_>>()
+        };
+        for number in 0.. {
+            assert!(number < 1000, "no upload was seen");
+            writer.pages(batch(seed, &[(number * 256, 256)])).unwrap();
+            if !begun().is_empty() {
+                break;
+            }
+        }
+        drop((writer, store));
+        assert_eq!(begun(), Vec::<OsString>::new(), "seed {seed}");
     }
 }
 
