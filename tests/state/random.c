@@ -162,7 +162,8 @@ static void open_file(void)
 {
 	char path[64], bytes[3000];
 	static const char *const folders[] = {"/tmp", "/dev/shm", "/var/tmp", "/"};
-	snprintf(path, sizeof path, "%s/random-%u", folders[below(4)], step_number);
+	unsigned folder = below(4);
+	snprintf(path, sizeof path, "%s/random-%u", folders[folder], step_number);
 	static const int flags[] = {O_RDWR, O_RDWR | O_APPEND, O_WRONLY, O_RDWR | O_SYNC, O_RDWR | O_NONBLOCK, O_RDWR | O_NOATIME};
 	int fd = open(path, O_CREAT | flags[below(6)], 0600 + below(64));
 	for (size_t i = 0; i < sizeof bytes; i++)
@@ -174,8 +175,15 @@ static void open_file(void)
 		(void)ignored;
 	}
 	lseek(fd, below(5000), SEEK_SET);
-	if (chance(30))
-		keep_area(mmap(NULL, 4 * PAGE, PROT_READ | PROT_WRITE, chance(50) ? MAP_PRIVATE : MAP_SHARED, fd, chance(30) ? (off_t)PAGE : 0), 1);
+	if (chance(30)) {
+		int sharing = chance(50) ? MAP_PRIVATE : MAP_SHARED;
+		off_t from = chance(30) ? (off_t)PAGE : 0;
+		struct stat now;
+		/* What is written behind the end of a file on a disk is gone when the kernel writes it back. */
+		if (sharing == MAP_SHARED && folder != 1 && fstat(fd, &now) == 0 && ftruncate(fd, (now.st_size + PAGE - 1) / PAGE * PAGE))
+			sharing = MAP_PRIVATE;
+		keep_area(mmap(NULL, 4 * PAGE, PROT_READ | PROT_WRITE, sharing, fd, from), 1);
+	}
 	if (chance(25))
 		unlink(path);
 	else if (chance(20)) {

@@ -33,6 +33,57 @@ static void wait_go(void)
 
 static void say_go(void) { MUST(write(go[1], "g", 1)); }
 
+/* Behind the end of a file, in its last page: memory that a program has got by mistake, and that stays. */
+enum { ENDS = 3, END = PAGE + 100 };
+static char *end_at[ENDS];
+static struct stat end_before[ENDS];
+
+static void shm_behind_end_setup(void)
+{
+	int fds[] = {
+		MUST(shm_open("/short", O_RDWR | O_CREAT | O_EXCL, 0600)),
+		MUST(shm_open("/short-lived", O_RDWR | O_CREAT | O_EXCL, 0600)),
+		MUST(memfd_create("short", 0)),
+	};
+	for (int i = 0; i < ENDS; i++) {
+		MUST(ftruncate(fds[i], END));
+		end_at[i] = map(fds[i], 2 * PAGE);
+		strcpy(end_at[i] + END + 200, "behind");
+		end_at[i][2 * PAGE - 1] = (char)i;
+		MUST(mprotect(end_at[i], 2 * PAGE, PROT_READ));
+		MUST(fstat(fds[i], &end_before[i]));
+		close(fds[i]);
+	}
+	MUST(shm_unlink("/short-lived"));
+	/* Who can't write to it, and nobody else can see it meanwhile. */
+	int fd = MUST(shm_open("/short", O_RDONLY, 0));
+	MUST(munmap(end_at[0], 2 * PAGE));
+	end_at[0] = mmap(NULL, 2 * PAGE, PROT_READ, MAP_SHARED, fd, 0);
+	CHECK(end_at[0] != MAP_FAILED && ((volatile char *)end_at[0])[END + 200] == 'b', "failed: mmap");
+	close(fd);
+}
+
+static void shm_behind_end_check(void)
+{
+	for (int i = 0; i < ENDS; i++) {
+		CHECK(!strcmp(end_at[i] + END + 200, "behind"), "%d: it has %.10s", i, end_at[i] + END + 200);
+		CHECK(end_at[i][2 * PAGE - 1] == i, "%d: its last byte is %d", i, end_at[i][2 * PAGE - 1]);
+		CHECK(end_at[i][END] == 0, "%d: %d was not there", i, end_at[i][END]);
+	}
+	struct stat now;
+	MUST(stat("/dev/shm/short", &now));
+	CHECK(now.st_size == END, "it has %ld bytes", now.st_size);
+	CHECK(now.st_mtime == end_before[0].st_mtime, "it was changed");
+}
+
+static void shm_behind_end_spoil(void)
+{
+	int fd = MUST(open("/dev/shm/short", O_RDWR));
+	char *at = map(fd, 2 * PAGE);
+	at[END + 200] = 'B';
+}
+STATE(shm_behind_end)
+
 static int named_fd;
 static char *named_at;
 static pid_t named_child;

@@ -271,6 +271,9 @@ pub struct Mapping {
     /// Mode and nodes of `mbind`; `None` for what the thread's own policy says.
     #[serde(default)]
     pub memory_policy: Option<(u32, Vec<u64>)>,
+    /// Of a shared file in memory: what its last page has behind the file's end, without the zeros that come last.
+    #[serde(default)]
+    pub behind_end: Bytes,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -213,9 +213,10 @@ fn collect(
         return Err(CaptureError::Unsupported(UnsupportedList(unsupported)));
     }
     let mut records = Vec::new();
-    for ((pid, process), (mappings, descriptors, examined)) in
+    for ((pid, process), (mut mappings, descriptors, examined)) in
         frozen.processes.iter_mut().zip(looked_at)
     {
+        memory::read_behind_ends(*pid, &mut mappings)?;
         let space = tables.new_space();
         let shares = sharing.get(pid).copied().unwrap_or_default();
         let record =

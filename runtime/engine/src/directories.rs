@@ -66,10 +66,10 @@ fn rewind(mut directory: &File) -> io::Result<()> {
     directory.rewind()
 }
 
-fn is_tmpfs(directory: &File) -> io::Result<bool> {
+pub(crate) fn is_tmpfs(file: &File) -> io::Result<bool> {
     /// linux/magic.h
     const TMPFS: i64 = 0x0102_1994;
-    Ok(nix::sys::statfs::fstatfs(directory)?.filesystem_type().0 == TMPFS)
+    Ok(nix::sys::statfs::fstatfs(file)?.filesystem_type().0 == TMPFS)
 }
 
 /// Makes names the first of a directory of tmpfs, which lists what got its name last first.

@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | private anonymous | pages that were written | mapped, filled |
 //! | private of a file | pages that the process has of its own | file mapped, own pages filled |
-//! | shared of a file | nothing: the content belongs to the file | file mapped |
+//! | shared of a file | nothing: the content belongs to the file; of one in memory, what is behind its end | file mapped |
 //! | shared anonymous, memfd | pages of the object, once | object made anew, filled, mapped |
 //! | ring of asynchronous I/O | unread events | its context made anew, and the ring moved there |
 //! | vdso and its data | where they were | the new host's own, moved there |
@@ -14,15 +14,16 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ffi::OsStr;
-use std::fs::{self, File, Metadata};
+use std::fs::{self, File, FileTimes, Metadata};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
 use nix::errno::Errno;
+use nix::unistd::{Whence, lseek};
 use samara_capsule::pagemap::PAGE_NUMBER_END;
 use samara_capsule::record::{
     self, Advice, Alive, Backing, Bytes, Container, FileCheck, FileKind, NamelessExecutable,
@@ -34,7 +35,7 @@ use samara_capsule::transfer::{
 use samara_kernel::pagemap::Pagemap;
 use samara_kernel::proc::Mapping;
 use samara_kernel::tape::End;
-use samara_kernel::{Pid, proc, process_vm};
+use samara_kernel::{Pid, file_end, proc, process_vm};
 
 use crate::capture::{CaptureError, Tables, read};
 use crate::copy_on_write::{Heritage, Inheritance};
@@ -90,6 +91,7 @@ pub(crate) fn describe(
             guards: Vec::new(),
             name: Bytes::from(given_name(mapping).to_vec()),
             memory_policy: None,
+            behind_end: Bytes::new(),
         });
     }
     Ok(records)
@@ -102,6 +104,52 @@ fn given_name(mapping: &Mapping) -> &[u8] {
         .or_else(|| name.strip_prefix(b"[anon_shmem:"))
         .and_then(|name| name.strip_suffix(b"]"))
         .unwrap_or_default()
+}
+
+/// Reads what lies behind the ends of shared files in memory. They are opened, which nobody's lease may forbid.
+pub(crate) fn read_behind_ends(
+    pid: Pid,
+    mappings: &mut [record::Mapping],
+) -> Result<(), CaptureError> {
+    for mapping in mappings {
+        mapping.behind_end = behind_end(pid, mapping)?;
+    }
+    Ok(())
+}
+
+/// What lies behind the end of a shared file in memory, in its last page. Only mappings see it, and on tmpfs it stays: a program
+/// may have a file that is too short for what it keeps there, and never notice. Files on disks get zeros there when they are
+/// written back.
+fn behind_end(pid: Pid, mapping: &record::Mapping) -> Result<Bytes, CaptureError> {
+    let (Backing::SharedFile { offset, .. }
+    | Backing::SharedUnlinked { offset, .. }
+    | Backing::Shared { offset, .. }) = mapping.backing
+    else {
+        return Ok(Bytes::new());
+    };
+    let link = format!("/proc/{pid}/map_files/{:x}-{:x}", mapping.start, mapping.end);
+    let what = || read(link.as_str());
+    let bytes = fs::metadata(&link).map_err(what())?.size();
+    let last_page = bytes / PAGE * PAGE;
+    let is_mapped = (offset..offset + (mapping.end - mapping.start)).contains(&last_page);
+    if bytes == last_page || !is_mapped {
+        return Ok(Bytes::new());
+    }
+    // Looking at it is no access of the program.
+    let mut options = File::options();
+    let file = options.read(true).custom_flags(libc::O_NOATIME).open(&link).map_err(what())?;
+    if !directories::is_tmpfs(&file).map_err(what())? {
+        return Ok(Bytes::new());
+    }
+    // What nobody has touched is not to be made by looking at it.
+    match lseek(&file, last_page.cast_signed(), Whence::SeekData) {
+        Ok(_) => {}
+        Err(Errno::ENXIO) => return Ok(Bytes::new()),
+        Err(error) => return Err(what()(error.into())),
+    }
+    let mut behind = file_end::read_behind(file.as_fd(), bytes).map_err(what())?;
+    behind.truncate(behind.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1));
+    Ok(Bytes::from(behind))
 }
 
 fn advice(mapping: &Mapping) -> Advice {
@@ -498,7 +546,6 @@ pub(crate) fn copy_file(
     bytes: u64,
     sink: &mut dyn Sink,
 ) -> Result<u64, CaptureError> {
-    use nix::unistd::{Whence, lseek};
     let failed =
         |source| CaptureError::Read { what: "a shared or unlinked file".to_owned(), source };
     let spaces = [space].into();
@@ -1009,6 +1056,13 @@ fn map_some(
             }),
         });
     }
+    for (mapping, need) in mappings.iter().zip(&needs) {
+        let Some(file) = need.and_then(|index| files.get(index)) else { continue };
+        if !mapping.behind_end.is_empty() {
+            write_behind_end(file, &mapping.behind_end)
+                .map_err(make("what is behind a file's end"))?;
+        }
+    }
     let borrowed: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
     let numbers = channel.send(process, &borrowed)?;
     let mut tape = process.tape()?;
@@ -1056,6 +1110,14 @@ fn map_some(
     }
     process.run_all(0, &tape, End::Breakpoint)?;
     Ok(())
+}
+
+fn write_behind_end(file: &File, bytes: &[u8]) -> io::Result<()> {
+    let file = Shared::reopen(file, libc::O_RDWR)?;
+    let before = file.metadata()?;
+    file_end::write_behind(file.as_fd(), before.len(), bytes)?;
+    let times = FileTimes::new().set_accessed(before.accessed()?).set_modified(before.modified()?);
+    file.set_times(times)
 }
 
 /// A regular file, or the device that gives memory.

@@ -714,6 +714,8 @@ fn end(
     if let Some(freed) = freed {
         freed.put_back(new.as_fd())?;
     }
+    // It has no port any more, so that it can even be told which families it is for, which binding it has changed.
+    socket_options::prepare(new.as_fd(), &socket.options)?;
     if here.is_some_and(|here| local(new.as_fd()).ok().flatten() != Some(here)) {
         return Err(damaged());
     }

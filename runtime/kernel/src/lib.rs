@@ -7,6 +7,7 @@ pub mod bpf;
 pub mod close_range;
 pub mod epoll;
 pub mod fcntl;
+pub mod file_end;
 pub mod fork;
 pub mod inotify;
 pub mod kcmp;
