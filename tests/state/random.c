@@ -568,7 +568,14 @@ static void signals(void)
 		sigaltstack(&wanted, NULL);
 		break;
 	}
-	case 4: sigprocmask(SIG_UNBLOCK, &set, NULL); break;
+	case 4: {
+		/* One that waits would end the process. */
+		struct sigaction now;
+		sigaction(number, NULL, &now);
+		if (now.sa_handler != SIG_DFL)
+			sigprocmask(SIG_UNBLOCK, &set, NULL);
+		break;
+	}
 	}
 }
 
