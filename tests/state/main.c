@@ -46,7 +46,9 @@ void expect_exit(pid_t child, int status)
 	CHECK(WIFEXITED(got) && WEXITSTATUS(got) == status, "child %d ended with %#x, not with exit status %d", child, got, status);
 }
 
-bool finishing(void) { return access("/finish", F_OK) == 0; }
+int finish_at = AT_FDCWD;
+
+bool finishing(void) { return faccessat(finish_at, finish_at == AT_FDCWD ? "/finish" : "finish", F_OK, 0) == 0; }
 
 void until_finishing(void)
 {

@@ -513,6 +513,35 @@ static void expect_in_jail(void)
 	expect_exit(runner, 0);
 }
 
+/* The container's own init, which everything else in it is found by. */
+static void chroot_of_init_setup(void)
+{
+	char const *file = "/dev/shm/kept";
+	close(MUST(open(file, O_CREAT | O_RDWR, 0600)));
+	finish_at = MUST(open("/", O_PATH | O_CLOEXEC));
+	MUST(mkdir("/tmp/jail", 0755));
+	MUST(mkdir("/tmp/jail/inside", 0755));
+	MUST(chroot("/tmp/jail"));
+	MUST(chdir("/inside"));
+	close(MUST(open("made", O_CREAT | O_RDWR, 0600)));
+}
+static void chroot_of_init_check(void)
+{
+	CHECK(access("/bin", F_OK) && !access("/inside/made", F_OK), "it is not in its jail");
+	CHECK(syscall(SYS_getcwd, buffer, sizeof buffer) > 0 && !strcmp(buffer, "/inside"), "it is in %s", buffer);
+	CHECK(!faccessat(finish_at, "dev/shm/kept", F_OK, 0), "a file in memory is gone");
+	struct stat root, jail;
+	MUST(stat("/", &root));
+	MUST(fstatat(finish_at, "tmp/jail", &jail, 0));
+	CHECK(root.st_dev == jail.st_dev && root.st_ino == jail.st_ino, "its root is another directory");
+}
+static void chroot_of_init_spoil(void)
+{
+	MUST(fchdir(finish_at));
+	MUST(chroot("."));
+}
+STATE(chroot_of_init)
+
 static void chroot_plain_setup(void) { chroot_to("/", "/"); }
 static void chroot_plain_check(void) { expect_in_jail(); }
 static void chroot_plain_spoil(void) { end_runner(); }

@@ -64,6 +64,7 @@ pid_t in_child(int (*body)(void));
 /* Waits for a child, and fails unless it exits with `status`. */
 void expect_exit(pid_t child, int status);
 /* True once the harness has asked for the end. */
+extern int finish_at; /* The directory of the file that ends the waiting; AT_FDCWD for the root. */
 bool finishing(void);
 /* Sleeps in steps until `finishing`, whatever interrupts it. */
 void until_finishing(void);

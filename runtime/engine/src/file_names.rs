@@ -13,7 +13,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use samara_kernel::Pid;
+use samara_kernel::{Pid, mount_namespace};
 
 use crate::root::Root;
 
@@ -80,7 +80,7 @@ pub(crate) fn find(
 
 /// The places where something is mounted in the container, its root first.
 fn mounts(init: Pid) -> io::Result<Vec<Vec<u8>>> {
-    let text = fs::read(format!("/proc/{init}/mountinfo"))?;
+    let text = mount_namespace::mountinfo(init)?;
     let places = text.split(|&byte| byte == b'\n').filter_map(|line| {
         // ID, parent, device, root in the file system, place.
         let place = line.split(|&byte| byte == b' ').nth(4)?;

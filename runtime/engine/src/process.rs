@@ -498,10 +498,6 @@ fn directories(
     let shown = String::from_utf8_lossy(&root_directory).into_owned();
     if root_directory.as_slice() == b"/" {
         root_directory.clear();
-    } else if tid == tables.request.init {
-        // By its root everything else is found.
-        let what = format!("its root directory is {shown}, which is not supported of an init");
-        tables.refuse(pid, place, what);
     } else if tables.root.identity(&root_directory).ok() != Some(identity) {
         let what = format!("its root directory {shown} is no longer at its path");
         tables.refuse(pid, place, what);

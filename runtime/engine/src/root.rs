@@ -11,16 +11,16 @@ use std::os::unix::fs::MetadataExt;
 
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sys::stat::Mode;
-use samara_kernel::Pid;
+use samara_kernel::{Pid, mount_namespace};
 
 /// A directory that paths are resolved below, through the mounts that its processes see.
 #[derive(Debug)]
 pub(crate) struct Root(OwnedFd);
 
 impl Root {
-    /// The root of a running process.
+    /// The container's, of which a process runs that may have moved its own (`chroot`).
     pub(crate) fn of(pid: Pid) -> io::Result<Root> {
-        Ok(Root(File::open(format!("/proc/{pid}/root"))?.into()))
+        Ok(Root(mount_namespace::root(pid)?.into()))
     }
 
     /// Opens a path as `open(2)` would inside.

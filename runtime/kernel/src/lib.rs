@@ -12,6 +12,7 @@ pub mod fork;
 pub mod inotify;
 pub mod kcmp;
 pub mod keyctl;
+pub mod mount_namespace;
 pub mod mount_setattr;
 pub mod mq_overview;
 pub mod netdevice;

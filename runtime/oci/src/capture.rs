@@ -12,6 +12,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use oci_spec::runtime::LinuxNamespaceType;
+use procfs::FromBufRead as _;
+use procfs::process::MountInfos;
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use samara_capsule::cbor::{EncodeError, encode_record};
 use samara_capsule::config::{Provenance, Requirements};
@@ -24,6 +26,7 @@ use samara_engine::files::{
 use samara_engine::freeze::FrozenTree;
 use samara_engine::names::GivenNames;
 use samara_engine::phase::{self, Phase};
+use samara_kernel::mount_namespace;
 use samara_store::config::ConfigError;
 use samara_store::location::{Location, LocationError};
 use samara_store::log::LogError;
@@ -599,15 +602,17 @@ fn capture_trees(
     Ok(trees)
 }
 
+/// What is mounted in the container, whatever root its init has by now.
+fn mounts_of(init: i32) -> Result<MountInfos, CheckpointError> {
+    let what = || io("read the container's mounts");
+    let text = mount_namespace::mountinfo(init).map_err(what())?;
+    MountInfos::from_buf_read(text.as_slice()).map_err(io::Error::other).map_err(what())
+}
+
 /// Refuses mounts that the specification does not have, and the want of those that it has: the program has made them, or removed
 /// them, and a new container would have what the specification says.
 fn refuse_own_mounts(init: i32, spec: &oci_spec::runtime::Spec) -> Result<(), CheckpointError> {
-    let mounts = procfs::process::Process::new(init)
-        .and_then(|process| process.mountinfo())
-        .map_err(|error| CheckpointError::Io {
-            attempt: "read the container's mounts",
-            source: io::Error::other(error),
-        })?;
+    let mounts = mounts_of(init)?;
     // A mount point is where the links on its path lead to.
     let place = |path: &Path| {
         open_inside(init, path, OFlags::PATH)
@@ -672,12 +677,7 @@ fn travelling_mounts(
             (of == path).then_some(policy == "include")
         })
     };
-    let mounts = procfs::process::Process::new(init)
-        .and_then(|process| process.mountinfo())
-        .map_err(|error| CheckpointError::Io {
-            attempt: "read the container's mounts",
-            source: io::Error::other(error),
-        })?;
+    let mounts = mounts_of(init)?;
     let specified: Vec<&Path> =
         spec.mounts().iter().flatten().map(|mount| mount.destination().as_path()).collect();
     let mut paths = Vec::new();
@@ -728,7 +728,7 @@ pub(crate) fn open_folder_inside(init: i32, path: &str) -> io::Result<OwnedFd> {
 }
 
 fn open_inside(init: i32, path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
-    let root = File::open(format!("/proc/{init}/root"))?;
+    let root = mount_namespace::root(init)?;
     Ok(openat2(&root, path, flags | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::IN_ROOT)?)
 }
 
