@@ -817,6 +817,8 @@ static void raise_limits(void)
 	set_limit("kernel/sem", "100000000 320000000 50000000 31000");
 	set_limit("kernel/shmmni", "77");
 	set_limit("fs/mqueue/msg_max", "21");
+	set_limit("kernel/sem_next_id", "4711");
+	MUST(msgget(IPC_PRIVATE, 0600));
 }
 
 static void compare_limits(void)
@@ -825,6 +827,7 @@ static void compare_limits(void)
 	CHECK(!strcmp(limit_of("kernel/sem"), "100000000\t320000000\t50000000\t31000\n"), "sem %s", limit_of("kernel/sem"));
 	CHECK(!strcmp(limit_of("kernel/shmmni"), "77\n"), "shmmni %s", limit_of("kernel/shmmni"));
 	CHECK(!strcmp(limit_of("fs/mqueue/msg_max"), "21\n"), "msg_max %s", limit_of("fs/mqueue/msg_max"));
+	CHECK(!strcmp(limit_of("kernel/sem_next_id"), "4711\n"), "the next set is %s", limit_of("kernel/sem_next_id"));
 }
 
 static void spoil_limits(void) { set_limit("kernel/shmmni", "78"); }

@@ -914,6 +914,9 @@ pub enum SharedMemoryKind {
 pub struct SystemV {
     /// Limits of the namespace (`/proc/sys`), for System V objects and POSIX queues: names of files there, and contents.
     pub limits: Vec<(String, String)>,
+    /// Numbers that the program has asked for its next objects (`msg_next_id` and others), in the same form.
+    #[serde(default)]
+    pub next_ids: Vec<(String, String)>,
     pub segments: Vec<Segment>,
     pub semaphores: Vec<SemaphoreSet>,
     pub queues: Vec<MessageQueue>,

@@ -113,6 +113,7 @@ pub fn restore(
     system_v::restore_limits(request.init, &container.system_v)?;
     let mut shared = memory::make_shared(&mut tree, container, &root, source)?;
     system_v::restore(&mut tree, container, source)?;
+    system_v::restore_next_ids(request.init, &container.system_v)?;
     for record in &container.processes {
         if let ProcessState::Alive(alive) = &record.state {
             let heritage = inheritance.heritage(record.pid);

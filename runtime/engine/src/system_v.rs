@@ -110,33 +110,38 @@ const LIMITS: [&str; 13] = [
     "fs/mqueue/msgsize_default",
 ];
 
-/// The limits of the namespace that the calling thread is in, as far as the kernel has them.
-fn limits_here() -> Vec<(String, String)> {
+/// What the next objects are to be called, for once; -1 as long as nobody asks for anything.
+const NEXT_IDS: [&str; 3] = ["kernel/msg_next_id", "kernel/sem_next_id", "kernel/shm_next_id"];
+
+/// Settings of the namespace that the calling thread is in, as far as the kernel has them.
+fn settings_here(names: &[&str]) -> Vec<(String, String)> {
     let read = |name: &str| {
         // At once: the second read of such a file finds its end, wherever the first has stopped.
         let mut text = [0; 4096];
         let count = File::open(format!("/proc/sys/{name}")).ok()?.read(&mut text).ok()?;
         String::from_utf8(text.get(..count)?.to_vec()).ok()
     };
-    let limit = |name: &&str| Some(((*name).to_owned(), read(name)?.trim_end().to_owned()));
-    LIMITS.iter().filter_map(limit).collect()
+    let setting = |name: &&str| Some(((*name).to_owned(), read(name)?.trim_end().to_owned()));
+    names.iter().filter_map(setting).collect()
 }
 
-/// Sets the limits that differ. Those that the engine may not set stay the new container's.
-fn set_limits_here(limits: &[(String, String)]) {
-    let here = limits_here();
-    for limit in limits.iter().filter(|limit| !here.contains(limit)) {
-        let (name, value) = limit;
-        if LIMITS.contains(&name.as_str())
+/// Sets what differs. What the engine may not set stays the new container's.
+fn set_here(names: &[&str], settings: &[(String, String)]) {
+    let here = settings_here(names);
+    for setting in settings.iter().filter(|setting| !here.contains(setting)) {
+        let (name, value) = setting;
+        if names.contains(&name.as_str())
             && let Err(error) = fs::write(format!("/proc/sys/{name}"), value)
         {
-            tracing::warn!(%error, name, "a limit for IPC stays that of the new container");
+            tracing::warn!(%error, name, "a setting for IPC stays that of the new container");
         }
     }
 }
 
 fn list_here(number: &dyn Fn(u64) -> i32) -> io::Result<SystemV> {
-    let mut found = SystemV { limits: limits_here(), ..SystemV::default() };
+    let mut next_ids = settings_here(&NEXT_IDS);
+    next_ids.retain(|(_, id)| id != "-1");
+    let mut found = SystemV { limits: settings_here(&LIMITS), next_ids, ..SystemV::default() };
     for row in table("shm")? {
         let identity = row.identity("shmid")?;
         let mode = row.mode()?;
@@ -543,14 +548,28 @@ impl Kind {
 
 /// Gives the container's namespace the limits that it had, if it is the container's own.
 pub(crate) fn restore_limits(init: Pid, system_v: &SystemV) -> Result<(), RestoreError> {
-    if system_v.limits.is_empty() || shares_namespace(init).map_err(make("limits for IPC"))? {
+    set_settings(init, &LIMITS, &system_v.limits)
+}
+
+/// Calls the next objects what the program has asked for, once the engine makes none any more.
+pub(crate) fn restore_next_ids(init: Pid, system_v: &SystemV) -> Result<(), RestoreError> {
+    set_settings(init, &NEXT_IDS, &system_v.next_ids)
+}
+
+fn set_settings(
+    init: Pid,
+    names: &[&str],
+    settings: &[(String, String)],
+) -> Result<(), RestoreError> {
+    let what = || make("settings for IPC");
+    if settings.is_empty() || shares_namespace(init).map_err(what())? {
         return Ok(());
     }
     let set = || {
-        set_limits_here(&system_v.limits);
+        set_here(names, settings);
         Ok(())
     };
-    inside(init, Namespace::Ipc, set).map_err(make("limits for IPC"))
+    inside(init, Namespace::Ipc, set).map_err(what())
 }
 
 /// Makes all objects, and fills segments and queues.
@@ -559,7 +578,7 @@ pub(crate) fn restore(
     container: &Container,
     source: &dyn Source,
 ) -> Result<(), RestoreError> {
-    let SystemV { limits: _, segments, semaphores, queues } = &container.system_v;
+    let SystemV { limits: _, next_ids: _, segments, semaphores, queues } = &container.system_v;
     if segments.is_empty() && semaphores.is_empty() && queues.is_empty() {
         return Ok(());
     }
