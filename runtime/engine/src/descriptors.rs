@@ -590,9 +590,18 @@ pub(crate) fn make_files(
     terminals: &mut terminals::Made,
 ) -> Result<Files, RestoreError> {
     let mut nodes = nameless::restore(container, root)?;
-    let mut pipes = pipes::Made::default();
-    let mut originals = Originals::default();
     let mut files = Vec::with_capacity(container.files.len());
+    let mut maker = Maker {
+        init,
+        container,
+        root,
+        outside,
+        shared,
+        processes,
+        sockets,
+        pipes: pipes::Made::default(),
+        originals: Originals::default(),
+    };
     for (number, file) in (0u32..).zip(&container.files) {
         if let Some(terminal) = terminals.take(number) {
             files.push(terminal);
@@ -611,18 +620,7 @@ pub(crate) fn make_files(
                 }
                 made
             }
-            None => make_file(
-                init,
-                file,
-                container,
-                root,
-                outside,
-                shared,
-                &mut originals,
-                processes,
-                &mut pipes,
-                sockets,
-            )?,
+            None => maker.make(file)?,
         };
         if file.notices.write_hint != 0 {
             // It is good for speed only.
@@ -636,211 +634,229 @@ pub(crate) fn make_files(
     Ok(Files { list: files, own_watches: epoll::own_watches(container)? })
 }
 
-#[expect(
-    clippy::too_many_arguments,
-    reason = "each kind of file needs another part of the restore"
-)]
-fn make_file(
+/// Makes open files of all kinds, one after another, from the parts of the restore that they need.
+struct Maker<'a> {
     init: Pid,
-    file: &OpenFile,
-    container: &Container,
+    container: &'a Container,
+    root: &'a Root,
+    outside: &'a [Option<OwnedFd>],
+    shared: &'a Shared,
+    processes: &'a Processes,
+    sockets: &'a unix_sockets::Made,
+    pipes: pipes::Made,
+    originals: Originals,
+}
+
+fn damaged(what: &str) -> RestoreError {
+    RestoreError::Damaged(format!("an open file refers to {what} that is not there"))
+}
+
+impl<'a> Maker<'a> {
+    fn make(&mut self, file: &OpenFile) -> Result<OwnedFd, RestoreError> {
+        // A process asks for signals itself, in `notices`.
+        let flags = file.flags & !libc::O_ASYNC;
+        let root = self.root;
+        // What is not opened gets its flags below.
+        let made = match &file.kind {
+            FileKind::Regular { path, position, .. } => {
+                // What O_TMPFILE made and somebody named is a file like any other.
+                let file = open_below(root, path, flags & !libc::O_TMPFILE)?;
+                seek(&file, *position)?;
+                return Ok(file.into());
+            }
+            FileKind::Directory { path, position, names, whole } => {
+                let file = open_below(root, path, flags)?;
+                if *position != 0 {
+                    let what = format!("how far {} was read", String::from_utf8_lossy(path));
+                    directories::go_on(&file, names, *whole).map_err(make(what))?;
+                }
+                return Ok(file.into());
+            }
+            FileKind::UnlinkedDirectory { directory } => {
+                let object = self.shared.directories.get(*directory as usize);
+                let object = object.ok_or_else(|| damaged("a directory"))?;
+                let what = make("a directory without a name");
+                return Ok(Shared::reopen(object, flags).map_err(what)?.into());
+            }
+            FileKind::Name { path } => {
+                let what = format!("the name {}", String::from_utf8_lossy(path));
+                let kept = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
+                return root.open(path, flags & kept | libc::O_PATH).map_err(make(what));
+            }
+            FileKind::Pseudo { path, position } => {
+                return Ok(procfiles::open(root, path, flags, *position)?.into());
+            }
+            FileKind::EndedPseudo { process, path } => {
+                let number = self.ended(*process)?;
+                return Ok(procfiles::open_ended(root, number, path, flags)?.into());
+            }
+            FileKind::Namespace { name } => {
+                return Ok(procfiles::open_namespace(self.init, name, flags)?.into());
+            }
+            FileKind::Device { path, major, minor } => {
+                return open_device(root, path, (*major, *minor), flags);
+            }
+            FileKind::Pipe { pipe } => {
+                let record = self.pipe(*pipe, "a pipe")?;
+                return self.pipes.pipe_end(*pipe, record, flags).map_err(make("a pipe"));
+            }
+            FileKind::Fifo { pipe, path } => {
+                let record = self.pipe(*pipe, "a FIFO")?;
+                let fifo = self.pipes.fifo(*pipe, record, root, path, flags);
+                return fifo.map_err(make("a FIFO"));
+            }
+            FileKind::UnlinkedFifo { pipe, path, mode } => {
+                let record = self.pipe(*pipe, "a FIFO")?;
+                let fifo = self.pipes.unlinked_fifo(*pipe, record, root, path, *mode, flags);
+                return fifo.map_err(make("a FIFO without a name"));
+            }
+            FileKind::PosixQueue { queue } => {
+                let queue = self.shared.queues.get(*queue);
+                let queue = queue.ok_or_else(|| damaged("a message queue"))?;
+                return Ok(Shared::reopen(queue, flags).map_err(make("a message queue"))?.into());
+            }
+            FileKind::Outside { stream } => {
+                // The description is the engine's above; of its flags this one is the program's.
+                let stream = outside_stream(self.outside, *stream)?;
+                let stream = stream.try_clone().map_err(make("a standard stream"))?;
+                set_nonblocking(&stream, flags).map_err(make("the flags of a standard stream"))?;
+                return Ok(stream);
+            }
+            FileKind::Internet(_) | FileKind::Netlink(_) | FileKind::Packet(_) => {
+                return Err(damaged("a socket"));
+            }
+            FileKind::UnlinkedNode { .. } => return Err(damaged("a file without a name")),
+            FileKind::Terminal { .. } | FileKind::TerminalMaster { .. } => {
+                return Err(damaged("a terminal"));
+            }
+            FileKind::Unlinked { file, position } => {
+                let file = self.unlinked(*file, flags)?;
+                seek(&file, *position)?;
+                file.into()
+            }
+            FileKind::SharedMemory { memory, position } => {
+                let file = self.shared_memory(*memory, flags)?;
+                seek(&file, *position)?;
+                file.into()
+            }
+            FileKind::OutsideAgain { stream, position } => {
+                self.outside_again(*stream, *position, flags)?
+            }
+            FileKind::EventFd { count, semaphore } => {
+                event(*count, *semaphore).map_err(make("an eventfd"))?
+            }
+            FileKind::Epoll { .. } => {
+                let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC);
+                epoll.map_err(io::Error::from).map_err(make("an epoll"))?.0
+            }
+            FileKind::TimerFd(timer) => {
+                let clocks = &self.container.clocks;
+                let passed_ns = clocks::passed(self.init, clocks).map_err(make("a timer"))?;
+                timers::restore(timer, clocks, passed_ns).map_err(make("a timer"))?
+            }
+            FileKind::SignalFd { mask } => signalfd::create(*mask).map_err(make("a signalfd"))?,
+            FileKind::PidFd { pid } => self.process(*pid, false)?,
+            FileKind::ThreadFd { tid } => self.process(*tid, true)?,
+            FileKind::EndedPidFd { process, thread } => {
+                self.process(self.ended(*process)?, *thread)?
+            }
+            FileKind::Inotify { .. } => {
+                rustix::fs::inotify::init(rustix::fs::inotify::CreateFlags::CLOEXEC)
+                    .map_err(io::Error::from)
+                    .map_err(make("an inotify instance"))?
+            }
+            FileKind::SocketPair { pair, end } => {
+                let socket = self.sockets.pair_end(*pair, *end);
+                socket.ok_or_else(|| damaged("a socket"))?.map_err(make("a unix socket"))?
+            }
+            FileKind::UnixSocket { socket } => {
+                let socket = self.sockets.file(*socket);
+                socket.ok_or_else(|| damaged("a socket"))?.map_err(make("a unix socket"))?
+            }
+        };
+        // A mere handle has none of those that can be set.
+        if flags & libc::O_PATH == 0 {
+            set_flags(&made, flags)?;
+        }
+        Ok(made)
+    }
+
+    fn pipe(&self, number: u32, what: &str) -> Result<&'a Pipe, RestoreError> {
+        self.container.pipes.get(number as usize).ok_or_else(|| damaged(what))
+    }
+
+    /// The number that a process has which is there in place of one that had ended.
+    fn ended(&self, process: u32) -> Result<i32, RestoreError> {
+        let number = self.processes.ended.get(process as usize);
+        number.copied().ok_or_else(|| damaged("a process"))
+    }
+
+    fn process(&self, number: i32, thread: bool) -> Result<OwnedFd, RestoreError> {
+        procfiles::open_process(&self.processes.numbers, number, thread)
+    }
+
+    fn unlinked(&mut self, number: u32, flags: i32) -> Result<File, RestoreError> {
+        let what = || make("an unlinked file");
+        let object = self.shared.unlinked.get(number as usize);
+        let object = object.ok_or_else(|| damaged("an unlinked file"))?;
+        if self.originals.take_temporary(number, flags) {
+            return object.try_clone().map_err(what());
+        }
+        // Opened again, what O_TMPFILE made is a file like any other.
+        Shared::reopen(object, flags & !libc::O_TMPFILE).map_err(what())
+    }
+
+    fn shared_memory(&mut self, number: u32, flags: i32) -> Result<File, RestoreError> {
+        let object = self.shared.memory.get(number as usize);
+        let object = object.ok_or_else(|| damaged("shared memory"))?;
+        let file = match self.originals.take(number, flags) {
+            true => object.try_clone(),
+            false => Shared::reopen(object, flags),
+        };
+        file.map_err(make("shared memory"))
+    }
+
+    fn outside_again(
+        &self,
+        stream: u32,
+        position: u64,
+        flags: i32,
+    ) -> Result<OwnedFd, RestoreError> {
+        let stream = outside_stream(self.outside, stream)?;
+        let what = || make("a standard stream that was opened once more");
+        let file = File::from(stream.try_clone().map_err(what())?);
+        let is_file = file.metadata().map_err(what())?.is_file();
+        let file = Shared::reopen(&file, flags | libc::O_NONBLOCK).map_err(what())?;
+        if is_file {
+            seek(&file, position)?;
+        }
+        Ok(file.into())
+    }
+}
+
+fn open_device(
     root: &Root,
-    outside: &[Option<OwnedFd>],
-    shared: &Shared,
-    originals: &mut Originals,
-    processes: &Processes,
-    pipes: &mut pipes::Made,
-    sockets: &unix_sockets::Made,
+    path: &[u8],
+    number: (u32, u32),
+    flags: i32,
 ) -> Result<OwnedFd, RestoreError> {
-    let damaged = |what: &str| {
-        RestoreError::Damaged(format!("an open file refers to {what} that is not there"))
+    if !PLAIN_DEVICES.contains(&number) {
+        let (major, minor) = number;
+        return Err(RestoreError::Damaged(format!("device {major}:{minor} is never saved")));
+    }
+    let expected = |metadata: &fs::Metadata| {
+        metadata.file_type().is_char_device() && device_number(metadata.rdev()) == number
     };
-    // A process asks for signals itself, in `notices`.
-    let flags = file.flags & !libc::O_ASYNC;
-    Ok(match &file.kind {
-        FileKind::Regular { path, position, .. } => {
-            // What O_TMPFILE made and somebody named is a file like any other.
-            let file = open_below(root, path, flags & !libc::O_TMPFILE)?;
-            seek(&file, *position)?;
-            file.into()
-        }
-        FileKind::Directory { path, position, names, whole } => {
-            let file = open_below(root, path, flags)?;
-            if *position != 0 {
-                let what = format!("how far {} was read", String::from_utf8_lossy(path));
-                directories::go_on(&file, names, *whole).map_err(make(what))?;
-            }
-            file.into()
-        }
-        FileKind::UnlinkedDirectory { directory } => {
-            let object = shared.directories.get(*directory as usize);
-            let object = object.ok_or_else(|| damaged("a directory"))?;
-            Shared::reopen(object, flags).map_err(make("a directory without a name"))?.into()
-        }
-        FileKind::Name { path } => {
-            let what = format!("the name {}", String::from_utf8_lossy(path));
-            let kept = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
-            root.open(path, flags & kept | libc::O_PATH).map_err(make(what))?
-        }
-        FileKind::Pseudo { path, position } => {
-            procfiles::open(root, path, flags, *position)?.into()
-        }
-        FileKind::EndedPseudo { process, path } => {
-            let number = processes.ended.get(*process as usize);
-            let number = number.ok_or_else(|| damaged("a process"))?;
-            procfiles::open_ended(root, *number, path, flags)?.into()
-        }
-        FileKind::Namespace { name } => procfiles::open_namespace(init, name, flags)?.into(),
-        FileKind::Unlinked { file, position } => {
-            let object =
-                shared.unlinked.get(*file as usize).ok_or_else(|| damaged("an unlinked file"))?;
-            if originals.take_temporary(*file, flags) {
-                let file = object.try_clone().map_err(make("an unlinked file"))?;
-                seek(&file, *position)?;
-                let file = file.into();
-                set_flags(&file, flags)?;
-                return Ok(file);
-            }
-            // Opened again, what O_TMPFILE made is a file like any other.
-            let file = Shared::reopen(object, flags & !libc::O_TMPFILE)
-                .map_err(make("an unlinked file"))?;
-            seek(&file, *position)?;
-            file.into()
-        }
-        FileKind::SharedMemory { memory, position } => {
-            let object =
-                shared.memory.get(*memory as usize).ok_or_else(|| damaged("shared memory"))?;
-            let file = if originals.take(*memory, flags) {
-                object.try_clone().map_err(make("shared memory"))?
-            } else {
-                Shared::reopen(object, flags).map_err(make("shared memory"))?
-            };
-            seek(&file, *position)?;
-            let file = file.into();
-            set_flags(&file, flags)?;
-            file
-        }
-        FileKind::Device { path, major, minor } => {
-            let number = (*major, *minor);
-            if !PLAIN_DEVICES.contains(&number) {
-                return Err(RestoreError::Damaged(format!(
-                    "device {major}:{minor} is never saved"
-                )));
-            }
-            let expected = |metadata: &fs::Metadata| {
-                metadata.file_type().is_char_device() && device_number(metadata.rdev()) == number
-            };
-            open_checked(root, path, flags, &expected)?.into()
-        }
-        FileKind::Pipe { pipe } => {
-            let record = container.pipes.get(*pipe as usize).ok_or_else(|| damaged("a pipe"))?;
-            pipes.pipe_end(*pipe, record, flags).map_err(make("a pipe"))?
-        }
-        FileKind::Fifo { pipe, path } => {
-            let record = container.pipes.get(*pipe as usize).ok_or_else(|| damaged("a FIFO"))?;
-            pipes.fifo(*pipe, record, root, path, flags).map_err(make("a FIFO"))?
-        }
-        FileKind::EventFd { count, semaphore } => {
-            let flag = if *semaphore { EfdFlags::EFD_SEMAPHORE } else { EfdFlags::empty() };
-            let event = EventFd::from_value_and_flags(0, flag | EfdFlags::EFD_CLOEXEC)
-                .map_err(io::Error::from)
-                .map_err(make("an eventfd"))?;
-            if *count > 0 {
-                event.write(*count).map_err(io::Error::from).map_err(make("an eventfd"))?;
-            }
-            let event: OwnedFd = event.into();
-            set_flags(&event, flags)?;
-            event
-        }
-        FileKind::Epoll { .. } => {
-            let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)
-                .map_err(io::Error::from)
-                .map_err(make("an epoll"))?;
-            set_flags(&epoll.0, flags)?;
-            epoll.0
-        }
-        FileKind::TimerFd(timer) => {
-            let passed_ns = clocks::passed(init, &container.clocks).map_err(make("a timer"))?;
-            let timer =
-                timers::restore(timer, &container.clocks, passed_ns).map_err(make("a timer"))?;
-            set_flags(&timer, flags)?;
-            timer
-        }
-        FileKind::SignalFd { mask } => {
-            let signals = signalfd::create(*mask).map_err(make("a signalfd"))?;
-            set_flags(&signals, flags)?;
-            signals
-        }
-        FileKind::PidFd { pid: number } | FileKind::ThreadFd { tid: number } => {
-            let thread = matches!(file.kind, FileKind::ThreadFd { .. });
-            let process = procfiles::open_process(&processes.numbers, *number, thread)?;
-            set_flags(&process, flags)?;
-            process
-        }
-        FileKind::Internet(_) | FileKind::Netlink(_) | FileKind::Packet(_) => {
-            return Err(damaged("a socket"));
-        }
-        FileKind::UnlinkedNode { .. } => return Err(damaged("a file without a name")),
-        FileKind::EndedPidFd { process, thread } => {
-            let number = processes.ended.get(*process as usize);
-            let number = number.ok_or_else(|| damaged("a process"))?;
-            let process = procfiles::open_process(&processes.numbers, *number, *thread)?;
-            set_flags(&process, flags)?;
-            process
-        }
-        FileKind::Inotify { .. } => {
-            let instance = rustix::fs::inotify::init(rustix::fs::inotify::CreateFlags::CLOEXEC)
-                .map_err(io::Error::from)
-                .map_err(make("an inotify instance"))?;
-            set_flags(&instance, flags)?;
-            instance
-        }
-        FileKind::SocketPair { pair, end } => {
-            let socket = sockets.pair_end(*pair, *end).ok_or_else(|| damaged("a socket"))?;
-            let socket = socket.map_err(make("a unix socket"))?;
-            set_flags(&socket, flags)?;
-            socket
-        }
-        FileKind::UnixSocket { socket } => {
-            let socket = sockets.file(*socket).ok_or_else(|| damaged("a socket"))?;
-            let socket = socket.map_err(make("a unix socket"))?;
-            set_flags(&socket, flags)?;
-            socket
-        }
-        FileKind::PosixQueue { queue } => {
-            let queue = shared.queues.get(*queue).ok_or_else(|| damaged("a message queue"))?;
-            Shared::reopen(queue, flags).map_err(make("a message queue"))?.into()
-        }
-        FileKind::Terminal { .. } | FileKind::TerminalMaster { .. } => {
-            return Err(damaged("a terminal"));
-        }
-        FileKind::Outside { stream } => {
-            // The description is the engine's above; of its flags this one is the program's.
-            let stream = outside_stream(outside, *stream)?;
-            let stream = stream.try_clone().map_err(make("a standard stream"))?;
-            set_nonblocking(&stream, flags).map_err(make("the flags of a standard stream"))?;
-            stream
-        }
-        FileKind::OutsideAgain { stream, position } => {
-            let stream = outside_stream(outside, *stream)?;
-            let what = || make("a standard stream that was opened once more");
-            let file = File::from(stream.try_clone().map_err(what())?);
-            let is_file = file.metadata().map_err(what())?.is_file();
-            let file = Shared::reopen(&file, flags | libc::O_NONBLOCK).map_err(what())?;
-            if is_file {
-                seek(&file, *position)?;
-            }
-            let file = file.into();
-            set_flags(&file, flags)?;
-            file
-        }
-        FileKind::UnlinkedFifo { pipe, path, mode } => {
-            let record = container.pipes.get(*pipe as usize).ok_or_else(|| damaged("a FIFO"))?;
-            pipes
-                .unlinked_fifo(*pipe, record, root, path, *mode, flags)
-                .map_err(make("a FIFO without a name"))?
-        }
-    })
+    Ok(open_checked(root, path, flags, &expected)?.into())
+}
+
+fn event(count: u64, semaphore: bool) -> io::Result<OwnedFd> {
+    let kind = if semaphore { EfdFlags::EFD_SEMAPHORE } else { EfdFlags::empty() };
+    let event = EventFd::from_value_and_flags(0, kind | EfdFlags::EFD_CLOEXEC)?;
+    if count > 0 {
+        event.write(count)?;
+    }
+    Ok(event.into())
 }
 
 /// Objects whose first description, which made them, a program has by now.

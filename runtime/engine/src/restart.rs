@@ -366,8 +366,7 @@ pub(crate) fn later(
     restart: Restart,
     passed_ns: u64,
 ) -> (Registers, Restart) {
-    let begins_again =
-        registers.orig_rax.cast_signed() >= 0 && -registers.rax.cast_signed() == ERESTARTNOHAND;
+    let begins_again = begins_again(&registers);
     let restart = match restart {
         Restart::Timespec { argument, rest_ns } => {
             Restart::Timespec { argument, rest_ns: rest_ns.saturating_sub(passed_ns) }
@@ -386,26 +385,24 @@ pub(crate) fn later(
 /// The call of a thread has left what remains of its timeout in the program's memory: there, and how many nanoseconds the second
 /// number counts.
 pub(crate) fn rest_in_memory(registers: &Registers) -> Option<(u64, u64)> {
-    let number = registers.orig_rax.cast_signed();
-    let begins_again = number >= 0 && -registers.rax.cast_signed() == ERESTARTNOHAND;
-    let (address, unit_ns) = match number {
+    let (address, unit_ns) = match registers.orig_rax.cast_signed() {
         libc::SYS_select => (registers.r8, 1000),
         libc::SYS_pselect6 => (registers.r8, 1),
         libc::SYS_ppoll => (registers.rdx, 1),
         _ => return None,
     };
-    (begins_again && address != 0).then_some((address, unit_ns))
+    (begins_again(registers) && address != 0).then_some((address, unit_ns))
+}
+
+/// Whether a thread makes its call again, unless a signal has a handler.
+fn begins_again(registers: &Registers) -> bool {
+    registers.orig_rax.cast_signed() >= 0 && -registers.rax.cast_signed() == ERESTARTNOHAND
 }
 
 /// A `struct timeval` or `struct timespec` that is so much shorter; `None` where it makes no sense.
 pub(crate) fn shorten_in_memory(bytes: [u8; 16], unit_ns: u64, passed_ns: u64) -> Option<[u8; 16]> {
-    const SECOND: u64 = 1_000_000_000;
-    let (seconds, rest) = bytes.split_at(8);
-    let seconds = u64::from_le_bytes(seconds.try_into().ok()?);
-    let rest = u64::from_le_bytes(rest.try_into().ok()?);
-    let whole_ns = seconds.checked_mul(SECOND)?.checked_add(rest.checked_mul(unit_ns)?)?;
-    let left_ns = whole_ns.saturating_sub(passed_ns);
-    let words = [left_ns / SECOND, left_ns % SECOND / unit_ns];
+    let left_ns = time_ns(bytes, unit_ns)?.saturating_sub(passed_ns);
+    let words = [left_ns / SECOND_NS, left_ns % SECOND_NS / unit_ns];
     let mut shorter = [0; 16];
     for (to, word) in shorter.chunks_exact_mut(8).zip(words) {
         to.copy_from_slice(&word.to_le_bytes());
@@ -434,11 +431,18 @@ pub(crate) fn point_at(registers: &mut Registers, argument: u32, address: u64) {
     *argument.of(registers) = address;
 }
 
+const SECOND_NS: u64 = 1_000_000_000;
+
 fn timespec_ns(bytes: [u8; 16]) -> Option<u64> {
-    let (seconds, ns) = bytes.split_at(8);
+    time_ns(bytes, 1)
+}
+
+/// A number of seconds, and one of so many nanoseconds each.
+fn time_ns(bytes: [u8; 16], unit_ns: u64) -> Option<u64> {
+    let (seconds, rest) = bytes.split_at(8);
     let seconds = u64::from_le_bytes(seconds.try_into().ok()?);
-    let ns = u64::from_le_bytes(ns.try_into().ok()?);
-    seconds.checked_mul(1_000_000_000)?.checked_add(ns)
+    let rest = u64::from_le_bytes(rest.try_into().ok()?);
+    seconds.checked_mul(SECOND_NS)?.checked_add(rest.checked_mul(unit_ns)?)
 }
 
 /// How long sleepers had been asleep at `stopped_at`, in nanoseconds.

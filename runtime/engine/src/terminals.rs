@@ -238,22 +238,7 @@ pub(crate) fn resolve(
     let mut terminals = std::mem::take(&mut tables.terminals);
     for noted in &mut terminals.0 {
         if noted.closed {
-            noted.record = Some(Terminal {
-                number: noted.number,
-                master: Master::Closed,
-                settings: TerminalSettings::default(),
-                size: [0; 4],
-                owner: (0, 0),
-                mode: 0,
-                session: 0,
-                foreground: 0,
-                members: Vec::new(),
-                opened: true,
-                locked: false,
-                exclusive: false,
-                packet: None,
-                queues: TerminalQueues::default(),
-            });
+            noted.record = Some(unknown(noted.number, Master::Closed));
             continue;
         }
         let described = describe(noted, &control, tables)
@@ -304,16 +289,11 @@ fn control(
     Ok(control)
 }
 
-/// The record of a terminal without its queues, or why it can't be saved.
-fn describe(
-    noted: &mut Noted,
-    control: &Control,
-    tables: &Tables<'_>,
-) -> io::Result<Result<Terminal, String>> {
-    let path = slave_path(noted.number);
-    let mut record = Terminal {
-        number: noted.number,
-        master: if noted.master.is_some() { Master::Inside } else { Master::Outside },
+/// A terminal of which nothing is known yet.
+fn unknown(number: u32, master: Master) -> Terminal {
+    Terminal {
+        number,
+        master,
         settings: TerminalSettings::default(),
         size: [0; 4],
         owner: (0, 0),
@@ -326,7 +306,18 @@ fn describe(
         exclusive: false,
         packet: None,
         queues: TerminalQueues::default(),
-    };
+    }
+}
+
+/// The record of a terminal without its queues, or why it can't be saved.
+fn describe(
+    noted: &mut Noted,
+    control: &Control,
+    tables: &Tables<'_>,
+) -> io::Result<Result<Terminal, String>> {
+    let path = slave_path(noted.number);
+    let master = if noted.master.is_some() { Master::Inside } else { Master::Outside };
+    let mut record = unknown(noted.number, master);
     if let Some(master) = &noted.master {
         // Opening the slave of a master for the first time could not be undone.
         record.opened = noted.open || queues::is_hung_up(master)?;

@@ -118,21 +118,21 @@ pub fn affinity_words(processors: &[u32]) -> Vec<u64> {
 /// The file can't be read, or holds no list ([`io::ErrorKind::InvalidData`]).
 pub fn possible_processors() -> io::Result<Vec<u32>> {
     let text = std::fs::read_to_string("/sys/devices/system/cpu/possible")?;
-    parse_processors(text.trim()).ok_or_else(|| io::ErrorKind::InvalidData.into())
+    parse_list(text.trim()).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
-/// A list such as `0-3,5`.
-fn parse_processors(text: &str) -> Option<Vec<u32>> {
-    /// `NR_CPUS` of x86-64 is 8192 at most.
-    const PROCESSORS_MAX: u32 = 8192;
-    let mut processors = Vec::new();
+/// A list of processors or memory nodes: `0-2,7` as 0, 1, 2, 7.
+pub fn parse_list(text: &str) -> Option<Vec<u32>> {
+    /// `NR_CPUS` of x86-64 is 8192 at most, and there are fewer nodes.
+    const NUMBER_END: u32 = 8192;
+    let mut numbers = Vec::new();
     for range in text.split(',') {
         let (first, last) = range.split_once('-').unwrap_or((range, range));
         let (first, last): (u32, u32) = (first.parse().ok()?, last.parse().ok()?);
-        (last < PROCESSORS_MAX).then_some(())?;
-        processors.extend(first..=last);
+        (last < NUMBER_END).then_some(())?;
+        numbers.extend(first..=last);
     }
-    Some(processors)
+    Some(numbers)
 }
 
 /// The scheduler's task clock of one processor, in nanoseconds: the clock of [`proc::scheduled`].
@@ -158,10 +158,10 @@ mod tests {
     /// If a list were misread, an asynchronous context that is idle would be taken for busy.
     #[test]
     fn lists_of_processors_are_read() {
-        assert_eq!(parse_processors("0-2,5"), Some(vec![0, 1, 2, 5]));
-        assert_eq!(parse_processors("7"), Some(vec![7]));
-        assert_eq!(parse_processors("0-4294967295"), None);
-        assert_eq!(parse_processors(""), None);
+        assert_eq!(parse_list("0-2,5"), Some(vec![0, 1, 2, 5]));
+        assert_eq!(parse_list("7"), Some(vec![7]));
+        assert_eq!(parse_list("0-4294967295"), None);
+        assert_eq!(parse_list(""), None);
     }
 
     /// If the clock could not be read or ran at another rate, interrupted timeouts would be wrong after a restore.

@@ -8,6 +8,7 @@ use std::io::Write;
 use std::path::Path;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use samara_kernel::sched::parse_list;
 use serde_json::{Map, Value, json};
 
 use crate::cgroup::{Cgroup, is_unified};
@@ -115,9 +116,9 @@ fn legacy(cgroup: &Cgroup) -> Map<String, Value> {
         data.insert(
             "cpuset".to_owned(),
             json!({
-                "cpus": ranges(&folder.join("cpuset.cpus")),
+                "cpus": list(&folder.join("cpuset.cpus")),
                 "cpu_exclusive": file("cpu_exclusive"),
-                "mems": ranges(&folder.join("cpuset.mems")),
+                "mems": list(&folder.join("cpuset.mems")),
                 "mem_hardwall": file("mem_hardwall"),
                 "mem_exclusive": file("mem_exclusive"),
                 "memory_migrate": file("memory_migrate"),
@@ -306,16 +307,9 @@ fn flat(path: &Path) -> BTreeMap<String, u64> {
         .collect()
 }
 
-/// `0-2,7` as 0, 1, 2, 7. A cpu number has five digits at most; longer lists are cut.
-fn ranges(path: &Path) -> Vec<u16> {
-    text(path)
-        .split(',')
-        .filter_map(|part| {
-            let (from, to) = part.split_once('-').unwrap_or((part, part));
-            Some(from.parse::<u16>().ok()?..=to.parse::<u16>().ok()?)
-        })
-        .flatten()
-        .collect()
+/// The numbers of a cpuset; none where the file is not there.
+fn list(path: &Path) -> Vec<u32> {
+    parse_list(&text(path)).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -326,8 +320,8 @@ mod tests {
     fn cpu_lists_are_unfolded() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), "0-2,7\n").unwrap();
-        assert_eq!(ranges(file.path()), [0, 1, 2, 7]);
+        assert_eq!(list(file.path()), [0, 1, 2, 7]);
         std::fs::write(file.path(), "\n").unwrap();
-        assert!(ranges(file.path()).is_empty());
+        assert!(list(file.path()).is_empty());
     }
 }
