@@ -29,7 +29,7 @@ def main():
         out.write("\n".join(cells) + "\n")
     quality = "I" * READ
     with open(f"{folder}/1.fq", "w") as first, open(f"{folder}/2.fq", "w") as second:
-        for number in range(work(300000)):
+        for number in range(work(900000)):
             gene = genes[min(draw.randrange(GENES), draw.randrange(GENES))]
             at = draw.randrange(len(gene) - READ)
             read = list(gene[at:at + READ])
