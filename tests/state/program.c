@@ -516,8 +516,7 @@ static void expect_in_jail(void)
 /* The container's own init, which everything else in it is found by. */
 static void chroot_of_init_setup(void)
 {
-	char const *file = "/dev/shm/kept";
-	close(MUST(open(file, O_CREAT | O_RDWR, 0600)));
+	close(MUST(open("/dev/shm/kept", O_CREAT | O_RDWR, 0600)));
 	finish_at = MUST(open("/", O_PATH | O_CLOEXEC));
 	MUST(mkdir("/tmp/jail", 0755));
 	MUST(mkdir("/tmp/jail/inside", 0755));

@@ -63,8 +63,9 @@ __attribute__((noreturn, format(printf, 1, 2))) void fail(const char *format, ..
 pid_t in_child(int (*body)(void));
 /* Waits for a child, and fails unless it exits with `status`. */
 void expect_exit(pid_t child, int status);
+/* The directory of the file that ends the waiting; AT_FDCWD for the root. */
+extern int finish_at;
 /* True once the harness has asked for the end. */
-extern int finish_at; /* The directory of the file that ends the waiting; AT_FDCWD for the root. */
 bool finishing(void);
 /* Sleeps in steps until `finishing`, whatever interrupts it. */
 void until_finishing(void);

@@ -659,6 +659,8 @@ static void tcp_ended_names_check(void)
 			CHECK(net_option(socket, SOL_SOCKET, SO_ERROR) == 0, "it has an error");
 			CHECK(send(socket, "x", 1, MSG_NOSIGNAL) == -1 && errno == EPIPE, "it sends");
 		}
+	/* It was never bound, which would have changed that. */
+	CHECK(net_option(ended_ends[1][0], IPPROTO_IPV6, IPV6_V6ONLY) == 0, "it is for IPv6 only");
 	/* Its port is free for others. */
 	int other = tcp("127.0.0.2");
 	int port = atoi(strchr(ended_names[0][0], ' ') + 1);

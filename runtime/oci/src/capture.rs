@@ -613,9 +613,10 @@ fn mounts_of(init: i32) -> Result<MountInfos, CheckpointError> {
 /// them, and a new container would have what the specification says.
 fn refuse_own_mounts(init: i32, spec: &oci_spec::runtime::Spec) -> Result<(), CheckpointError> {
     let mounts = mounts_of(init)?;
+    let root = mount_namespace::root(init).map_err(io("open the container's root"))?;
     // A mount point is where the links on its path lead to.
     let place = |path: &Path| {
-        open_inside(init, path, OFlags::PATH)
+        open_below(&root, path, OFlags::PATH)
             .and_then(|folder| fs::read_link(format!("/proc/self/fd/{}", folder.as_raw_fd())))
             .unwrap_or_else(|_| path.to_owned())
     };
@@ -724,12 +725,11 @@ fn unprotected(spec: &oci_spec::runtime::Spec, travelling: &[String]) -> Vec<Str
 
 /// Opens a folder as the container sees it; no link leads out of its root.
 pub(crate) fn open_folder_inside(init: i32, path: &str) -> io::Result<OwnedFd> {
-    open_inside(init, Path::new(path), OFlags::RDONLY | OFlags::DIRECTORY)
+    open_below(&mount_namespace::root(init)?, Path::new(path), OFlags::RDONLY | OFlags::DIRECTORY)
 }
 
-fn open_inside(init: i32, path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
-    let root = mount_namespace::root(init)?;
-    Ok(openat2(&root, path, flags | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::IN_ROOT)?)
+fn open_below(root: &File, path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
+    Ok(openat2(root, path, flags | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::IN_ROOT)?)
 }
 
 fn provenance(saved: &Saved, record: &Record) -> Provenance {

@@ -248,6 +248,7 @@ enum Purpose {
 
 #[derive(Debug)]
 struct Shared {
+    /// Without its threads, on which uploads hold this.
     store: Store,
     state: Mutex<State>,
     /// Told whenever room or a result comes up, and on failure.
