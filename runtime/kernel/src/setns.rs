@@ -57,14 +57,18 @@ fn enter<T: Send>(
     kind: libc::c_int,
     act: impl FnOnce() -> io::Result<T> + Send,
 ) -> io::Result<T> {
-    // A namespace is entered by a thread, and this one ends when it has done so.
+    in_thread(|| {
+        // SAFETY: the call takes a descriptor that lives, and changes this thread only.
+        check(unsafe { libc::setns(namespace.as_raw_fd(), kind) }.into())?;
+        act()
+    })
+}
+
+/// Runs `act` in a thread that ends with it: whoever enters a namespace stays there.
+pub(crate) fn in_thread<T: Send>(act: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     std::thread::scope(|scope| {
         scope
-            .spawn(|| {
-                // SAFETY: the call takes a descriptor that lives, and changes this thread only.
-                check(unsafe { libc::setns(namespace.as_raw_fd(), kind) }.into())?;
-                act()
-            })
+            .spawn(act)
             .join()
             .unwrap_or_else(|_| Err(io::Error::other("the thread in another namespace panicked")))
     })
