@@ -216,7 +216,7 @@ fn collect(
     for ((pid, process), (mut mappings, descriptors, examined)) in
         frozen.processes.iter_mut().zip(looked_at)
     {
-        memory::read_behind_ends(*pid, &mut mappings)?;
+        memory::read_behind_ends(*pid, &mut mappings, tables)?;
         let space = tables.new_space();
         let shares = sharing.get(pid).copied().unwrap_or_default();
         let record =

@@ -110,9 +110,10 @@ fn given_name(mapping: &Mapping) -> &[u8] {
 pub(crate) fn read_behind_ends(
     pid: Pid,
     mappings: &mut [record::Mapping],
+    tables: &Tables<'_>,
 ) -> Result<(), CaptureError> {
     for mapping in mappings {
-        mapping.behind_end = behind_end(pid, mapping)?;
+        mapping.behind_end = behind_end(pid, mapping, tables)?;
     }
     Ok(())
 }
@@ -120,16 +121,24 @@ pub(crate) fn read_behind_ends(
 /// What lies behind the end of a shared file in memory, in its last page. Only mappings see it, and on tmpfs it stays: a program
 /// may have a file that is too short for what it keeps there, and never notice. Files on disks get zeros there when they are
 /// written back.
-fn behind_end(pid: Pid, mapping: &record::Mapping) -> Result<Bytes, CaptureError> {
-    let (Backing::SharedFile { offset, .. }
-    | Backing::SharedUnlinked { offset, .. }
-    | Backing::Shared { offset, .. }) = mapping.backing
-    else {
-        return Ok(Bytes::new());
+fn behind_end(
+    pid: Pid,
+    mapping: &record::Mapping,
+    tables: &Tables<'_>,
+) -> Result<Bytes, CaptureError> {
+    let (offset, bytes) = match mapping.backing {
+        Backing::SharedFile { offset, check, .. } => (offset, Some(check.bytes)),
+        Backing::SharedUnlinked { offset, file, .. } => {
+            (offset, tables.unlinked.get(file as usize).map(|file| file.bytes))
+        }
+        Backing::Shared { offset, memory, .. } => {
+            (offset, tables.shared_memory.get(memory as usize).map(|memory| memory.bytes))
+        }
+        _ => return Ok(Bytes::new()),
     };
+    let bytes = bytes.expect("the object was registered with its mapping");
     let link = format!("/proc/{pid}/map_files/{:x}-{:x}", mapping.start, mapping.end);
     let what = || read(link.as_str());
-    let bytes = fs::metadata(&link).map_err(what())?.size();
     let last_page = bytes / PAGE * PAGE;
     let is_mapped = (offset..offset + (mapping.end - mapping.start)).contains(&last_page);
     if bytes == last_page || !is_mapped {
