@@ -16,7 +16,7 @@
 //!           runs   : count, then (gap, pages, 0) or (gap, pages, 1 + zigzag(frame difference), page in frame) each
 //! ```
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 
 use crate::digest::{Digest, FrameDigest};
@@ -340,8 +340,92 @@ impl RunCoder {
 #[derive(Debug, Default)]
 pub struct MapBuilder {
     spaces: BTreeMap<SpaceId, SpaceRuns>,
+    /// Runs that were taken from bases, in ascending order.
+    unchanged: BTreeMap<SpaceId, Vec<MapRun>>,
     frames: Vec<MapFrame>,
     packs: Vec<Option<Digest>>,
+}
+
+/// What is stored of a paged object before the capsule's instant. Later pages take the place of earlier ones.
+#[derive(Debug, Default)]
+pub struct Base {
+    /// What the capsule before has, in ascending order.
+    parent: Vec<MapRun>,
+    /// By first page: how many, and where they lie; nowhere where they are zeros. They do not overlap.
+    drafts: BTreeMap<u64, (u64, Option<BasePlace>)>,
+}
+
+/// Where the first page of a run lies: frame, of those of a [`MapBuilder`], and page in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BasePlace {
+    pub frame: u32,
+    pub page: u16,
+}
+
+impl BasePlace {
+    fn skip(self, pages: u64) -> BasePlace {
+        let pages = u16::try_from(pages).expect("a run lies within a frame");
+        BasePlace { page: self.page + pages, ..self }
+    }
+}
+
+impl Base {
+    /// Appends a run of the capsule before; they come in ascending order, before all others.
+    pub fn add_parent(&mut self, run: MapRun) {
+        self.parent.push(run);
+    }
+
+    /// `run` lies at `place` from now on, or is zeros where there is none.
+    pub fn set(&mut self, run: PageRun, place: Option<BasePlace>) {
+        let PageRun { first, count } = run;
+        let end = first + count;
+        // What begins before and reaches into the new run, and what begins within it.
+        if let Some((&start, &(pages, before))) = self.drafts.range(..first).next_back()
+            && start + pages > first
+        {
+            self.drafts.insert(start, (first - start, before));
+            if start + pages > end {
+                let rest = before.map(|place| place.skip(end - start));
+                self.drafts.insert(end, (start + pages - end, rest));
+            }
+        }
+        while let Some((&start, &(pages, before))) = self.drafts.range(first..end).next() {
+            self.drafts.remove(&start);
+            if start + pages > end {
+                let rest = before.map(|place| place.skip(end - start));
+                self.drafts.insert(end, (start + pages - end, rest));
+            }
+        }
+        self.drafts.insert(first, (count, place));
+    }
+
+    /// Appends to `found` where the pages of `run` lie, in ascending order. Those that are zeros or unknown are left out.
+    pub fn find(&self, run: PageRun, found: &mut Vec<MapRun>) {
+        let end = run.first + run.count;
+        let mut next = run.first;
+        let before = self.drafts.range(..next).next_back();
+        let reaching = before.filter(|(start, (pages, _))| *start + pages > next);
+        for (&start, &(pages, place)) in reaching.into_iter().chain(self.drafts.range(next..end)) {
+            self.find_parent(next, start, found);
+            let (low, high) = (start.max(next), (start + pages).min(end));
+            if let Some(place) = place.filter(|_| low < high) {
+                let BasePlace { frame, page } = place.skip(low - start);
+                let count = u16::try_from(high - low).expect("a run lies within a frame");
+                found.push(MapRun { first: low, frame, count, page });
+            }
+            next = high;
+        }
+        self.find_parent(next, end, found);
+    }
+
+    fn find_parent(&self, low: u64, high: u64, found: &mut Vec<MapRun>) {
+        if low >= high {
+            return;
+        }
+        let from = self.parent.partition_point(|run| run.end() <= low);
+        let runs = self.parent.iter().skip(from).take_while(|run| run.first < high);
+        found.extend(runs.map(|run| run.clip(low, high)));
+    }
 }
 
 #[derive(Debug, Default)]
@@ -349,7 +433,6 @@ struct SpaceRuns {
     coder: RunCoder,
     bytes: Vec<u8>,
     last: Option<MapRun>,
-    pages: u64,
 }
 
 /// Why runs can't be part of a map.
@@ -363,6 +446,10 @@ pub enum MapError {
     Range { space: SpaceId, first: u64 },
     #[error("{space}: spaces are numbered below {SPACES_MAX}")]
     Space { space: SpaceId },
+    #[error(
+        "{space}: {missing} of the pages from {first:#x} on are said to be unchanged, and were never stored"
+    )]
+    Unknown { space: SpaceId, first: u64, missing: u64 },
 }
 
 impl MapBuilder {
@@ -398,8 +485,7 @@ impl MapBuilder {
         if space.0 >= SPACES_MAX {
             return Err(MapError::Space { space });
         }
-        let end =
-            first.checked_add(count).filter(|&end| end <= PAGE_NUMBER_END).ok_or_else(range)?;
+        first.checked_add(count).filter(|&end| end <= PAGE_NUMBER_END).ok_or_else(range)?;
         let count = u16::try_from(count).map_err(|_| range())?;
         if count == 0 || usize::from(page) + usize::from(count) > FRAME_PAGES_MAX {
             return Err(range());
@@ -411,40 +497,146 @@ impl MapBuilder {
             }
             if first == last.end() && frame == last.frame && page == last.page + last.count {
                 last.count += count;
-                runs.pages += u64::from(count);
                 return Ok(());
             }
             runs.coder.put(&mut runs.bytes, last);
         }
         runs.last = Some(MapRun { first, frame, count, page });
-        runs.pages += end - first;
         Ok(())
     }
 
-    /// Pages of all frames: what several spaces have in common counts once.
+    /// Appends the pages of `run` as `base` has them, whose frames are those of this builder. They lie behind all that were added to the
+    /// space in this way.
+    ///
+    /// `exact`: none may be missing.
+    pub fn add_unchanged(
+        &mut self,
+        space: SpaceId,
+        base: &Base,
+        run: PageRun,
+        exact: bool,
+    ) -> Result<(), MapError> {
+        let first = run.first;
+        if space.0 >= SPACES_MAX {
+            return Err(MapError::Space { space });
+        }
+        if first.checked_add(run.count).is_none_or(|end| end > PAGE_NUMBER_END) {
+            return Err(MapError::Range { space, first });
+        }
+        let runs = self.unchanged.entry(space).or_default();
+        if runs.last().is_some_and(|last| first < last.end()) {
+            return Err(MapError::Unordered { space, first });
+        }
+        let from = runs.len();
+        base.find(run, runs);
+        let found: u64 = runs.iter().skip(from).map(|run| u64::from(run.count)).sum();
+        match exact && found < run.count {
+            true => Err(MapError::Unknown { space, first, missing: run.count - found }),
+            false => Ok(()),
+        }
+    }
+
+    /// Puts the runs of all spaces in order.
+    ///
+    /// # Errors
+    /// Pages of a space that were added both ways.
+    pub fn complete(mut self) -> Result<CompleteMap, MapError> {
+        let mut spaces = BTreeMap::new();
+        let mut used: Vec<[u64; FRAME_PAGES_MAX / 64]> =
+            vec![Default::default(); self.frames.len()];
+        let mut pages = 0;
+        let names: BTreeSet<SpaceId> =
+            self.spaces.keys().chain(self.unchanged.keys()).copied().collect();
+        for space in names {
+            let new = self.spaces.remove(&space).map(SpaceRuns::expand).unwrap_or_default();
+            let old = self.unchanged.remove(&space).unwrap_or_default();
+            let runs = merge(space, new, old)?;
+            for run in &runs {
+                pages += u64::from(run.count);
+                let used = used.get_mut(run.frame as usize).expect("numbered by add_frame");
+                for page in run.page..run.page + run.count {
+                    *used.get_mut(usize::from(page) / 64).expect("checked when it was added") |=
+                        1 << (page % 64);
+                }
+            }
+            spaces.insert(space, runs);
+        }
+        let stored = used.iter().flatten().map(|word| u64::from(word.count_ones())).sum();
+        let mut used_packs = BTreeSet::new();
+        for (frame, used) in self.frames.iter().zip(&used) {
+            if used.iter().any(|word| *word != 0) {
+                used_packs.insert(frame.pack);
+            }
+        }
+        let packs = self.packs;
+        Ok(CompleteMap { spaces, frames: self.frames, packs, pages, stored, used_packs })
+    }
+}
+
+/// Page maps that are whole.
+#[derive(Debug)]
+pub struct CompleteMap {
+    spaces: BTreeMap<SpaceId, Vec<MapRun>>,
+    frames: Vec<MapFrame>,
+    packs: Vec<Option<Digest>>,
+    pages: u64,
+    stored: u64,
+    used_packs: BTreeSet<u32>,
+}
+
+impl CompleteMap {
+    /// Pages that the spaces have in frames: what several spaces have in common counts once.
     pub fn stored_pages(&self) -> u64 {
-        self.frames.iter().map(|frame| u64::from(frame.pages)).sum()
+        self.stored
     }
 
     /// Pages of all spaces.
     pub fn pages(&self) -> u64 {
-        self.spaces.values().map(|runs| runs.pages).sum()
+        self.pages
+    }
+
+    /// The packs in which any page lies, by the numbers that [`MapBuilder::add_pack`] gave them.
+    pub fn packs(&self) -> impl Iterator<Item = u32> {
+        self.used_packs.iter().copied()
     }
 
     /// Passes the segments of all spaces, in ascending order, to `emit`. Ends at its first error.
     ///
     /// # Panics
-    /// If the digest of a pack was not set.
-    pub fn finish<E>(
-        self,
-        mut emit: impl FnMut(SpaceId, Segment) -> Result<(), E>,
-    ) -> Result<(), E> {
+    /// If the digest of a pack that is in use was not set.
+    pub fn emit<E>(self, mut emit: impl FnMut(SpaceId, Segment) -> Result<(), E>) -> Result<(), E> {
         let (frames, packs) = (&self.frames, &self.packs);
         for (space, runs) in self.spaces {
-            let runs = runs.expand();
             split(&runs, 0, PAGE_NUMBER_END, &mut |runs| emit(space, cut(runs, frames, packs)))?;
         }
         Ok(())
+    }
+}
+
+/// Puts two ascending lists of runs into one, and joins what lies together.
+fn merge(space: SpaceId, new: Vec<MapRun>, old: Vec<MapRun>) -> Result<Vec<MapRun>, MapError> {
+    let mut merged: Vec<MapRun> = Vec::with_capacity(new.len() + old.len());
+    let (mut new, mut old) = (new.into_iter().peekable(), old.into_iter().peekable());
+    loop {
+        let next = match (new.peek(), old.peek()) {
+            (Some(a), Some(b)) if b.first < a.first => old.next(),
+            (Some(_), _) => new.next(),
+            (None, _) => old.next(),
+        };
+        let Some(run) = next else { return Ok(merged) };
+        match merged.last_mut() {
+            Some(last) if run.first < last.end() => {
+                return Err(MapError::Unordered { space, first: run.first });
+            }
+            Some(last)
+                if run.first == last.end()
+                    && run.frame == last.frame
+                    && run.page == last.page + last.count =>
+            {
+                last.count += run.count;
+            }
+            _ => merged.push(run),
+        }
     }
 }
 
@@ -548,11 +740,13 @@ mod tests {
             map.add_run(space, run, frame, (page % 256) as u16).unwrap();
         }
         let mut segments = Vec::new();
-        map.finish(|space, segment| -> Result<(), ()> {
-            segments.push((space, segment));
-            Ok(())
-        })
-        .unwrap();
+        map.complete()
+            .unwrap()
+            .emit(|space, segment| -> Result<(), ()> {
+                segments.push((space, segment));
+                Ok(())
+            })
+            .unwrap();
         segments
     }
 
@@ -614,6 +808,54 @@ mod tests {
         }
         let bytes = map.spaces.values().map(|runs| runs.bytes.len()).sum::<usize>();
         assert!(bytes < 4_000_000, "{bytes}");
+    }
+
+    /// Without this, a page of an older capsule could stand where a newer one was stored, or where nothing is.
+    #[test]
+    fn unchanged_pages_are_those_of_the_base_and_new_ones_their_own() {
+        let mut map = MapBuilder::default();
+        let pack = map.add_pack();
+        map.set_pack(pack, Digest::of(b"pack"));
+        let unused = map.add_pack();
+        let (old, draft, new) =
+            (map.add_frame(frame(pack)), map.add_frame(frame(pack)), map.add_frame(frame(pack)));
+        map.add_frame(frame(unused));
+        let mut base = Base::default();
+        base.add_parent(MapRun { first: 0, frame: old, count: 100, page: 0 });
+        base.set(PageRun { first: 10, count: 20 }, Some(BasePlace { frame: draft, page: 5 }));
+        base.set(PageRun { first: 25, count: 10 }, None);
+        let space = SpaceId(0);
+        let run = |first, count| PageRun { first, count };
+        map.add_unchanged(space, &base, run(0, 8), true).unwrap();
+        map.add_unchanged(space, &base, run(9, 40), false).unwrap();
+        map.add_run(space, run(8, 1), new, 0).unwrap();
+        let missing = map.add_unchanged(space, &base, run(90, 20), true);
+        assert!(matches!(missing, Err(MapError::Unknown { first: 90, missing: 10, .. })));
+        let refused = map.add_unchanged(space, &base, run(80, 1), false);
+        assert!(matches!(refused, Err(MapError::Unordered { .. })));
+        let map = map.complete().unwrap();
+        assert_eq!(map.packs().collect::<Vec<_>>(), [pack]);
+        assert_eq!((map.pages(), map.stored_pages()), (49, 49));
+        let mut found = Vec::new();
+        map.emit(|_, segment| -> Result<(), ()> {
+            found.extend(segment.runs().iter().map(|run| (run.first, run.count, run.page)));
+            Ok(())
+        })
+        .unwrap();
+        let expected = [(0, 8, 0), (8, 1, 0), (9, 1, 9), (10, 15, 5), (35, 14, 35), (90, 10, 90)];
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn pages_that_come_both_ways_are_refused() {
+        let mut map = MapBuilder::default();
+        let pack = map.add_pack();
+        let frame = map.add_frame(frame(pack));
+        let mut base = Base::default();
+        base.add_parent(MapRun { first: 0, frame, count: 10, page: 0 });
+        map.add_run(SpaceId(0), PageRun { first: 5, count: 1 }, frame, 20).unwrap();
+        map.add_unchanged(SpaceId(0), &base, PageRun { first: 0, count: 10 }, true).unwrap();
+        assert!(matches!(map.complete(), Err(MapError::Unordered { first: 5, .. })));
     }
 
     #[test]
@@ -680,6 +922,50 @@ mod tests {
             blob.extend_from_slice(&[1, 0, 0, 0, 100, 0, 0, 0]);
             blob.extend_from_slice(&zstd::bulk::compress(&bytes, 1).unwrap());
             let _ = Segment::decode(&blob);
+        }
+
+        /// A base is a table of pages: what was set last counts.
+        #[test]
+        fn bases_are_tables(
+            parent in proptest::collection::vec((1u64..20, 1u16..20), 0..20),
+            sets in proptest::collection::vec((0u64..300, 1u64..60, any::<bool>()), 0..40),
+            (first, count) in (0u64..300, 1u64..300),
+        ) {
+            let mut base = Base::default();
+            let mut table: HashMap<u64, (u32, u16)> = HashMap::new();
+            let mut next = 0;
+            for (index, (gap, count)) in parent.into_iter().enumerate() {
+                let run = MapRun { first: next + gap, frame: number(index), count, page: 3 };
+                base.add_parent(run);
+                for page in 0..count {
+                    table.insert(run.first + u64::from(page), (run.frame, run.page + page));
+                }
+                next = run.end();
+            }
+            for (index, (first, count, zeros)) in sets.into_iter().enumerate() {
+                let place = BasePlace { frame: 1000 + number(index), page: 7 };
+                base.set(PageRun { first, count }, (!zeros).then_some(place));
+                for page in 0..count {
+                    match zeros {
+                        true => table.remove(&(first + page)),
+                        false => table.insert(first + page, (place.frame, 7 + page as u16)),
+                    };
+                }
+            }
+            let mut found = Vec::new();
+            base.find(PageRun { first, count }, &mut found);
+            let found: Vec<(u64, (u32, u16))> = found
+                .iter()
+                .flat_map(|run| {
+                    (0..run.count).map(|page| {
+                        (run.first + u64::from(page), (run.frame, run.page + page))
+                    })
+                })
+                .collect();
+            let wanted: Vec<(u64, (u32, u16))> = (first..first + count)
+                .filter_map(|page| Some((page, *table.get(&page)?)))
+                .collect();
+            prop_assert_eq!(found, wanted);
         }
 
         #[test]

@@ -46,6 +46,10 @@ pub struct PageBatch {
     pub bytes: Vec<u8>,
 }
 
+/// Names what has been stored of a paged object before the capsule's instant: by the capsule before it, and while the container ran.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BaseId(pub u32);
+
 /// A named sequence of bytes beside the pages, such as the layer of changed files.
 ///
 /// The name becomes part of the manifest: lower-case letters, digits, `-` and `.`.
@@ -66,6 +70,37 @@ pub trait Sink {
 
     /// Takes pages that have to be in the page map even when they are all zeros.
     fn exact_pages(&mut self, batch: PageBatch) -> io::Result<()>;
+
+    /// A base: what `parent` names in the capsule that this one continues, or nothing.
+    ///
+    /// Its pages count for nothing until [`Sink::unchanged`] says which of them the capsule has.
+    fn base(&mut self, parent: Option<SpaceId>) -> io::Result<BaseId>;
+
+    /// Takes pages of a container that runs: from now on they are what `base` has in their place. `exact` is as in
+    /// [`Sink::exact_pages`]. Batches of one base may come in any order.
+    fn draft(
+        &mut self,
+        base: BaseId,
+        exact: bool,
+        runs: Vec<PageRun>,
+        bytes: Vec<u8>,
+    ) -> io::Result<()>;
+
+    /// Takes the pages of `run` as `base` has them in the end, for all of `spaces`; what it does not have is zeros, or, where `exact` is
+    /// said, an error of the commit.
+    ///
+    /// Runs that are passed in this way are in ascending order for each space, and overlap neither each other nor pages that are passed
+    /// with their content. Costs little whatever the length: nothing is copied.
+    fn unchanged(
+        &mut self,
+        spaces: &Arc<[SpaceId]>,
+        base: BaseId,
+        run: PageRun,
+        exact: bool,
+    ) -> io::Result<()>;
+
+    /// Waits until what was passed has left the buffers, so that they are free for what comes while a container stands.
+    fn settle(&mut self) -> io::Result<()>;
 
     /// Appends to a stream, which comes into being with its first byte.
     fn append(&mut self, stream: &StreamName, bytes: &[u8]) -> io::Result<()>;

@@ -54,11 +54,13 @@ fn a_segment() {
         map.add_run(SpaceId(0), PageRun { first, count }, frames[frame], page).unwrap();
     }
     let mut segments = Vec::new();
-    map.finish(|_, segment| -> Result<(), ()> {
-        segments.push(segment);
-        Ok(())
-    })
-    .unwrap();
+    map.complete()
+        .unwrap()
+        .emit(|_, segment| -> Result<(), ()> {
+            segments.push(segment);
+            Ok(())
+        })
+        .unwrap();
 
     let mut body = vec![1];
     body.extend_from_slice(pack.as_bytes());

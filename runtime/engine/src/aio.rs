@@ -168,6 +168,13 @@ fn bytes(events: u32) -> u64 {
 }
 
 /// Describes the rings of all processes, which leaves them as they are, and notes contexts that are not idle.
+/// Whether a process has a context of asynchronous I/O.
+pub(crate) fn has_context(pid: Pid) -> bool {
+    let Ok(maps) = std::fs::read(format!("/proc/{pid}/maps")) else { return false };
+    let mut lines = maps.split(|byte| *byte == b'\n');
+    lines.any(|line| line.windows(MAPPING.len()).any(|name| name == MAPPING))
+}
+
 pub(crate) fn ask(
     frozen: &mut FrozenTree,
     records: &mut [(Pid, record::Process)],

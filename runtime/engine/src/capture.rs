@@ -24,6 +24,7 @@ use crate::phase::{self, Phase};
 use crate::plan::{self, PlanError};
 use crate::root::Root;
 use crate::tracee::TraceeError;
+use crate::tracking::Tracking;
 use crate::unsupported::{Place, Unsupported, UnsupportedList};
 use crate::{
     aio, clocks, copy_on_write, datagrams, descriptors, epoll, file_names, inotify, internet,
@@ -82,7 +83,10 @@ pub struct Captured {
 pub struct CaptureReport {
     pub processes: usize,
     pub threads: usize,
+    /// Copied while the container stood.
     pub pages: u64,
+    /// Stored before.
+    pub unchanged_pages: u64,
     /// Processes that had joined from outside and were left out, by name.
     pub sessions: Vec<String>,
     pub freeze: Duration,
@@ -91,11 +95,13 @@ pub struct CaptureReport {
 }
 
 /// Stops a container and passes all it consists of to `sink`; files of its root are the caller's business, while it is stopped.
+/// Memory that `tracking` knows to be stored is not copied again.
 ///
 /// Success: the container is stopped, and `sink` has taken everything. Failure: the container runs, unharmed.
 /// `thaw` is called as [`FrozenTree::stop`] says.
 pub fn capture(
     request: &CaptureRequest,
+    tracking: &mut Tracking,
     thaw: &mut dyn FnMut() -> io::Result<()>,
     sink: &mut dyn Sink,
 ) -> Result<Captured, CaptureError> {
@@ -117,13 +123,16 @@ pub fn capture(
     let begun = Instant::now();
     let mut report = CaptureReport { freeze, collect, ..CaptureReport::default() };
     let mut members = Vec::new();
+    let mut tracked = tracking.by_process();
     for (pid, record) in &mut processes {
         let ProcessState::Alive(alive) = &mut record.state else { continue };
         let Some(process) = frozen.processes.get(pid) else { continue };
         report.threads += alive.threads.len();
-        members.push(PrivateMemory::of(process, alive)?);
+        members.push(PrivateMemory::of(process, alive, tracked.remove(pid))?);
     }
-    report.pages = copy_on_write::copy_private(members, sink)?;
+    let copied = copy_on_write::copy_private(members, sink)?;
+    report.pages = copied.pages;
+    report.unchanged_pages = copied.unchanged;
     for (content, space, bytes) in &tables.contents {
         report.pages += content.copy(&tables.leased, *space, *bytes, sink)?;
     }

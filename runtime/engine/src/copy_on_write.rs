@@ -16,13 +16,13 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use samara_capsule::record::{self, Alive, Backing, Container, FileCheck, Mapping, ProcessState};
-use samara_capsule::transfer::{PageRun, Sink, Source, SpaceId, StoredRun};
+use samara_capsule::transfer::{BaseId, PageRun, Sink, Source, SpaceId, StoredRun};
 use samara_kernel::pagemap::PhysicalPage;
 use samara_kernel::tape::End;
 
 use crate::capture::{CaptureError, read};
 use crate::descriptors::Channel;
-use crate::memory::{self, Batcher, OwnRun, PAGE, PrivateMemory, write_runs};
+use crate::memory::{self, Batcher, Copied, OwnRun, PAGE, PrivateMemory, write_runs};
 use crate::plan::Step;
 use crate::restore::RestoreError;
 use crate::root::Root;
@@ -36,13 +36,17 @@ const WINDOW: u64 = 16 << 20;
 struct Piece {
     run: OwnRun,
     owners: Rc<[usize]>,
+    /// The owner whose base has them.
+    clean: Option<usize>,
 }
 
-/// Copies the private memory of stopped processes, what they have in common once. Returns how many pages that were.
+/// Copies the private memory of stopped processes, what they have in common once, and nothing that has been stored already.
 pub(crate) fn copy_private(
     mut members: Vec<PrivateMemory<'_>>,
     sink: &mut dyn Sink,
-) -> Result<u64, CaptureError> {
+) -> Result<Copied, CaptureError> {
+    let bases: Vec<Option<BaseId>> =
+        members.iter_mut().map(|member| member.base(sink)).collect::<Result<_, _>>()?;
     let mut batcher = Batcher::new(sink);
     // Those that have something left, by where it begins.
     let mut queue = BTreeSet::new();
@@ -60,14 +64,19 @@ pub(crate) fn copy_private(
         }
         let mut spaces: Arc<[SpaceId]> = [].into();
         let mut last: Option<Rc<[usize]>> = None;
-        for Piece { run, owners } in pieces(&members, parts)? {
+        for Piece { run, owners, clean } in pieces(&members, parts)? {
             let member = |index: &usize| members.get(*index);
             if last.as_ref().is_none_or(|last| *last != owners) {
                 spaces = owners.iter().filter_map(member).map(|member| member.space).collect();
                 last = Some(owners.clone());
             }
-            if let Some(first) = owners.first().and_then(member) {
-                first.copy(run, &spaces, &mut batcher)?;
+            let base = clean.and_then(|owner| bases.get(owner).copied().flatten());
+            match (base, owners.first().and_then(member)) {
+                (Some(base), _) => batcher
+                    .unchanged(&spaces, base, run)
+                    .map_err(|source| CaptureError::Sink { source })?,
+                (None, Some(first)) => first.copy(run, &spaces, &mut batcher)?,
+                (None, None) => {}
             }
         }
     }
@@ -80,15 +89,15 @@ fn pieces(
     parts: BTreeMap<usize, Vec<OwnRun>>,
 ) -> Result<Vec<Piece>, CaptureError> {
     let mut seen = Vec::new();
-    // Nobody has pages in common with himself.
-    if parts.len() > 1 {
+    // Nobody has pages in common with himself, and where nothing changed there is nothing to save.
+    if parts.len() > 1 && parts.values().flatten().any(|run| !run.clean) {
         look(members, &parts, &mut seen)?;
     }
     Ok(divide(parts, seen))
 }
 
-/// A page of which others may have a copy: its number, what it is, whether zeros count, and whose.
-type Seen<P = PhysicalPage> = (u64, P, bool, usize);
+/// A page of which others may have a copy: its number, what it is, whether zeros count, whose, and whether his base has it.
+type Seen<P = PhysicalPage> = (u64, P, bool, usize, bool);
 
 /// Finds the physical pages of a window.
 ///
@@ -126,7 +135,7 @@ fn look(
             let both = before.iter().zip(&after).skip(first).take(count);
             for (number, (before, after)) in (run.start / PAGE..).zip(both) {
                 if let Some(page) = before.filter(|_| before == after) {
-                    seen.push((number, page, run.exact, *index));
+                    seen.push((number, page, run.exact, *index, run.clean));
                 }
             }
         }
@@ -144,22 +153,25 @@ fn divide<P: Copy + Ord>(
     let mut taken: BTreeMap<usize, Vec<u64>> = BTreeMap::new();
     let same = |a: &Seen<P>, b: &Seen<P>| (a.0, a.1, a.2) == (b.0, b.1, b.2);
     for group in seen.chunk_by(same).filter(|group| group.len() > 1) {
-        let Some((number, _, exact, _)) = group.first().copied() else { continue };
-        for (.., owner) in group {
+        let Some((number, _, exact, ..)) = group.first().copied() else { continue };
+        let clean = group.iter().find(|(.., clean)| *clean).map(|(.., owner, _)| *owner);
+        for (.., owner, _) in group {
             taken.entry(*owner).or_default().push(number);
         }
-        let owners = || group.iter().map(|(.., owner)| *owner);
+        let owners = || group.iter().map(|(.., owner, _)| *owner);
         let (start, end) = (number * PAGE, (number + 1) * PAGE);
         match pieces.last_mut() {
             Some(last)
                 if last.run.end == start
                     && last.run.exact == exact
+                    && last.clean == clean
                     && last.owners.iter().copied().eq(owners()) =>
             {
                 last.run.end = end;
             }
             _ => {
-                pieces.push(Piece { run: OwnRun { start, end, exact }, owners: owners().collect() })
+                let run = OwnRun { start, end, exact, clean: clean.is_some() };
+                pieces.push(Piece { run, owners: owners().collect(), clean })
             }
         }
     }
@@ -168,15 +180,16 @@ fn divide<P: Copy + Ord>(
         let owners: Rc<[usize]> = [owner].into();
         let mut taken = taken.remove(&owner).unwrap_or_default().into_iter().peekable();
         for mut run in runs {
+            let clean = run.clean.then_some(owner);
             while let Some(number) = taken.next_if(|number| number * PAGE < run.end) {
                 if run.start < number * PAGE {
                     let own = OwnRun { end: number * PAGE, ..run };
-                    pieces.push(Piece { run: own, owners: owners.clone() });
+                    pieces.push(Piece { run: own, owners: owners.clone(), clean });
                 }
                 run.start = (number + 1) * PAGE;
             }
             if run.start < run.end {
-                pieces.push(Piece { run, owners: owners.clone() });
+                pieces.push(Piece { run, owners: owners.clone(), clean });
             }
         }
     }
@@ -1048,8 +1061,8 @@ mod tests {
         }
     }
 
-    fn run(start: u64, end: u64, exact: bool) -> OwnRun {
-        OwnRun { start: start * PAGE, end: end * PAGE, exact }
+    fn run(start: u64, end: u64, exact: bool, clean: bool) -> OwnRun {
+        OwnRun { start: start * PAGE, end: end * PAGE, exact, clean }
     }
 
     /// A page that is nobody's would be zeros after a restore, and one that is passed twice refused.
@@ -1060,26 +1073,35 @@ mod tests {
             let mut parts: BTreeMap<usize, Vec<OwnRun>> = BTreeMap::new();
             let mut seen: Vec<Seen<u64>> = Vec::new();
             let mut wanted = BTreeSet::new();
+            let mut cleans = BTreeMap::new();
             for owner in 0..usize::try_from(draw.below(5)).expect("few") {
                 let mut next = draw.below(10);
                 while next < 60 {
                     let (end, exact) = (next + 1 + draw.below(20), draw.below(3) == 0);
+                    let clean = draw.below(2) == 0;
                     for page in next..end {
+                        cleans.insert((owner, page), clean);
                         wanted.insert((owner, page, exact));
                         let frame = page * 4 + draw.below(3);
                         if draw.below(4) > 0 {
-                            seen.push((page, frame, exact, owner));
+                            seen.push((page, frame, exact, owner, clean));
                         }
                     }
-                    parts.entry(owner).or_default().push(run(next, end, exact));
+                    parts.entry(owner).or_default().push(run(next, end, exact, clean));
                     next = end + draw.below(6);
                 }
             }
             let frames: BTreeMap<(usize, u64), u64> =
-                seen.iter().map(|(page, frame, _, owner)| ((*owner, *page), *frame)).collect();
+                seen.iter().map(|(page, frame, _, owner, _)| ((*owner, *page), *frame)).collect();
             let mut found = BTreeSet::new();
             let mut ends: BTreeMap<usize, u64> = BTreeMap::new();
-            for Piece { run, owners } in divide(parts, seen) {
+            for Piece { run, owners, clean } in divide(parts, seen) {
+                for page in run.start / PAGE..run.end / PAGE {
+                    // Taken from a base that has it, and from one wherever there is one.
+                    let is_clean = |owner: &usize| cleans.get(&(*owner, page)) == Some(&true);
+                    assert_eq!(clean.is_some(), owners.iter().any(is_clean), "seed {seed}");
+                    assert!(clean.is_none_or(|owner| owners.contains(&owner) && is_clean(&owner)));
+                }
                 for owner in owners.iter() {
                     assert!(ends.insert(*owner, run.end).is_none_or(|end| end <= run.start));
                     for page in run.start / PAGE..run.end / PAGE {

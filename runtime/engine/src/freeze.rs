@@ -58,7 +58,7 @@ const VFORK_LOOK: Duration = Duration::from_millis(5);
 const POLL: Duration = Duration::from_micros(50);
 
 /// How threads are traced that still run.
-const TRACED: Options = Options::SYSGOOD.and(Options::FOLLOW).and(Options::EXEC);
+pub(crate) const TRACED: Options = Options::SYSGOOD.and(Options::FOLLOW).and(Options::EXEC);
 
 /// A process that has ended and that its parent has not waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -30,9 +30,9 @@ use samara_capsule::record::{
     ProcessState, SharedMemoryKind,
 };
 use samara_capsule::transfer::{
-    BATCH_BYTES_MAX, PAGE_BYTES, PageBatch, PageRun, Sink, Source, SpaceId,
+    BATCH_BYTES_MAX, BaseId, PAGE_BYTES, PageBatch, PageRun, Sink, Source, SpaceId,
 };
-use samara_kernel::pagemap::Pagemap;
+use samara_kernel::pagemap::{Pagemap, Run};
 use samara_kernel::proc::Mapping;
 use samara_kernel::tape::End;
 use samara_kernel::{Pid, file_end, proc, process_vm};
@@ -44,6 +44,7 @@ use crate::directories;
 use crate::restore::{RestoreError, Tree, is_filled, make, open_checked};
 use crate::root::Root;
 use crate::tracee::{ARENA_BYTES, Output, Process, TraceeError};
+use crate::tracking::TrackedMemory;
 use crate::unsupported::Place;
 use crate::{aio, nameless, posix_queues, process, system_v, vdso};
 
@@ -56,6 +57,8 @@ const KNOWN_FLAGS: &[&[u8; 2]] = &[
     b"rd", b"wr", b"ex", b"sh", b"mr", b"mw", b"me", b"ms", b"gd", b"lo", b"lf", b"sr", b"rr",
     b"dc", b"de", b"ac", b"nr", b"sf", b"wf", b"dd", b"sd", b"hg", b"nh", b"mg", b"dw", b"nl",
     b"gu", b"ht", b"sl", b"dp",
+    // Tracking of writes: our own, as a process that handles faults itself has a descriptor which is refused.
+    b"uw",
 ];
 
 /// Describes the mappings of a process, and registers the objects that they share.
@@ -353,6 +356,15 @@ pub(crate) fn ask_policies(
     Ok(())
 }
 
+/// Pages that a capsule has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Copied {
+    /// Whose content was copied.
+    pub(crate) pages: u64,
+    /// That are as they were.
+    pub(crate) unchanged: u64,
+}
+
 /// Collects page runs into batches.
 pub(crate) struct Batcher<'a> {
     sink: &'a mut dyn Sink,
@@ -361,12 +373,21 @@ pub(crate) struct Batcher<'a> {
     bytes: Vec<u8>,
     exact: bool,
     pub(crate) pages: u64,
+    pub(crate) unchanged: u64,
 }
 
 impl<'a> Batcher<'a> {
     pub(crate) fn new(sink: &'a mut dyn Sink) -> Batcher<'a> {
         let bytes = sink.buffer();
-        Batcher { sink, spaces: [].into(), runs: Vec::new(), bytes, exact: false, pages: 0 }
+        Batcher {
+            sink,
+            spaces: [].into(),
+            runs: Vec::new(),
+            bytes,
+            exact: false,
+            pages: 0,
+            unchanged: 0,
+        }
     }
 
     /// Adds the pages of `start..end`, which all of `spaces` have, and whose content `read` supplies: it is given an address and
@@ -403,6 +424,18 @@ impl<'a> Batcher<'a> {
         Ok(())
     }
 
+    /// Adds the pages of a run as `base` has them.
+    pub(crate) fn unchanged(
+        &mut self,
+        spaces: &Arc<[SpaceId]>,
+        base: BaseId,
+        run: OwnRun,
+    ) -> io::Result<()> {
+        let pages = PageRun { first: run.start / PAGE, count: (run.end - run.start) / PAGE };
+        self.unchanged += pages.count;
+        self.sink.unchanged(spaces, base, pages, run.exact)
+    }
+
     fn flush(&mut self) -> io::Result<()> {
         if self.runs.is_empty() {
             return Ok(());
@@ -413,9 +446,10 @@ impl<'a> Batcher<'a> {
         if self.exact { self.sink.exact_pages(batch) } else { self.sink.pages(batch) }
     }
 
-    pub(crate) fn finish(mut self) -> io::Result<u64> {
+    /// How many pages there were, and how many of them with their content.
+    pub(crate) fn finish(mut self) -> io::Result<Copied> {
         self.flush()?;
-        Ok(self.pages)
+        Ok(Copied { pages: self.pages, unchanged: self.unchanged })
     }
 }
 
@@ -426,6 +460,8 @@ pub(crate) struct OwnRun {
     pub(crate) end: u64,
     /// Pages of zeros count too.
     pub(crate) exact: bool,
+    /// The content is in the base of the process's memory.
+    pub(crate) clean: bool,
 }
 
 /// Goes through the private memory of a stopped process in ascending order, and fills in the guard ranges of its records.
@@ -434,6 +470,7 @@ pub(crate) struct PrivateMemory<'a> {
     memory: &'a File,
     pub(crate) space: SpaceId,
     pub(crate) pagemap: Pagemap,
+    tracked: Option<&'a mut TrackedMemory>,
     mappings: std::slice::IterMut<'a, record::Mapping>,
     /// The mapping that is looked at, and the address up to which that is done.
     current: Option<(&'a mut record::Mapping, u64)>,
@@ -444,13 +481,22 @@ impl<'a> PrivateMemory<'a> {
     pub(crate) fn of(
         process: &'a Process,
         alive: &'a mut Alive,
+        mut tracked: Option<&'a mut TrackedMemory>,
     ) -> Result<PrivateMemory<'a>, CaptureError> {
         let pid = process.pid;
         let pagemap = Pagemap::open(pid).map_err(read(format!("/proc/{pid}/pagemap")))?;
         let space = SpaceId(alive.space);
         let (mappings, found) = (alive.mappings.iter_mut(), VecDeque::new());
         let memory = &process.memory;
-        Ok(PrivateMemory { pid, memory, space, pagemap, mappings, current: None, found })
+        if let Some(tracked) = &mut tracked {
+            tracked.set_space(space);
+        }
+        Ok(PrivateMemory { pid, memory, space, pagemap, tracked, mappings, current: None, found })
+    }
+
+    /// Where clean pages are; none where nothing is tracked.
+    pub(crate) fn base(&mut self, sink: &mut dyn Sink) -> Result<Option<BaseId>, CaptureError> {
+        self.tracked.as_mut().map(|tracked| tracked.base(sink)).transpose()
     }
 
     /// Where the next run begins.
@@ -505,10 +551,17 @@ impl<'a> PrivateMemory<'a> {
             | Backing::InheritedRing { .. } => Own::Nothing,
             Backing::Vdso { .. } => return Ok(()),
         };
-        let (runs, next) = self
-            .pagemap
-            .populated_some(next, mapping.end, RUNS_AT_ONCE)
-            .map_err(read(format!("/proc/{}/pagemap", self.pid)))?;
+        let what = || read(format!("/proc/{}/pagemap", self.pid));
+        let tracked = match (&mut self.tracked, &own) {
+            (Some(tracked), Own::All | Own::Changed) => {
+                tracked.scan(&self.pagemap, next, mapping.end, RUNS_AT_ONCE).map_err(what())?
+            }
+            _ => None,
+        };
+        let (runs, next) = match tracked {
+            Some(found) => found,
+            None => self.pagemap.populated_some(next, mapping.end, RUNS_AT_ONCE).map_err(what())?,
+        };
         for run in runs {
             if run.guard {
                 match mapping.guards.last_mut() {
@@ -523,7 +576,8 @@ impl<'a> PrivateMemory<'a> {
                 Own::Nothing => None,
             };
             if let Some(exact) = exact {
-                self.found.push_back(OwnRun { start: run.start, end: run.end, exact });
+                let Run { start, end, clean, .. } = run;
+                self.found.push_back(OwnRun { start, end, exact, clean });
             }
         }
         if next < mapping.end {
@@ -539,7 +593,7 @@ impl<'a> PrivateMemory<'a> {
         spaces: &Arc<[SpaceId]>,
         batcher: &mut Batcher<'_>,
     ) -> Result<(), CaptureError> {
-        let OwnRun { start, end, exact } = run;
+        let OwnRun { start, end, exact, .. } = run;
         batcher
             .add(spaces, start, end, exact, &|address, buffer| {
                 self.memory.read_exact_at(buffer, address)
@@ -581,7 +635,8 @@ pub(crate) fn copy_file(
         }
         next = end.max(next + 1);
     }
-    batcher.finish().map_err(|source| CaptureError::Sink { source })
+    let copied = batcher.finish().map_err(|source| CaptureError::Sink { source })?;
+    Ok(copied.pages)
 }
 
 /// As [`copy_file`], without moving the position that the description has.
@@ -597,7 +652,8 @@ pub(crate) fn copy_whole_file(
             read_padded(file, buffer, address)
         })
         .map_err(|source| CaptureError::Sink { source })?;
-    batcher.finish().map_err(|source| CaptureError::Sink { source })
+    let copied = batcher.finish().map_err(|source| CaptureError::Sink { source })?;
+    Ok(copied.pages)
 }
 
 /// Reads from a file; what lies behind its end is zeros.

@@ -17,13 +17,15 @@ use std::time::{Duration, Instant};
 
 use samara_capsule::record::Restart;
 use samara_kernel::pidfd::PidFd;
-use samara_kernel::ptrace::{self, Registers};
+use samara_kernel::ptrace::{self, Options, Registers};
 use samara_kernel::tape::{
     self, CALL_BYTES, Call, End, ONCE_BYTES, ONCE_PREFIX, RETURN_BLOCK, TRAP_FLAG,
 };
+use samara_kernel::userfaultfd::{self, WriteTracker};
 use samara_kernel::wait::{self, Status};
 use samara_kernel::{Pid, proc};
 
+use crate::freeze::TRACED;
 use crate::restart;
 
 /// Why something could not be done in a tracee.
@@ -168,6 +170,12 @@ impl Thread {
         }
         ptrace::set_signal_mask(tid, self.mask).map_err(failed("set the signal mask of", tid))?;
         Ok(self.group_stop != 0)
+    }
+
+    /// Whether no filter stands between the thread and a call that its program may not make.
+    fn can_call_anything(&self, pid: Pid) -> bool {
+        let filtered = proc::status(pid).map_or(true, |status| status.seccomp.unwrap_or(0) != 0);
+        !filtered || ptrace::set_options(self.tid, TRACED.and(Options::SUSPEND_SECCOMP)).is_ok()
     }
 
     /// Takes part in the group stop that another thread of its process has begun.
@@ -474,7 +482,7 @@ impl Process {
             address: stub,
             source,
         })?;
-        let result = thread.run(&start, &after, Until::Calls(1), &mut Vec::new())?;
+        let result = thread.run(&start, &after, Until::Calls(1), &mut Vec::new(), &mut |_| {})?;
         Call::outcome(result.rax).map_err(|errno| TraceeError::Call {
             pid,
             what: what.to_owned(),
@@ -550,6 +558,17 @@ impl Process {
         tape: &Tape,
         end: End,
     ) -> Result<Vec<u64>, TraceeError> {
+        self.run_and_look(index, tape, end, &mut |_| {})
+    }
+
+    /// As [`Process::run`], for a tape that ends with a call; after each of its calls `look` is told how many there were.
+    fn run_and_look(
+        &mut self,
+        index: usize,
+        tape: &Tape,
+        end: End,
+        look: &mut dyn FnMut(usize),
+    ) -> Result<Vec<u64>, TraceeError> {
         let pid = self.pid;
         let base = self.arena.ok_or(TraceeError::NoRoom { pid, why: "the arena is not mapped" })?;
         assert_eq!(base, tape.base, "a tape is made for one arena");
@@ -577,7 +596,7 @@ impl Process {
             End::Breakpoint => Until::Breakpoint,
         };
         let mut born = Vec::new();
-        thread.run(&start, &after, until, &mut born)?;
+        thread.run(&start, &after, until, &mut born, look)?;
         self.born.extend(born);
         let table = self.read(base + TAPE, tape.calls.len() * CALL_BYTES)?;
         Ok(table
@@ -612,6 +631,52 @@ impl Process {
         Ok(results)
     }
 
+    /// Makes a tracker of writes for the process's memory, by two calls in its first thread, between which the descriptor is taken out:
+    /// should the engine die there, the process still closes it. None where the process can't have one.
+    ///
+    /// The arena comes and goes with it.
+    pub(crate) fn make_tracker(&mut self) -> Result<Option<WriteTracker>, TraceeError> {
+        if self.threads.first().is_none_or(|thread| !thread.can_call_anything(self.pid)) {
+            return Ok(None);
+        }
+        self.map_arena(None)?;
+        let made = self.make_tracker_in_arena();
+        self.unmap_arena()?;
+        made
+    }
+
+    fn make_tracker_in_arena(&mut self) -> Result<Option<WriteTracker>, TraceeError> {
+        let pid = self.pid;
+        let failed = |source| TraceeError::Call { pid, what: "get a tracker".to_owned(), source };
+        let used = proc::descriptors(pid).map_err(failed)?;
+        // The kernel gives the lowest number that is free, and nobody else is running.
+        let expected = (0..).find(|number| !used.contains(number)).unwrap_or(i32::MAX);
+        let mut tape = self.tape()?;
+        let close = [u64::from(expected.unsigned_abs()), 0, 0, 0, 0, 0];
+        tape.call("make a tracker", libc::SYS_userfaultfd, [userfaultfd::FLAGS, 0, 0, 0, 0, 0]);
+        tape.try_call("close the tracker", libc::SYS_close, close);
+        let mut taken = None;
+        let handle = PidFd::open(pid).map_err(failed)?;
+        let results = self.run_and_look(0, &tape, End::Call, &mut |calls| {
+            if calls == 1 {
+                taken = Some(handle.get_fd(expected));
+            }
+        })?;
+        let made = results.first().copied().map(Call::outcome);
+        match (made, taken) {
+            (Some(Ok(number)), Some(Ok(fd))) if number == u64::from(expected.unsigned_abs()) => {
+                Ok(WriteTracker::new(fd).ok())
+            }
+            (Some(Ok(number)), _) => {
+                let mut tape = self.tape()?;
+                tape.call("close the tracker", libc::SYS_close, [number, 0, 0, 0, 0, 0]);
+                self.run_all(0, &tape, End::Call)?;
+                Ok(None)
+            }
+            _ => Ok(None),
+        }
+    }
+
     /// A new tape for this process.
     pub(crate) fn tape(&self) -> Result<Tape, TraceeError> {
         let base = self
@@ -643,6 +708,7 @@ impl Thread {
         after: &Registers,
         until: Until,
         born: &mut Vec<Pid>,
+        look: &mut dyn FnMut(usize),
     ) -> Result<Registers, TraceeError> {
         let tid = self.tid;
         // In this order: see the module's invariants.
@@ -661,6 +727,7 @@ impl Thread {
                     if stops % 2 == 1 {
                         continue;
                     }
+                    look(stops / 2);
                     let now =
                         ptrace::registers(tid).map_err(failed("read the registers of", tid))?;
                     match until {

@@ -9,16 +9,17 @@ use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use samara_capsule::record::{Bytes, ProcessState};
 use samara_capsule::transfer::{
-    PAGE_BYTES, PageBatch, PageRun, Place, Sink, Source, SpaceId, StoredRun, StreamName,
+    BaseId, PAGE_BYTES, PageBatch, PageRun, Place, Sink, Source, SpaceId, StoredRun, StreamName,
 };
 use samara_engine::capture::{CaptureRequest, Captured, capture};
 use samara_engine::names::GivenNames;
 use samara_engine::restore::{RestoreError, RestoreRequest, restore};
+use samara_engine::tracking::Tracking;
 use samara_engine::{Confinement, SeccompPolicy};
 
 /// A capsule in memory.
@@ -64,6 +65,22 @@ impl Sink for Memory {
 
     fn exact_pages(&mut self, batch: PageBatch) -> io::Result<()> {
         self.keep(&batch, true);
+        Ok(())
+    }
+
+    fn base(&mut self, _: Option<SpaceId>) -> io::Result<BaseId> {
+        unreachable!("nothing is tracked here")
+    }
+
+    fn draft(&mut self, _: BaseId, _: bool, _: Vec<PageRun>, _: Vec<u8>) -> io::Result<()> {
+        unreachable!("nothing is tracked here")
+    }
+
+    fn unchanged(&mut self, _: &Arc<[SpaceId]>, _: BaseId, _: PageRun, _: bool) -> io::Result<()> {
+        unreachable!("nothing is tracked here")
+    }
+
+    fn settle(&mut self) -> io::Result<()> {
         Ok(())
     }
 
@@ -193,7 +210,7 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 fn snapshot(init: i32) -> (Memory, Captured) {
     let mut memory = Memory::default();
     let request = CaptureRequest { init, outside: Vec::new(), names: GivenNames::default() };
-    let captured = capture(&request, &mut || Ok(()), &mut memory)
+    let captured = capture(&request, &mut Tracking::default(), &mut || Ok(()), &mut memory)
         .unwrap_or_else(|error| panic!("{}", chain(&error)));
     (memory, captured)
 }

@@ -36,6 +36,7 @@ pub mod tcp;
 pub mod timerfd;
 pub mod tty;
 pub mod unix;
+pub mod userfaultfd;
 pub mod wait;
 
 use std::io;

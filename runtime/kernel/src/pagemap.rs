@@ -20,6 +20,8 @@ pub struct Run {
     pub file: bool,
     /// A guard page (`MADV_GUARD_INSTALL`): has no content, and a touch is fatal. Never set on kernels without them.
     pub guard: bool,
+    /// The page was armed and not written since. False where nothing is tracked.
+    pub clean: bool,
 }
 
 /// Reads which pages of a process hold something.
@@ -49,6 +51,18 @@ struct PageRegion {
     categories: u64,
 }
 
+impl PageRegion {
+    fn run(&self, tracked: bool) -> Run {
+        Run {
+            start: self.start,
+            end: self.end,
+            file: self.categories & PAGE_IS_FILE != 0,
+            guard: self.categories & PAGE_IS_GUARD != 0,
+            clean: tracked && self.categories & PAGE_IS_WRITTEN == 0,
+        }
+    }
+}
+
 #[repr(C)]
 struct PmScanArg {
     size: u64,
@@ -68,6 +82,9 @@ struct PmScanArg {
 const _: () = assert!(size_of::<PmScanArg>() == 96);
 /// `_IOWR('f', 16, struct pm_scan_arg)` of linux/fs.h.
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
+const PM_SCAN_WP_MATCHING: u64 = 1;
+const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
+const PAGE_IS_WRITTEN: u64 = 1 << 1;
 const PAGE_IS_FILE: u64 = 1 << 2;
 const PAGE_IS_PRESENT: u64 = 1 << 3;
 const PAGE_IS_SWAPPED: u64 = 1 << 4;
@@ -110,7 +127,7 @@ impl Pagemap {
         let mut pagemap = Pagemap { file, scan: Scan::Guards };
         for scan in [Scan::Guards, Scan::Plain] {
             pagemap.scan = scan;
-            if pagemap.scan_once(0, PAGE, &mut [PageRegion::default(); 1]).is_ok() {
+            if pagemap.scan_once(0, PAGE, &mut [PageRegion::default(); 1], 0, 0).is_ok() {
                 return Ok(pagemap);
             }
         }
@@ -153,13 +170,27 @@ impl Pagemap {
         runs_max: usize,
     ) -> io::Result<(Vec<Run>, u64)> {
         let mut regions = vec![PageRegion::default(); runs_max.clamp(1, REGIONS_AT_ONCE)];
-        let (count, walk_end) = self.scan_once(start, end, &mut regions)?;
-        let runs = regions.iter().take(count).map(|region| Run {
-            start: region.start,
-            end: region.end,
-            file: region.categories & PAGE_IS_FILE != 0,
-            guard: region.categories & PAGE_IS_GUARD != 0,
-        });
+        let (count, walk_end) = self.scan_once(start, end, &mut regions, 0, 0)?;
+        let runs = regions.iter().take(count).map(|region| region.run(false));
+        Ok((runs.collect(), if walk_end <= start { end } else { walk_end }))
+    }
+
+    /// As [`Pagemap::populated_some`], in a part of one mapping that a [`WriteTracker`](crate::userfaultfd::WriteTracker) covers. With
+    /// `arm`, what was written counts as not written from now on, in the same instant.
+    ///
+    /// # Errors
+    /// EPERM: nothing covers the mapping. EINVAL, ENOTTY: the kernel has no such scan.
+    pub fn tracked_some(
+        &self,
+        start: u64,
+        end: u64,
+        runs_max: usize,
+        arm: bool,
+    ) -> io::Result<(Vec<Run>, u64)> {
+        let mut regions = vec![PageRegion::default(); runs_max.clamp(1, REGIONS_AT_ONCE)];
+        let flags = PM_SCAN_CHECK_WPASYNC | if arm { PM_SCAN_WP_MATCHING } else { 0 };
+        let (count, walk_end) = self.scan_once(start, end, &mut regions, flags, PAGE_IS_WRITTEN)?;
+        let runs = regions.iter().take(count).map(|region| region.run(true));
         Ok((runs.collect(), if walk_end <= start { end } else { walk_end }))
     }
 
@@ -199,11 +230,13 @@ impl Pagemap {
         start: u64,
         end: u64,
         regions: &mut [PageRegion],
+        flags: u64,
+        wanted: u64,
     ) -> io::Result<(usize, u64)> {
         let guard = if self.scan == Scan::Guards { PAGE_IS_GUARD } else { 0 };
         let mut argument = PmScanArg {
             size: size_of::<PmScanArg>() as u64,
-            flags: 0,
+            flags,
             start,
             end,
             walk_end: 0,
@@ -213,7 +246,7 @@ impl Pagemap {
             category_inverted: PAGE_IS_PFNZERO,
             category_mask: PAGE_IS_PFNZERO,
             category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-            return_mask: PAGE_IS_FILE | guard,
+            return_mask: PAGE_IS_FILE | guard | wanted,
         };
         // SAFETY: the argument has the size and layout that PAGEMAP_SCAN documents (asserted above), and its vector is `regions`.
         let result = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut argument) };
@@ -230,7 +263,13 @@ impl Pagemap {
             let file = entry & FILE != 0;
             match runs.last_mut() {
                 Some(last) if last.end == address && last.file == file => last.end += PAGE,
-                _ => runs.push(Run { start: address, end: address + PAGE, file, guard: false }),
+                _ => runs.push(Run {
+                    start: address,
+                    end: address + PAGE,
+                    file,
+                    guard: false,
+                    clean: false,
+                }),
             }
         })?;
         Ok(runs)

@@ -7,6 +7,7 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
@@ -32,7 +33,7 @@ use samara_store::location::{Location, LocationError};
 use samara_store::log::LogError;
 use samara_store::store::StoreError;
 use samara_store::writer::{CapsuleFacts, WriteError};
-use samara_store::{CapsuleWriter, Lease, Store};
+use samara_store::{CapsuleReader, CapsuleWriter, Lease, Store};
 use serde::{Deserialize, Serialize};
 
 use crate::address::Node;
@@ -42,6 +43,7 @@ use crate::cgroup::CgroupError;
 use crate::defect;
 use crate::ending;
 use crate::fail_point;
+use crate::lineage::Lineage;
 use crate::monitor::{Client, MonitorError};
 use crate::privileges;
 use crate::protocol::{self, ProtocolError, WorkerReport, WorkerTask};
@@ -298,12 +300,17 @@ impl Summary {
 ///
 /// When standard input ends, nobody wants the capture any more, and the process ends; the kernel then lets the container go on.
 pub fn worker() -> Result<(), ProtocolError> {
-    let mut stdin = io::stdin();
-    let task: WorkerTask = protocol::receive(&mut stdin)?;
+    // Without a buffer: what is handed over behind the task must not be read as bytes.
+    let input = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3);
+    let mut input = UnixStream::from(input.map_err(|e| ProtocolError::Io(e.into()))?);
+    let task: WorkerTask = protocol::receive(&mut input)?;
+    let lineage = Lineage::receive(&input, task.kept);
+    let mut lineage = lineage.map_err(ProtocolError::Io)?;
+    let output = input.try_clone().map_err(ProtocolError::Io)?;
     let listener = std::thread::Builder::new().spawn(move || {
         let mut byte = [0];
         loop {
-            match stdin.read(&mut byte) {
+            match input.read(&mut byte) {
                 Ok(0) => break,
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -321,7 +328,14 @@ pub fn worker() -> Result<(), ProtocolError> {
         let message = format!("cannot start the thread that listens to the monitor: {error}");
         return protocol::send(&mut io::stdout(), &WorkerReport::Failed { message });
     }
-    let report = match defect::caught(|| work(&task)) {
+    let outcome = defect::caught(|| work(&task, &mut lineage));
+    // After a panic nobody knows what it would be worth.
+    if outcome.is_ok()
+        && let Err(error) = lineage.leave(&output)
+    {
+        tracing::warn!(%error, "the next capsule will be a full one");
+    }
+    let report = match outcome {
         Ok(Ok(summary)) => WorkerReport::Done {
             result: serde_json::to_value(summary).map_err(ProtocolError::Json)?,
         },
@@ -346,7 +360,7 @@ const PASSING_MAX: Duration = Duration::from_secs(3);
 const PASSING_PAUSE: Duration = Duration::from_millis(5);
 
 /// The protocol of a capture, in order.
-fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
+fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointError> {
     let begun = Instant::now();
     let order: Order =
         serde_json::from_value(task.args.clone()).map_err(CheckpointError::Arguments)?;
@@ -368,17 +382,23 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
     let location = Location::parse(&order.target)?;
     let store = Store::open(&location, &node.config.store, true)?;
     let mut held = lease(&dir, &spec, &order, &store)?;
-    let newest = store.head()?.state.epoch;
+    let head = store.head()?.state;
+    let newest = head.epoch;
     if held.carried && newest > held.lease.epoch {
         return Err(end_older_copy(&dir, &record, &held, newest));
     }
     let mountinfo = fs::read("/proc/self/mountinfo").map_err(io("read the mounts"))?;
     let root = RootChanges::locate(&record.rootfs, &mountinfo)?;
     let base = files::base_fingerprint(&root, Path::new(FINGERPRINT_CACHE))?;
-    let mut writer = CapsuleWriter::new(&store)?;
+    let parent = lineage.parent_at(&store, &order.target, head.latest.map(|latest| latest.digest));
+    let continued = parent.as_ref().map(CapsuleReader::digest);
+    lineage.tracking.begin(continued.is_some());
+    let mut writer = match parent {
+        Some(parent) => CapsuleWriter::after(parent)?,
+        None => CapsuleWriter::new(&store)?,
+    };
     phase::reached(Phase::Prepared);
 
-    progress("stopping");
     let paused = record.cgroup.is_frozen();
     let request = CaptureRequest {
         init: record.init.pid,
@@ -390,12 +410,18 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
         true => record.cgroup.thaw().map_err(io::Error::other),
         false => Ok(()),
     };
+    if !paused {
+        progress("copying memory");
+        let ahead = lineage.tracking.copy_ahead(record.init.pid, &mut writer)?;
+        tracing::info!(?ahead, "memory was copied while the container ran");
+    }
+    progress("stopping");
     let urgent = Urgent::begin();
     let tried_since = Instant::now();
     let mut stopped;
     let captured = loop {
         stopped = Instant::now();
-        match capture(&request, &mut thaw, &mut writer) {
+        match capture(&request, &mut lineage.tracking, &mut thaw, &mut writer) {
             // Nothing was stored yet, and the container runs.
             Err(CaptureError::Unsupported(list))
                 if list.passes() && !paused && tried_since.elapsed() < PASSING_MAX =>
@@ -428,7 +454,7 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
     let records = encode_record(&saved)?;
     let facts = CapsuleFacts {
         created: SystemTime::now(),
-        parent: None,
+        parent: continued,
         provenance: provenance(&saved, &record),
         requirements: requirements(&base, &saved.container.vdso_sha256),
     };
@@ -454,6 +480,7 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
         phase::reached(Phase::Thawed);
         progress("storing");
         let committed = writer.commit(&mut held.lease, &records, facts)?;
+        lineage.committed(&order.target, committed.capsule.digest);
         keep(&held);
         phase::reached(Phase::Committed);
         (committed, pause)

@@ -16,9 +16,10 @@ use crate::process::ProcessIdentity;
 
 pub const VERSION: u32 = 1;
 
-/// The hidden verb of `samara-runtime` that carries one capture out. Its standard input is one
-/// message, a `WorkerTask`, and then stays open for as long as somebody wants the capture: when it
-/// ends, the worker gives up. Its standard output is messages, `WorkerReport`.
+/// The hidden verb of `samara-runtime` that carries one capture out. Its standard input is a socket:
+/// one message, a `WorkerTask`, the descriptors that the worker before has left, and then it stays open
+/// for as long as somebody wants the capture: when it ends, the worker gives up. In the other direction
+/// the worker leaves descriptors for the next one. Its standard output is messages, `WorkerReport`.
 pub const WORKER_VERB: &str = "capture-worker";
 
 /// A message is at most this long. Requests are some hundred bytes; a report of what is not
@@ -130,6 +131,9 @@ pub struct WorkerTask {
     pub state_dir: std::path::PathBuf,
     pub init: ProcessIdentity,
     pub args: serde_json::Value,
+    /// How many descriptors follow: what the worker before has left.
+    #[serde(default)]
+    pub kept: usize,
 }
 
 /// What the worker writes to its standard output.

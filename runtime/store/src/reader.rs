@@ -218,6 +218,10 @@ impl CapsuleReader {
         &self.config
     }
 
+    pub(crate) fn pack_bytes(&self, pack: &Digest) -> Option<u64> {
+        self.pack_bytes.get(pack).copied()
+    }
+
     /// The spaces that hold pages, in ascending order.
     pub fn spaces(&self) -> Vec<SpaceId> {
         self.manifest.maps.keys().copied().collect()

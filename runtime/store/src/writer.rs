@@ -28,16 +28,19 @@ use samara_capsule::frame::{Codec, FrameEncoder};
 use samara_capsule::log::CapsuleRef;
 use samara_capsule::manifest::{BlobRef, Manifest, ManifestError};
 use samara_capsule::pack::PackBuilder;
-use samara_capsule::pagemap::{MapBuilder, MapError, MapFrame, SPACES_MAX, Segment};
+use samara_capsule::pagemap::{
+    Base, BasePlace, CompleteMap, MapBuilder, MapError, MapFrame, MapRun, Segment,
+};
 use samara_capsule::stream::{STREAMS_MAX, StreamNameError, check_name};
 use samara_capsule::transfer::{
-    BATCH_BYTES_MAX, PAGE_BYTES, PageBatch, PageRun, Sink, SpaceId, StreamName,
+    BATCH_BYTES_MAX, BaseId, PAGE_BYTES, PageBatch, PageRun, Sink, SpaceId, StreamName,
 };
 use samara_capsule::{BLOB_BYTES_MAX, FORMAT_VERSION};
 use tokio::sync::Semaphore;
 
 use crate::log::{Lease, LogError, rfc3339};
 use crate::pool::Pool;
+use crate::reader::{CapsuleReader, ReadError};
 use crate::store::{Store, StoreError, blob_path};
 
 /// Size of the packs and parts of streams that are written. Half of what the format allows: twice as many uploads in
@@ -79,8 +82,12 @@ pub enum WriteError {
     Log(#[from] LogError),
     #[error("the pages that were passed can't be stored")]
     Map(#[from] MapError),
-    #[error("a batch of {space} has {bytes} bytes for {pages} pages")]
-    Batch { space: SpaceId, bytes: usize, pages: u64 },
+    #[error("can't read the capsule that this one continues")]
+    Parent(#[source] Box<ReadError>),
+    #[error("a batch of {owner} has {bytes} bytes for {pages} pages")]
+    Batch { owner: String, bytes: usize, pages: u64 },
+    #[error("the base {} was not made by this writer", base.0)]
+    Base { base: BaseId },
     #[error("can't write a stream")]
     Stream(#[from] StreamNameError),
     #[error("a capsule has at most {STREAMS_MAX} streams")]
@@ -176,6 +183,9 @@ impl Progress {
 #[derive(Debug)]
 pub struct CapsuleWriter {
     store: Store,
+    parent: Option<Parent>,
+    /// What [`Sink::unchanged`] has said, until all drafts are stored.
+    unchanged: Vec<Unchanged>,
     shared: Arc<Shared>,
     jobs: Option<Sender<Job>>,
     workers: Vec<JoinHandle<()>>,
@@ -184,6 +194,15 @@ pub struct CapsuleWriter {
     pending: PendingPages,
     /// Bytes of each stream that wait for more.
     streams: BTreeMap<StreamName, PendingStream>,
+}
+
+/// The capsule before, and how its packs and frames are numbered here.
+#[derive(Debug)]
+struct Parent {
+    capsule: CapsuleReader,
+    packs: HashMap<Digest, u32>,
+    /// By number of the pack, and offset.
+    frames: HashMap<(u32, u32), u32>,
 }
 
 #[derive(Debug, Default)]
@@ -200,9 +219,42 @@ struct PendingStream {
 
 #[derive(Debug)]
 struct Part {
-    spaces: Arc<[SpaceId]>,
+    owner: Owner,
     exact: bool,
     runs: Vec<PageRun>,
+}
+
+impl Part {
+    fn reaches(&self, page: u64) -> bool {
+        self.runs.last().is_some_and(|run| page < run.first.saturating_add(run.count))
+    }
+}
+
+/// Whose pages they are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Owner {
+    Spaces(Arc<[SpaceId]>),
+    Base(BaseId),
+}
+
+impl std::fmt::Display for Owner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Owner::Spaces(spaces) => match spaces.first() {
+                Some(space) => space.fmt(f),
+                None => f.write_str("no space"),
+            },
+            Owner::Base(BaseId(base)) => write!(f, "base {base}"),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Unchanged {
+    spaces: Arc<[SpaceId]>,
+    base: BaseId,
+    run: PageRun,
+    exact: bool,
 }
 
 #[derive(Debug)]
@@ -220,12 +272,12 @@ enum Work {
 /// What a worker made of a job.
 #[derive(Debug)]
 enum Done {
-    Frames { frames: Vec<Frame>, stored: Vec<u8> },
+    Frames { frames: Vec<Frame>, stored: Vec<u8>, zeros: Vec<(BaseId, PageRun)> },
     Stream { number: usize, stored: Vec<u8> },
 }
 
-/// A run of pages, and the spaces that have it.
-type OwnedRun = (Arc<[SpaceId]>, PageRun);
+/// A run of pages, and who has it.
+type OwnedRun = (Owner, PageRun);
 
 /// One frame, whose bytes lie behind those of the frame before it.
 #[derive(Debug)]
@@ -269,7 +321,9 @@ struct State {
     pack: Option<OpenPack>,
     parts: Vec<OpenParts>,
     map: MapBuilder,
-    packs: Vec<BlobRef>,
+    bases: Vec<Base>,
+    /// By the number of the pack: what is known of it.
+    packs: BTreeMap<u32, BlobRef>,
     segments: BTreeMap<(SpaceId, usize), BlobRef>,
     records: Option<BlobRef>,
     /// Blobs that are being hashed or uploaded.
@@ -300,6 +354,16 @@ struct OpenParts {
 impl CapsuleWriter {
     /// A writer to the address of `store`. What the address holds already is looked up, so as not to upload it again.
     pub fn new(store: &Store) -> Result<CapsuleWriter, WriteError> {
+        CapsuleWriter::begin(store, None)
+    }
+
+    /// A writer of a capsule that may have pages in common with `parent`, which is at the same address and stays there until the commit.
+    pub fn after(parent: CapsuleReader) -> Result<CapsuleWriter, WriteError> {
+        let store = parent.store().clone();
+        CapsuleWriter::begin(&store, Some(parent))
+    }
+
+    fn begin(store: &Store, parent: Option<CapsuleReader>) -> Result<CapsuleWriter, WriteError> {
         let known = match store.block_on(store.list("blobs/sha256")) {
             Ok(names) => names,
             // A shortcut that isn't there costs time, not correctness.
@@ -323,6 +387,8 @@ impl CapsuleWriter {
         let (jobs, queue) = crossbeam_channel::bounded(in_flight_max);
         let mut writer = CapsuleWriter {
             store: store.clone(),
+            parent: parent.map(Parent::new),
+            unchanged: Vec::new(),
             shared,
             jobs: Some(jobs),
             workers: Vec::with_capacity(threads),
@@ -360,11 +426,14 @@ impl CapsuleWriter {
         self.flush()?;
         let shared = self.shared.clone();
         shared.seal_rest()?;
-        let state = shared.wait(|state| state.in_flight == 0 && state.uploading == 0)?;
-
-        let (pages, stored_pages) = (state.map.pages(), state.map.stored_pages());
+        let mut state = shared.wait(|state| state.in_flight == 0 && state.uploading == 0)?;
+        let unchanged = std::mem::take(&mut self.unchanged);
+        let map = state.take_map(&unchanged)?;
+        let (pages, stored_pages) = (map.pages(), map.stored_pages());
+        let mut packs: Vec<BlobRef> =
+            map.packs().filter_map(|number| state.packs.get(&number).copied()).collect();
         drop(state);
-        shared.store_maps()?;
+        shared.store_maps(map)?;
         shared.store_records(records)?;
         let mut state = shared.wait(|state| state.uploading == 0)?;
 
@@ -382,7 +451,6 @@ impl CapsuleWriter {
         for ((space, _), blob) in std::mem::take(&mut state.segments) {
             maps.entry(space).or_default().push(blob);
         }
-        let mut packs = std::mem::take(&mut state.packs);
         packs.sort_unstable();
         packs.dedup();
         let raw_bytes = stored_pages * PAGE_BYTES as u64
@@ -452,18 +520,29 @@ impl CapsuleWriter {
         jobs.send(Job { sequence, work }).map_err(|_| WriteError::Panicked)
     }
 
-    fn take_pages(&mut self, batch: PageBatch, exact: bool) -> Result<(), WriteError> {
-        let PageBatch { spaces, runs, bytes } = batch;
+    fn take_pages(
+        &mut self,
+        owner: Owner,
+        exact: bool,
+        runs: Vec<PageRun>,
+        bytes: Vec<u8>,
+    ) -> Result<(), WriteError> {
         let pages = runs.iter().try_fold(0u64, |sum, run| sum.checked_add(run.count));
         let pages = pages.unwrap_or(u64::MAX);
         if bytes.len() > BATCH_BYTES_MAX
             || pages.checked_mul(PAGE_BYTES as u64) != Some(bytes.len() as u64)
         {
-            let space = spaces.first().copied().unwrap_or(SpaceId(SPACES_MAX));
-            return Err(WriteError::Batch { space, bytes: bytes.len(), pages });
+            let owner = owner.to_string();
+            return Err(WriteError::Batch { owner, bytes: bytes.len(), pages });
         }
         self.shared.progress.raw_bytes.fetch_add(bytes.len() as u64, Relaxed);
-        let part = Part { spaces, exact, runs };
+        // Pages of a base may come again, and then the order matters, which only jobs have.
+        if let (Owner::Base(_), Some(run)) = (&owner, runs.first())
+            && self.pending.parts.iter().any(|part| part.owner == owner && part.reaches(run.first))
+        {
+            self.flush_pages()?;
+        }
+        let part = Part { owner, exact, runs };
         if self.pending.bytes.len() + bytes.len() > BATCH_BYTES_MAX
             || bytes.len() >= LONE_BATCH_BYTES
         {
@@ -479,6 +558,43 @@ impl CapsuleWriter {
         self.pending.parts.push(part);
         self.shared.lock().recycle(bytes, self.shared.in_flight_max);
         Ok(())
+    }
+
+    /// Makes a base, and numbers the packs and frames of the capsule before as it comes across them.
+    fn add_base(&mut self, space: Option<SpaceId>) -> Result<BaseId, WriteError> {
+        let mut base = Base::default();
+        if let (Some(space), Some(Parent { capsule, packs, frames })) = (space, &mut self.parent) {
+            let shared = &self.shared;
+            let read = capsule.segments(space, |segment| {
+                let mut state = shared.lock();
+                let mut numbers = vec![None; segment.frames().len()];
+                for run in segment.runs() {
+                    let (Some(number), Some(frame)) = (
+                        numbers.get_mut(run.frame as usize),
+                        segment.frames().get(run.frame as usize),
+                    ) else {
+                        continue;
+                    };
+                    let frame = *number.get_or_insert_with(|| {
+                        let digest = segment.packs().get(frame.pack as usize);
+                        let digest = *digest.expect("a segment's indices are valid");
+                        let pack = *packs.entry(digest).or_insert_with(|| {
+                            let bytes = capsule.pack_bytes(&digest).unwrap_or_default();
+                            state.add_stored_pack(BlobRef { digest, bytes })
+                        });
+                        *frames
+                            .entry((pack, frame.offset))
+                            .or_insert_with(|| state.map.add_frame(MapFrame { pack, ..*frame }))
+                    });
+                    base.add_parent(MapRun { frame, ..*run });
+                }
+                Ok(())
+            });
+            read.map_err(|error| WriteError::Parent(Box::new(error)))?;
+        }
+        let mut state = self.shared.lock();
+        state.bases.push(base);
+        Ok(BaseId(u32::try_from(state.bases.len() - 1).expect("there are fewer objects than 2^32")))
     }
 
     fn flush_pages(&mut self) -> Result<(), WriteError> {
@@ -583,12 +699,61 @@ impl Sink for CapsuleWriter {
     }
 
     fn pages(&mut self, batch: PageBatch) -> io::Result<()> {
-        let result = self.take_pages(batch, false);
+        let PageBatch { spaces, runs, bytes } = batch;
+        let result = self.take_pages(Owner::Spaces(spaces), false, runs, bytes);
         self.fail(result)
     }
 
     fn exact_pages(&mut self, batch: PageBatch) -> io::Result<()> {
-        let result = self.take_pages(batch, true);
+        let PageBatch { spaces, runs, bytes } = batch;
+        let result = self.take_pages(Owner::Spaces(spaces), true, runs, bytes);
+        self.fail(result)
+    }
+
+    fn base(&mut self, parent: Option<SpaceId>) -> io::Result<BaseId> {
+        self.add_base(parent).map_err(|error| io::Error::other(self.shared.fail(error)))
+    }
+
+    fn draft(
+        &mut self,
+        base: BaseId,
+        exact: bool,
+        runs: Vec<PageRun>,
+        bytes: Vec<u8>,
+    ) -> io::Result<()> {
+        let result = match self.shared.lock().bases.get(base.0 as usize) {
+            Some(_) => Ok(()),
+            None => Err(WriteError::Base { base }),
+        };
+        let result = result.and_then(|()| self.take_pages(Owner::Base(base), exact, runs, bytes));
+        self.fail(result)
+    }
+
+    fn unchanged(
+        &mut self,
+        spaces: &Arc<[SpaceId]>,
+        base: BaseId,
+        run: PageRun,
+        exact: bool,
+    ) -> io::Result<()> {
+        match self.unchanged.last_mut() {
+            Some(last)
+                if last.spaces == *spaces
+                    && last.base == base
+                    && last.exact == exact
+                    && last.run.first.checked_add(last.run.count) == Some(run.first) =>
+            {
+                last.run.count += run.count;
+            }
+            _ => self.unchanged.push(Unchanged { spaces: spaces.clone(), base, run, exact }),
+        }
+        Ok(())
+    }
+
+    fn settle(&mut self) -> io::Result<()> {
+        let result = self.flush_pages();
+        let shared = &self.shared;
+        let result = result.and_then(|()| shared.wait(|state| state.in_flight == 0).map(drop));
         self.fail(result)
     }
 
@@ -686,7 +851,7 @@ impl Shared {
         match work {
             Work::Pages { parts, mut bytes } => {
                 let pages_before = bytes.len() / PAGE_BYTES;
-                let runs = drop_zero_pages(parts, &mut bytes);
+                let (runs, zeros) = drop_zero_pages(parts, &mut bytes);
                 let pages = bytes.len() / PAGE_BYTES;
                 let mut runs = runs.into_iter().peekable();
                 let mut frames = Vec::new();
@@ -698,7 +863,7 @@ impl Shared {
                     frames.push(Frame { runs, pages, codec, digest, stored_bytes: scratch.len() });
                     stored.extend_from_slice(scratch);
                 }
-                let done = Done::Frames { frames, stored };
+                let done = Done::Frames { frames, stored, zeros };
                 let mut state = self.lock();
                 state.zero_pages += (pages_before - pages) as u64;
                 state.recycle(bytes, self.in_flight_max);
@@ -752,11 +917,10 @@ impl Shared {
     }
 
     /// Cuts the page maps into segments and uploads them. Only when the digests of all packs are known.
-    fn store_maps(self: &Arc<Shared>) -> Result<(), WriteError> {
-        let map = std::mem::take(&mut self.lock().map);
+    fn store_maps(self: &Arc<Shared>, map: CompleteMap) -> Result<(), WriteError> {
         let mut last = None;
         let mut index = 0;
-        map.finish(|space, segment: Segment| {
+        map.emit(|space, segment: Segment| {
             index = if last == Some(space) { index + 1 } else { 0 };
             last = Some(space);
             let content = segment.encode().map_err(WriteError::Compress)?;
@@ -822,7 +986,7 @@ impl Shared {
         match purpose {
             Purpose::Pack { number } => {
                 state.map.set_pack(number, blob.digest);
-                state.packs.push(blob);
+                state.packs.insert(number, blob);
             }
             Purpose::StreamPart { stream, part } => {
                 let parts =
@@ -841,7 +1005,10 @@ impl Shared {
 impl State {
     fn place(&mut self, done: Done, sealed: &mut Vec<Sealed>) -> Result<(), WriteError> {
         match done {
-            Done::Frames { frames, stored } => {
+            Done::Frames { frames, stored, zeros } => {
+                for (base, run) in zeros {
+                    self.base(base).set(run, None);
+                }
                 let mut rest = stored.as_slice();
                 for frame in frames {
                     let (now, later) = rest.split_at(frame.stored_bytes);
@@ -868,6 +1035,32 @@ impl State {
             }
         }
         Ok(())
+    }
+
+    fn base(&mut self, base: BaseId) -> &mut Base {
+        self.bases.get_mut(base.0 as usize).expect("checked when it was passed")
+    }
+
+    /// A pack that is stored already.
+    fn add_stored_pack(&mut self, blob: BlobRef) -> u32 {
+        let number = self.map.add_pack();
+        self.map.set_pack(number, blob.digest);
+        self.packs.insert(number, blob);
+        number
+    }
+
+    /// The whole map, when all pages have been placed.
+    fn take_map(&mut self, unchanged: &[Unchanged]) -> Result<CompleteMap, WriteError> {
+        let mut map = std::mem::take(&mut self.map);
+        for Unchanged { spaces, base, run, exact } in unchanged {
+            let found = self.bases.get(base.0 as usize);
+            let found = found.ok_or(WriteError::Base { base: *base })?;
+            for space in spaces.iter() {
+                map.add_unchanged(*space, found, *run, *exact)?;
+            }
+        }
+        self.bases = Vec::new();
+        Ok(map.complete()?)
     }
 
     fn place_frame(
@@ -897,9 +1090,14 @@ impl State {
             digest,
         });
         let mut page = 0;
-        for (spaces, run) in runs {
-            for space in spaces.iter() {
-                map.add_run(*space, run, frame, page)?;
+        for (owner, run) in runs {
+            match owner {
+                Owner::Spaces(spaces) => {
+                    for space in spaces.iter() {
+                        self.map.add_run(*space, run, frame, page)?;
+                    }
+                }
+                Owner::Base(base) => self.base(base).set(run, Some(BasePlace { frame, page })),
             }
             page += u16::try_from(run.count).expect("a frame has at most 256 pages");
         }
@@ -957,35 +1155,52 @@ fn take_runs(
     taken
 }
 
-/// Removes the pages that are all zeros and need not be stored, and returns the runs of those that are left.
-fn drop_zero_pages(parts: Vec<Part>, bytes: &mut Vec<u8>) -> Vec<OwnedRun> {
+/// Removes the pages that are all zeros and need not be stored. Returns the runs of those that are left, and those of bases that
+/// were removed.
+fn drop_zero_pages(
+    parts: Vec<Part>,
+    bytes: &mut Vec<u8>,
+) -> (Vec<OwnedRun>, Vec<(BaseId, PageRun)>) {
     const ZEROS: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
     let mut kept: Vec<OwnedRun> = Vec::new();
+    let mut zeros: Vec<(BaseId, PageRun)> = Vec::new();
     // Pages before `end` are kept; the next page to look at begins at `at`.
     let (mut end, mut at) = (0, 0);
-    for Part { spaces, exact, runs } in parts {
+    for Part { owner, exact, runs } in parts {
         for PageRun { first, count } in runs {
             for number in first..first.saturating_add(count) {
                 let page = at..at + PAGE_BYTES;
                 at = page.end;
                 if !exact && bytes.get(page.clone()) == Some(&ZEROS) {
+                    if let Owner::Base(base) = owner {
+                        append_page(&mut zeros, base, number);
+                    }
                     continue;
                 }
                 if end != page.start {
                     bytes.copy_within(page, end);
                 }
                 end += PAGE_BYTES;
-                match kept.last_mut() {
-                    Some((last, run)) if *last == spaces && run.first + run.count == number => {
-                        run.count += 1
-                    }
-                    _ => kept.push((spaces.clone(), PageRun { first: number, count: 1 })),
-                }
+                append_page(&mut kept, owner.clone(), number);
             }
         }
     }
     bytes.truncate(end);
-    kept
+    (kept, zeros)
+}
+
+/// Appends a page to runs, to the last one if it follows it.
+fn append_page<T: PartialEq>(runs: &mut Vec<(T, PageRun)>, owner: T, number: u64) {
+    match runs.last_mut() {
+        Some((last, run)) if *last == owner && run.first + run.count == number => run.count += 1,
+        _ => runs.push((owner, PageRun { first: number, count: 1 })),
+    }
+}
+
+impl Parent {
+    fn new(capsule: CapsuleReader) -> Parent {
+        Parent { capsule, packs: HashMap::new(), frames: HashMap::new() }
+    }
 }
 
 #[cfg(test)]

@@ -5,11 +5,12 @@
 //! not before the container's address has been told of the end, by a process of its own.
 
 use std::io::{self, ErrorKind, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -18,6 +19,7 @@ use samara_kernel::pidfd::PidFd;
 use super::client::worker_program;
 use super::{MonitorError, standby};
 use crate::ending::{self, TELL_VERB};
+use crate::hand_over;
 use crate::process::ProcessIdentity;
 use crate::protocol::{
     Answer, Decoder, Failure, Message, MonitorStatus, Request, Versioned, WORKER_VERB,
@@ -64,6 +66,7 @@ pub fn serve(dir: &StateDir, creator: i32) -> Result<(), MonitorError> {
         clients: Vec::new(),
         next_client: 0,
         capture: None,
+        kept: Vec::new(),
         ended: None,
         telling: None,
         standby: None,
@@ -129,6 +132,8 @@ struct Server {
     clients: Vec<Client>,
     next_client: u64,
     capture: Option<Capture>,
+    /// What the last worker has left for the next one: nobody else knows what it is.
+    kept: Vec<OwnedFd>,
     /// The init's end, until it is concluded: its status, if that is known.
     ended: Option<Option<i32>>,
     /// Who tells the address of the end.
@@ -154,10 +159,12 @@ struct Capture {
     client: u64,
     child: Child,
     ended: OwnedFd,
-    /// Dropped when nobody wants the capture any more.
-    stdin: Option<ChildStdin>,
-    /// The task, until the worker has read it.
+    /// Shut down when nobody wants the capture any more.
+    stdin: UnixStream,
+    wanted: bool,
+    /// The task, until the worker has read it, and what is handed over behind it.
     untold: Vec<u8>,
+    handed: Vec<OwnedFd>,
     stdout: ChildStdout,
     stdout_ended: bool,
     decoder: Decoder,
@@ -236,7 +243,7 @@ impl Server {
         if let Some(capture) = &mut self.capture {
             let wanted = self.clients.iter().any(|c| c.id == capture.client && !c.gone);
             if !wanted || self.stopping {
-                capture.stdin = None;
+                capture.give_up();
             }
         }
         self.clients.retain(|client| !client.gone);
@@ -266,8 +273,8 @@ impl Server {
             if !capture.stdout_ended {
                 watched.push((Event::WorkerOutput, capture.stdout.as_fd(), PollFlags::IN));
             }
-            if let Some(stdin) = capture.stdin.as_ref().filter(|_| !capture.untold.is_empty()) {
-                watched.push((Event::WorkerInput, stdin.as_fd(), PollFlags::OUT));
+            if capture.has_more_to_tell() {
+                watched.push((Event::WorkerInput, capture.stdin.as_fd(), PollFlags::OUT));
             }
         }
         for (index, client) in self.clients.iter().enumerate() {
@@ -399,24 +406,23 @@ impl Server {
             return Err(Failure::Busy);
         }
         let init = self.init.as_ref().ok_or(Failure::NoContainer)?.identity;
-        let task = WorkerTask { state_dir: self.dir.path().to_owned(), init, args };
+        let kept = self.kept.len();
+        let task = WorkerTask { state_dir: self.dir.path().to_owned(), init, args, kept };
         let untold = encode(&task).map_err(|e| Failure::BadRequest { message: e.to_string() })?;
-        let capture = Capture::spawn(self.dir.path(), client, untold)
+        let handed = std::mem::take(&mut self.kept);
+        let capture = Capture::spawn(self.dir.path(), client, untold, handed)
             .map_err(|e| Failure::Spawn { message: e.to_string() })?;
         self.capture = Some(capture);
         Ok(())
     }
 
     fn tell_worker(&mut self) {
-        let Some(capture) = &mut self.capture else { return };
-        let Some(stdin) = &mut capture.stdin else { return };
-        match stdin.write(&capture.untold) {
-            Ok(count) => {
-                capture.untold.drain(..count);
-            }
-            Err(e) if is_later(&e) => {}
+        if let Some(capture) = &mut self.capture
+            && let Err(error) = capture.tell()
+            && !is_later(&error)
+        {
             // A worker that reads no task ends, and its end tells the caller.
-            Err(_) => capture.stdin = None,
+            capture.give_up();
         }
     }
 
@@ -449,6 +455,7 @@ impl Server {
         // What it said last may still be in the pipe.
         self.hear_worker();
         let Some(mut capture) = self.capture.take() else { return };
+        self.kept = capture.take_left();
         let failure = match capture.child.wait() {
             Ok(status) => match status.signal() {
                 Some(signal) => {
@@ -535,12 +542,13 @@ impl Client {
 }
 
 impl Capture {
-    fn spawn(dir: &Path, client: u64, untold: Vec<u8>) -> io::Result<Self> {
+    fn spawn(dir: &Path, client: u64, untold: Vec<u8>, handed: Vec<OwnedFd>) -> io::Result<Self> {
         // What the worker says beside its reports, for whoever looks for a fault.
         let log = std::fs::File::create(dir.join("capture.log"))?;
+        let (stdin, input) = UnixStream::pair()?;
         let mut child = Command::new(worker_program())
             .arg(WORKER_VERB)
-            .stdin(Stdio::piped())
+            .stdin(OwnedFd::from(input))
             .stdout(Stdio::piped())
             .stderr(log)
             .spawn()?;
@@ -548,25 +556,60 @@ impl Capture {
         let opened = pid
             .ok_or(io::Error::from(ErrorKind::NotFound))
             .and_then(|pid| Ok(pidfd_open(pid, PidfdFlags::empty())?));
-        let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
-        let (Ok(ended), Some(stdin), Some(stdout)) = (opened, stdin, stdout) else {
+        let (Ok(ended), Some(stdout)) = (opened, child.stdout.take()) else {
             child.kill()?;
             child.wait()?;
             return Err(io::Error::other("the new process cannot be watched"));
         };
-        rustix::io::ioctl_fionbio(&stdin, true)?;
+        stdin.set_nonblocking(true)?;
         rustix::io::ioctl_fionbio(&stdout, true)?;
         Ok(Self {
             client,
             child,
             ended,
-            stdin: Some(stdin),
+            stdin,
+            wanted: true,
             untold,
+            handed,
             stdout,
             stdout_ended: false,
             decoder: Decoder::default(),
             outcome: None,
         })
+    }
+
+    fn has_more_to_tell(&self) -> bool {
+        self.wanted && !(self.untold.is_empty() && self.handed.is_empty())
+    }
+
+    /// Tells the worker its task, and hands over what follows.
+    fn tell(&mut self) -> io::Result<()> {
+        while !self.untold.is_empty() {
+            let count = self.stdin.write(&self.untold)?;
+            self.untold.drain(..count);
+        }
+        while !self.handed.is_empty() {
+            let count = self.handed.len().min(hand_over::AT_ONCE);
+            hand_over::send(&self.stdin, self.handed.get(..count).unwrap_or_default())?;
+            self.handed.drain(..count);
+        }
+        Ok(())
+    }
+
+    fn give_up(&mut self) {
+        self.wanted = false;
+        let _ = self.stdin.shutdown(Shutdown::Write);
+    }
+
+    /// What a worker that has ended left behind.
+    fn take_left(&mut self) -> Vec<OwnedFd> {
+        let mut left = Vec::new();
+        while let Ok(some) = hand_over::receive(&self.stdin)
+            && !some.is_empty()
+        {
+            left.extend(some);
+        }
+        left
     }
 
     fn hear(&mut self, said: &mut Vec<WorkerReport>) {

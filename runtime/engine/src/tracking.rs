@@ -1,0 +1,529 @@
+//! Which memory was written since the capsule before, and copying it while the container runs.
+//!
+//! A process whose memory is tracked has a [`WriteTracker`]: the kernel write-protects pages that are *armed*, and takes the
+//! protection away, without anybody's help, with the first write. A scan tells which pages have lost it and arms them again in
+//! the same step. So what is clean in the final scan, while everything stands, has the content that was stored last: by the capsule before,
+//! or by a round of copying since.
+//!
+//! What never counts as clean, and so is copied while the container stands: memory of processes that were born, or have replaced their
+//! program, since the trackers were made; mappings made or moved since; shared memory; huge pages of hugetlbfs; all of a process with
+//! a context of asynchronous I/O, where devices write without the processor's seeing it. An open file with `O_DIRECT` makes rounds pointless for
+//! the same reason: a page may be armed while a device fills it.
+//!
+//! Pages that forks have left in common are copied while the container stands, where they can be told
+//! ([`crate::copy_on_write`]).
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+use samara_capsule::transfer::{BATCH_BYTES_MAX, BaseId, PageRun, Sink, SpaceId};
+use samara_kernel::kcmp::{self, Resource};
+use samara_kernel::pagemap::{Pagemap, Run};
+use samara_kernel::proc::Mapping;
+use samara_kernel::userfaultfd::WriteTracker;
+use samara_kernel::{Pid, proc};
+use serde::{Deserialize, Serialize};
+
+use crate::capture::{CaptureError, inner_pid, read};
+use crate::freeze::FrozenTree;
+use crate::memory::PAGE;
+use crate::ranges::Ranges;
+use crate::{aio, vdso};
+
+/// A process with less memory of its own is not tracked: a tracker costs as much as copying this.
+const TRACKED_PAGES_MIN: u64 = 256;
+
+/// Rounds of copying at most.
+const ROUNDS_MAX: usize = 6;
+
+/// What a round has copied at most for the last one to be worth while: about what is copied in a millisecond.
+const ENOUGH_BYTES: u64 = 4 << 20;
+
+/// Runs that one scan passes.
+const RUNS_AT_ONCE: usize = 2048;
+
+/// The memory of all processes of a container that is tracked, by process.
+#[derive(Debug, Default)]
+pub struct Tracking {
+    memories: BTreeMap<Pid, TrackedMemory>,
+}
+
+/// The memory of one process.
+#[derive(Debug)]
+pub(crate) struct TrackedMemory {
+    identity: Identity,
+    tracker: WriteTracker,
+    pagemap: Pagemap,
+    memory: File,
+    /// The space that it was in the capsule before, if there is one.
+    parent: Option<SpaceId>,
+    /// What was armed again since that capsule.
+    since: Ranges,
+    /// And what the final scan has armed.
+    last: Ranges,
+    /// In the capsule that is being made.
+    base: Option<BaseId>,
+    space: Option<SpaceId>,
+    /// Armed pages whose content is not in `base`.
+    unstored: Ranges,
+    mappings: Vec<Mapping>,
+}
+
+/// Tells one memory from others that a process may have: it gets a new one with each program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Identity {
+    started: u64,
+    code: u64,
+    stack: u64,
+    arguments: Option<u64>,
+}
+
+impl Identity {
+    fn of(pid: Pid) -> io::Result<Identity> {
+        let stat = proc::stat(pid)?;
+        Ok(Identity {
+            started: stat.starttime,
+            code: stat.startcode,
+            stack: stat.startstack,
+            arguments: stat.arg_start,
+        })
+    }
+}
+
+/// What a process that keeps trackers has to know of them, beside their descriptors.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Notes {
+    memories: Vec<NotedMemory>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct NotedMemory {
+    pid: Pid,
+    identity: Identity,
+    /// None where the capsule before does not have it.
+    parent: Option<u32>,
+    since: Ranges,
+}
+
+/// What copying in advance has done.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PreCopy {
+    /// Pages and time of each round.
+    pub rounds: Vec<(u64, Duration)>,
+    /// Why there were none, or no more.
+    pub ended: &'static str,
+    /// How long the container stood for it.
+    pub stopped: Duration,
+}
+
+impl Tracking {
+    /// Takes up what [`Tracking::into_parts`] has left. What can't be taken up is not tracked any more.
+    pub fn from_parts(notes: Notes, trackers: Vec<OwnedFd>) -> Tracking {
+        let mut memories = BTreeMap::new();
+        for (noted, tracker) in notes.memories.into_iter().zip(trackers) {
+            let NotedMemory { pid, identity, parent, since } = noted;
+            let same = Identity::of(pid).is_ok_and(|now| now == identity);
+            let (Ok(pagemap), Ok(memory)) =
+                (Pagemap::open(pid), File::open(format!("/proc/{pid}/mem")))
+            else {
+                continue;
+            };
+            if !same {
+                continue;
+            }
+            let tracked = TrackedMemory {
+                identity,
+                tracker: WriteTracker::from_ready(tracker),
+                pagemap,
+                memory,
+                parent: parent.map(SpaceId),
+                unstored: since.clone(),
+                since,
+                last: Ranges::default(),
+                base: None,
+                space: None,
+                mappings: Vec::new(),
+            };
+            memories.insert(pid, tracked);
+        }
+        Tracking { memories }
+    }
+
+    /// A new capsule begins. `continues`: the one that the notes speak of is the one before it.
+    pub fn begin(&mut self, continues: bool) {
+        for tracked in self.memories.values_mut().filter(|_| !continues) {
+            tracked.parent = None;
+        }
+        for tracked in self.memories.values_mut().filter(|tracked| tracked.parent.is_none()) {
+            tracked.since = Ranges::all();
+            tracked.unstored = Ranges::all();
+        }
+    }
+
+    /// Notes and descriptors for whoever keeps them until the next capture.
+    pub fn into_parts(self) -> (Notes, Vec<OwnedFd>) {
+        let mut notes = Notes::default();
+        let mut trackers = Vec::new();
+        for (pid, tracked) in self.memories {
+            let TrackedMemory { identity, parent, since, last, tracker, .. } = tracked;
+            let since = since.union(&last);
+            let parent = parent.map(|space| space.0);
+            notes.memories.push(NotedMemory { pid, identity, parent, since });
+            trackers.push(tracker.into());
+        }
+        (notes, trackers)
+    }
+
+    /// The capsule was committed: the next one continues it.
+    pub fn committed(&mut self) {
+        self.memories.retain(|_, tracked| {
+            tracked.parent = tracked.space.take();
+            tracked.since = Ranges::default();
+            tracked.last = Ranges::default();
+            tracked.parent.is_some()
+        });
+    }
+
+    /// For the final scan.
+    pub(crate) fn by_process(&mut self) -> BTreeMap<Pid, &mut TrackedMemory> {
+        for tracked in self.memories.values_mut() {
+            // Of a final scan whose pages came to nothing.
+            let last = std::mem::take(&mut tracked.last);
+            tracked.since = tracked.since.union(&last);
+            tracked.unstored = tracked.unstored.union(&last);
+        }
+        self.memories.iter_mut().map(|(pid, tracked)| (*pid, tracked)).collect()
+    }
+
+    /// Copies what was written, in rounds, while the container runs; it stands for a moment where processes came that are not
+    /// tracked yet.
+    ///
+    /// # Errors
+    /// Those of stopping, and of the sink. What can't be tracked or read is left for the pause.
+    pub fn copy_ahead(&mut self, init: Pid, sink: &mut dyn Sink) -> Result<PreCopy, CaptureError> {
+        let mut done = PreCopy::default();
+        if self.is_incomplete(init) {
+            let begun = Instant::now();
+            let mut frozen = FrozenTree::stop(init, &mut || Ok(()))?;
+            let attached = self.attach(&mut frozen);
+            frozen.thaw()?;
+            attached?;
+            done.stopped = begun.elapsed();
+        }
+        self.look_at_mappings();
+        let mut last = u64::MAX;
+        done.ended = loop {
+            if done.rounds.len() == ROUNDS_MAX {
+                break "the last round";
+            }
+            let begun = Instant::now();
+            let mut pages = 0;
+            let alone = self.memories.len() == 1;
+            for tracked in self.memories.values_mut() {
+                pages += tracked.round(alone, sink)?;
+            }
+            sink.settle().map_err(|source| CaptureError::Sink { source })?;
+            done.rounds.push((pages, begun.elapsed()));
+            if self.memories.keys().any(|pid| has_direct_files(*pid)) {
+                for tracked in self.memories.values_mut() {
+                    tracked.unstored = Ranges::all();
+                }
+                break "a file is open for direct I/O";
+            }
+            if pages * PAGE <= ENOUGH_BYTES {
+                break "little is left";
+            }
+            if pages > last / 2 {
+                break "as much is written as is copied";
+            }
+            last = pages;
+        };
+        Ok(done)
+    }
+
+    /// Whether a process of some size is not tracked.
+    fn is_incomplete(&self, init: Pid) -> bool {
+        let Ok(namespace) = proc::namespace(init, "pid") else { return false };
+        let processes = proc::processes().unwrap_or_default();
+        processes.into_iter().any(|pid| {
+            !self.memories.contains_key(&pid)
+                && proc::namespace(pid, "pid").is_ok_and(|other| other == namespace)
+                && own_pages(pid) >= TRACKED_PAGES_MIN
+                && !aio::has_context(pid)
+                && !self.memories.keys().any(|other| same_memory(*other, pid))
+        })
+    }
+
+    /// Makes trackers for the memories that have none.
+    pub(crate) fn attach(&mut self, frozen: &mut FrozenTree) -> Result<(), CaptureError> {
+        let mut owners: BTreeMap<Pid, Pid> = BTreeMap::new();
+        for pid in frozen.processes.keys().copied() {
+            let numbers = |pid: Pid| (inner_pid(pid).unwrap_or(pid), pid);
+            match owners.values_mut().find(|owner| same_memory(**owner, pid)) {
+                Some(owner) if numbers(pid) < numbers(*owner) => *owner = pid,
+                Some(_) => {}
+                None => drop(owners.insert(pid, pid)),
+            }
+        }
+        for pid in owners.into_values() {
+            let tracked =
+                self.memories.keys().any(|other| *other == pid || same_memory(*other, pid));
+            if tracked || own_pages(pid) < TRACKED_PAGES_MIN || aio::has_context(pid) {
+                continue;
+            }
+            let Some(process) = frozen.processes.get_mut(&pid) else { continue };
+            let mappings = proc::mappings(pid).map_err(read("the mappings"))?;
+            process.find_room(&mappings);
+            match process.make_tracker() {
+                Ok(Some(tracker)) => {
+                    let what = || read(format!("process {pid} in /proc"));
+                    let tracked = TrackedMemory {
+                        identity: Identity::of(pid).map_err(what())?,
+                        tracker,
+                        pagemap: Pagemap::open(pid).map_err(what())?,
+                        memory: File::open(format!("/proc/{pid}/mem")).map_err(what())?,
+                        parent: None,
+                        since: Ranges::all(),
+                        last: Ranges::default(),
+                        base: None,
+                        space: None,
+                        unstored: Ranges::all(),
+                        mappings: Vec::new(),
+                    };
+                    self.memories.insert(pid, tracked);
+                }
+                // The next attempt may go better, and what is not tracked is copied.
+                Ok(None) => {}
+                Err(error) => tracing::info!(%error, pid, "its memory is not tracked"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Covers the mappings that the processes have now.
+    pub(crate) fn look_at_mappings(&mut self) {
+        self.memories.retain(|pid, tracked| {
+            let Ok(mappings) = proc::mappings(*pid) else { return false };
+            tracked.mappings = mappings.into_iter().filter(|m| exact(m).is_some()).collect();
+            tracked.mappings.retain(|mapping| {
+                let covered = tracked.tracker.cover(mapping.start, mapping.end);
+                covered.is_ok()
+            });
+            !aio::has_context(*pid)
+        });
+    }
+}
+
+/// Whether pages of zeros count in a mapping that can be tracked; none in one that can't.
+fn exact(mapping: &Mapping) -> Option<bool> {
+    let untracked = mapping.shared
+        || mapping.has_flag(b"ht")
+        || mapping.has_flag(b"dp")
+        || mapping.name == "[vsyscall]"
+        || vdso::is_part(mapping);
+    let name = mapping.name.as_encoded_bytes();
+    (!untracked).then(|| mapping.inode != 0 || !(name.is_empty() || name.starts_with(b"[")))
+}
+
+fn same_memory(a: Pid, b: Pid) -> bool {
+    kcmp::resource(a, b, Resource::Vm).is_ok_and(|order| order.is_eq())
+}
+
+/// Pages that a process has beside those of files and shared memory, about.
+fn own_pages(pid: Pid) -> u64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();
+    let mut fields = text.split(' ').skip(1).map(|field| field.parse::<u64>().unwrap_or(0));
+    let (resident, of_files) = (fields.next().unwrap_or(0), fields.next().unwrap_or(0));
+    resident.saturating_sub(of_files)
+}
+
+/// Whether a process has a file open through which a device writes to memory.
+fn has_direct_files(pid: Pid) -> bool {
+    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fdinfo")) else { return false };
+    entries.flatten().any(|entry| {
+        let text = fs::read_to_string(entry.path()).unwrap_or_default();
+        let flags = text.lines().find_map(|line| line.strip_prefix("flags:"));
+        let flags = flags.and_then(|flags| i32::from_str_radix(flags.trim(), 8).ok());
+        flags.is_some_and(|flags| flags & libc::O_DIRECT != 0)
+    })
+}
+
+impl TrackedMemory {
+    /// The base of the capsule that is being made.
+    pub(crate) fn base(&mut self, sink: &mut dyn Sink) -> Result<BaseId, CaptureError> {
+        if let Some(base) = self.base {
+            return Ok(base);
+        }
+        let base = sink.base(self.parent).map_err(|source| CaptureError::Sink { source })?;
+        self.base = Some(base);
+        Ok(base)
+    }
+
+    /// The space that it is in the capsule that is being made.
+    pub(crate) fn set_space(&mut self, space: SpaceId) {
+        self.space = Some(space);
+    }
+
+    /// A part of a mapping in the final scan, as [`Pagemap::tracked_some`]. None where the mapping is not covered.
+    ///
+    /// Everything stands, and what is passed as clean is in the base. `pagemap` has been opened since then: the one that the rounds used may
+    /// be that of a program which the process has replaced.
+    pub(crate) fn scan(
+        &mut self,
+        pagemap: &Pagemap,
+        start: u64,
+        end: u64,
+        runs_max: usize,
+    ) -> io::Result<Option<(Vec<Run>, u64)>> {
+        let (runs, next) = match pagemap.tracked_some(start, end, runs_max, true) {
+            Ok(found) => found,
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let mut judged = Vec::with_capacity(runs.len());
+        for run in runs {
+            if !run.clean {
+                self.last.add(run.start, run.end);
+                judged.push(run);
+                continue;
+            }
+            for (start, end, unstored) in self.unstored.divide(run.start, run.end) {
+                judged.push(Run { start, end, clean: !unstored, ..run });
+            }
+        }
+        Ok(Some((judged, next)))
+    }
+
+    /// Copies what was written since the round before. Returns the number of pages.
+    fn round(&mut self, alone: bool, sink: &mut dyn Sink) -> Result<u64, CaptureError> {
+        let base = self.base(sink)?;
+        let (mut written, mut scanned) = (Ranges::default(), Ranges::default());
+        let mut unstored = Ranges::default();
+        let mut pages = 0;
+        let mut shared = Vec::new();
+        for index in 0..self.mappings.len() {
+            let Some(mapping) = self.mappings.get(index) else { continue };
+            let (mut next, end) = (mapping.start, mapping.end);
+            let exact = exact(mapping).unwrap_or(true);
+            let mut drafts = Draft::new(base, exact, sink);
+            while next < end {
+                // A mapping that is gone, or not covered any more, is left for the pause; so is a process that has ended.
+                let Ok((runs, after)) = self.pagemap.tracked_some(next, end, RUNS_AT_ONCE, true)
+                else {
+                    break;
+                };
+                scanned.add(next, after);
+                next = after;
+                for run in runs {
+                    if !run.clean {
+                        written.add(run.start, run.end);
+                    }
+                    if run.guard || (exact && run.file) {
+                        continue;
+                    }
+                    for (start, end, was_unstored) in self.unstored.divide(run.start, run.end) {
+                        if run.clean && !was_unstored {
+                            continue;
+                        }
+                        if alone {
+                            pages += drafts.copy(&self.memory, start, end, &mut unstored)?;
+                            continue;
+                        }
+                        // What others may have too is told apart in the pause.
+                        if self.pagemap.shared(start, end, &mut shared).is_err() {
+                            unstored.add(start, end);
+                            continue;
+                        }
+                        let mut first = start;
+                        for group in shared.chunk_by(|a, b| a.is_some() == b.is_some()) {
+                            let last = first + group.len() as u64 * PAGE;
+                            match group.first() {
+                                Some(None) => {
+                                    pages +=
+                                        drafts.copy(&self.memory, first, last, &mut unstored)?;
+                                }
+                                _ => unstored.add(first, last),
+                            }
+                            first = last;
+                        }
+                    }
+                }
+            }
+            drafts.finish()?;
+        }
+        self.since = self.since.union(&written);
+        self.unstored = self.unstored.without(&scanned).union(&unstored);
+        Ok(pages)
+    }
+}
+
+/// Collects pages of a running process into batches.
+struct Draft<'a> {
+    sink: &'a mut dyn Sink,
+    base: BaseId,
+    exact: bool,
+    runs: Vec<PageRun>,
+    bytes: Vec<u8>,
+}
+
+impl<'a> Draft<'a> {
+    fn new(base: BaseId, exact: bool, sink: &'a mut dyn Sink) -> Draft<'a> {
+        let bytes = Vec::new();
+        Draft { sink, base, exact, runs: Vec::new(), bytes }
+    }
+
+    /// Copies a range, and adds to `unstored` what can't be read. Returns the number of pages.
+    fn copy(
+        &mut self,
+        memory: &File,
+        start: u64,
+        end: u64,
+        unstored: &mut Ranges,
+    ) -> Result<u64, CaptureError> {
+        let mut pages = 0;
+        let mut next = start;
+        while next < end {
+            if self.bytes.capacity() == 0 {
+                self.bytes = self.sink.buffer();
+            }
+            let room = (BATCH_BYTES_MAX - self.bytes.len()) as u64;
+            let bytes = (end - next).min(room);
+            let from = self.bytes.len();
+            self.bytes.resize(from + usize::try_from(bytes).expect("at most a batch"), 0);
+            let buffer = self.bytes.get_mut(from..).expect("just resized");
+            match memory.read_exact_at(buffer, next) {
+                Ok(()) => {
+                    self.runs.push(PageRun { first: next / PAGE, count: bytes / PAGE });
+                    pages += bytes / PAGE;
+                }
+                Err(_) => {
+                    self.bytes.truncate(from);
+                    unstored.add(next, next + bytes);
+                }
+            }
+            next += bytes;
+            if self.bytes.len() == BATCH_BYTES_MAX {
+                self.flush()?;
+            }
+        }
+        Ok(pages)
+    }
+
+    fn flush(&mut self) -> Result<(), CaptureError> {
+        if self.runs.is_empty() {
+            return Ok(());
+        }
+        let (runs, bytes) = (std::mem::take(&mut self.runs), std::mem::take(&mut self.bytes));
+        self.sink
+            .draft(self.base, self.exact, runs, bytes)
+            .map_err(|source| CaptureError::Sink { source })
+    }
+
+    fn finish(mut self) -> Result<(), CaptureError> {
+        self.flush()
+    }
+}

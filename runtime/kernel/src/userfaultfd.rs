@@ -1,0 +1,96 @@
+//! `userfaultfd(2)`, `ioctl_userfaultfd(2)`: here only to learn which pages are written (`UFFD_FEATURE_WP_ASYNC`, Linux 6.7).
+//!
+//! A descriptor belongs to the memory of the process that made it, whoever holds it. So the call itself is made in a tracee, and
+//! the descriptor taken out of it with `pidfd_getfd(2)`. Nobody has to read from it: with that feature the kernel resolves the
+//! faults by itself, and `PAGEMAP_SCAN` tells which there were.
+
+use std::io;
+use std::mem::size_of;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use crate::check;
+
+/// Flags of `userfaultfd(2)` in the tracee. Faults of the kernel need no handling either, so that of user mode is enough, which every
+/// process may have.
+pub const FLAGS: u64 = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64 | USER_MODE_ONLY;
+const USER_MODE_ONLY: u64 = 1;
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+struct Api {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+struct Register {
+    start: u64,
+    bytes: u64,
+    mode: u64,
+    ioctls: u64,
+}
+
+const _: () = assert!(size_of::<Api>() == 24);
+const _: () = assert!(size_of::<Register>() == 32);
+
+/// Numbers and constants of linux/userfaultfd.h.
+const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
+const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
+const UFFD_API: u64 = 0xaa;
+const WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
+const WP_UNPOPULATED: u64 = 1 << 13;
+const WP_ASYNC: u64 = 1 << 15;
+const MODE_WP: u64 = 1 << 1;
+
+/// Tells which pages of one address space are written. When it is dropped, nothing is tracked any more.
+#[derive(Debug)]
+pub struct WriteTracker(OwnedFd);
+
+impl WriteTracker {
+    /// Takes over a descriptor that has just been made.
+    ///
+    /// # Errors
+    /// EINVAL where the kernel can't do it.
+    pub fn new(fd: OwnedFd) -> io::Result<WriteTracker> {
+        let features = WP_ASYNC | WP_UNPOPULATED | WP_HUGETLBFS_SHMEM;
+        let mut api = Api { api: UFFD_API, features, ioctls: 0 };
+        // SAFETY: the request takes and fills a `struct uffdio_api`, whose size is asserted above.
+        let result = unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, &raw mut api) };
+        check(result.into())?;
+        Ok(WriteTracker(fd))
+    }
+
+    /// A descriptor that was made ready before, by another process perhaps.
+    #[must_use]
+    pub fn from_ready(fd: OwnedFd) -> WriteTracker {
+        WriteTracker(fd)
+    }
+
+    /// Covers a range, which has to consist of whole mappings. That of one that is covered already changes nothing.
+    ///
+    /// Pages are not tracked before they were armed (`Pagemap::scan`).
+    ///
+    /// # Errors
+    /// EBUSY: the process handles faults there itself. EINVAL, EPERM: memory of this kind can't be tracked.
+    /// ENOMEM: the address space is gone.
+    pub fn cover(&self, start: u64, end: u64) -> io::Result<()> {
+        let mut register = Register { start, bytes: end - start, mode: MODE_WP, ioctls: 0 };
+        // SAFETY: the request takes and fills a `struct uffdio_register`, whose size is asserted above.
+        let result = unsafe { libc::ioctl(self.0.as_raw_fd(), UFFDIO_REGISTER, &raw mut register) };
+        check(result.into()).map(drop)
+    }
+}
+
+impl AsFd for WriteTracker {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl From<WriteTracker> for OwnedFd {
+    fn from(tracker: WriteTracker) -> OwnedFd {
+        tracker.0
+    }
+}
