@@ -554,7 +554,10 @@ impl<'a> PrivateMemory<'a> {
         let what = || read(format!("/proc/{}/pagemap", self.pid));
         let tracked = match (&mut self.tracked, &own) {
             (Some(tracked), Own::All | Own::Changed) => {
-                tracked.scan(&self.pagemap, next, mapping.end, RUNS_AT_ONCE).map_err(what())?
+                let of_file = matches!(own, Own::Changed);
+                tracked
+                    .scan(&self.pagemap, next, mapping.end, RUNS_AT_ONCE, of_file)
+                    .map_err(what())?
             }
             _ => None,
         };

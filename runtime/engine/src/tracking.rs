@@ -378,8 +378,9 @@ impl TrackedMemory {
         start: u64,
         end: u64,
         runs_max: usize,
+        of_file: bool,
     ) -> io::Result<Option<(Vec<Run>, u64)>> {
-        let (runs, next) = match pagemap.tracked_some(start, end, runs_max, true) {
+        let (runs, next) = match pagemap.tracked_some(start, end, runs_max, of_file) {
             Ok(found) => found,
             Err(error) if error.raw_os_error() == Some(libc::EPERM) => return Ok(None),
             Err(error) => return Err(error),
@@ -411,9 +412,12 @@ impl TrackedMemory {
             let exact = exact(mapping).unwrap_or(true);
             let mut drafts = Draft::new(base, exact, sink);
             while next < end {
-                // A mapping that is gone, or not covered any more, is left for the pause; so is a process that has ended.
-                let Ok((runs, after)) = self.pagemap.tracked_some(next, end, RUNS_AT_ONCE, true)
+                // Where mappings have come that are not covered, or the process has ended. Of what comes before such a mapping some may
+                // have been armed, and nobody knows what.
+                let Ok((runs, after)) = self.pagemap.tracked_some(next, end, RUNS_AT_ONCE, exact)
                 else {
+                    written.add(next, end);
+                    unstored.add(next, end);
                     break;
                 };
                 scanned.add(next, after);
@@ -422,7 +426,7 @@ impl TrackedMemory {
                     if !run.clean {
                         written.add(run.start, run.end);
                     }
-                    if run.guard || (exact && run.file) {
+                    if run.guard {
                         continue;
                     }
                     for (start, end, was_unstored) in self.unstored.divide(run.start, run.end) {

@@ -79,6 +79,16 @@ struct PmScanArg {
     return_mask: u64,
 }
 
+/// What a scan does beside listing pages that are there.
+#[derive(Clone, Copy, Default)]
+struct Scanning {
+    flags: u64,
+    /// Pages of these kinds are left out.
+    without: u64,
+    /// Kinds that are told.
+    wanted: u64,
+}
+
 const _: () = assert!(size_of::<PmScanArg>() == 96);
 /// `_IOWR('f', 16, struct pm_scan_arg)` of linux/fs.h.
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
@@ -127,7 +137,10 @@ impl Pagemap {
         let mut pagemap = Pagemap { file, scan: Scan::Guards };
         for scan in [Scan::Guards, Scan::Plain] {
             pagemap.scan = scan;
-            if pagemap.scan_once(0, PAGE, &mut [PageRegion::default(); 1], 0, 0).is_ok() {
+            if pagemap
+                .scan_once(0, PAGE, &mut [PageRegion::default(); 1], Scanning::default())
+                .is_ok()
+            {
                 return Ok(pagemap);
             }
         }
@@ -170,13 +183,17 @@ impl Pagemap {
         runs_max: usize,
     ) -> io::Result<(Vec<Run>, u64)> {
         let mut regions = vec![PageRegion::default(); runs_max.clamp(1, REGIONS_AT_ONCE)];
-        let (count, walk_end) = self.scan_once(start, end, &mut regions, 0, 0)?;
+        let (count, walk_end) = self.scan_once(start, end, &mut regions, Scanning::default())?;
         let runs = regions.iter().take(count).map(|region| region.run(false));
         Ok((runs.collect(), if walk_end <= start { end } else { walk_end }))
     }
 
-    /// As [`Pagemap::populated_some`], in a part of one mapping that a [`WriteTracker`](crate::userfaultfd::WriteTracker) covers. With
-    /// `arm`, what was written counts as not written from now on, in the same instant.
+    /// As [`Pagemap::populated_some`], in a part of one mapping that a [`WriteTracker`](crate::userfaultfd::WriteTracker) covers: pages that
+    /// were written count as clean from now on, in the same instant.
+    ///
+    /// With `of_file`, in a private mapping of a file, pages that still are the file's are left out. They are not armed: where the kernel
+    /// drops such a page it leaves a marker, as it does where the program drops a changed one, and the marker looks like a page in swap. So what
+    /// is in swap does not count as clean there.
     ///
     /// # Errors
     /// EPERM: nothing covers the mapping. EINVAL, ENOTTY: the kernel has no such scan.
@@ -185,12 +202,18 @@ impl Pagemap {
         start: u64,
         end: u64,
         runs_max: usize,
-        arm: bool,
+        of_file: bool,
     ) -> io::Result<(Vec<Run>, u64)> {
         let mut regions = vec![PageRegion::default(); runs_max.clamp(1, REGIONS_AT_ONCE)];
-        let flags = PM_SCAN_CHECK_WPASYNC | if arm { PM_SCAN_WP_MATCHING } else { 0 };
-        let (count, walk_end) = self.scan_once(start, end, &mut regions, flags, PAGE_IS_WRITTEN)?;
-        let runs = regions.iter().take(count).map(|region| region.run(true));
+        let flags = PM_SCAN_CHECK_WPASYNC | PM_SCAN_WP_MATCHING;
+        let (without, swapped) = if of_file { (PAGE_IS_FILE, PAGE_IS_SWAPPED) } else { (0, 0) };
+        let wanted = PAGE_IS_WRITTEN | swapped;
+        let scanning = Scanning { flags, without, wanted };
+        let (count, walk_end) = self.scan_once(start, end, &mut regions, scanning)?;
+        let runs = regions.iter().take(count).map(|region| {
+            let run = region.run(true);
+            Run { clean: run.clean && region.categories & swapped == 0, ..run }
+        });
         Ok((runs.collect(), if walk_end <= start { end } else { walk_end }))
     }
 
@@ -230,8 +253,7 @@ impl Pagemap {
         start: u64,
         end: u64,
         regions: &mut [PageRegion],
-        flags: u64,
-        wanted: u64,
+        Scanning { flags, without, wanted }: Scanning,
     ) -> io::Result<(usize, u64)> {
         let guard = if self.scan == Scan::Guards { PAGE_IS_GUARD } else { 0 };
         let mut argument = PmScanArg {
@@ -243,8 +265,8 @@ impl Pagemap {
             vec: regions.as_mut_ptr().addr() as u64,
             vec_len: regions.len() as u64,
             max_pages: 0,
-            category_inverted: PAGE_IS_PFNZERO,
-            category_mask: PAGE_IS_PFNZERO,
+            category_inverted: PAGE_IS_PFNZERO | without,
+            category_mask: PAGE_IS_PFNZERO | without,
             category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
             return_mask: PAGE_IS_FILE | guard | wanted,
         };
