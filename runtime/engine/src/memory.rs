@@ -552,11 +552,17 @@ impl<'a> PrivateMemory<'a> {
             Backing::Vdso { .. } => return Ok(()),
         };
         let what = || read(format!("/proc/{}/pagemap", self.pid));
+        let is_tracked = matches!(
+            mapping.backing,
+            Backing::Anonymous { huge_page_bytes: None, .. }
+                | Backing::PrivateFile { .. }
+                | Backing::PrivateUnlinked { .. }
+        );
         let tracked = match (&mut self.tracked, &own) {
-            (Some(tracked), Own::All | Own::Changed) => {
+            (Some(tracked), Own::All | Own::Changed) if is_tracked => {
                 let of_file = matches!(own, Own::Changed);
                 tracked
-                    .scan(&self.pagemap, next, mapping.end, RUNS_AT_ONCE, of_file)
+                    .scan(&self.pagemap, (mapping.start, mapping.end), next, RUNS_AT_ONCE, of_file)
                     .map_err(what())?
             }
             _ => None,

@@ -190,6 +190,7 @@ impl Tracking {
 
     /// For the final scan.
     pub(crate) fn by_process(&mut self) -> BTreeMap<Pid, &mut TrackedMemory> {
+        self.memories.retain(|pid, tracked| tracked.is_of(*pid));
         for tracked in self.memories.values_mut() {
             // Of a final scan whose pages came to nothing.
             let last = std::mem::take(&mut tracked.last);
@@ -214,7 +215,12 @@ impl Tracking {
             attached?;
             done.stopped = begun.elapsed();
         }
-        self.look_at_mappings();
+        for (pid, tracked) in &mut self.memories {
+            tracked.mappings = proc::mappings(*pid).unwrap_or_default();
+            tracked
+                .mappings
+                .retain(|mapping| mapping.has_flag(COVERED) && exact(mapping).is_some());
+        }
         let mut last = u64::MAX;
         done.ended = loop {
             if done.rounds.len() == ROUNDS_MAX {
@@ -245,20 +251,24 @@ impl Tracking {
         Ok(done)
     }
 
-    /// Whether a process of some size is not tracked.
+    /// Whether there is memory of some size that is not tracked and could be.
     fn is_incomplete(&self, init: Pid) -> bool {
         let Ok(namespace) = proc::namespace(init, "pid") else { return false };
         let processes = proc::processes().unwrap_or_default();
-        processes.into_iter().any(|pid| {
-            !self.memories.contains_key(&pid)
-                && proc::namespace(pid, "pid").is_ok_and(|other| other == namespace)
-                && own_pages(pid) >= TRACKED_PAGES_MIN
-                && !aio::has_context(pid)
-                && !self.memories.keys().any(|other| same_memory(*other, pid))
+        processes.into_iter().any(|pid| match self.memories.get(&pid) {
+            Some(_) => uncovered_bytes(pid) >= TRACKED_PAGES_MIN * PAGE,
+            None => {
+                proc::namespace(pid, "pid").is_ok_and(|other| other == namespace)
+                    && own_pages(pid) >= TRACKED_PAGES_MIN
+                    && !aio::has_context(pid)
+                    && !self.memories.keys().any(|other| same_memory(*other, pid))
+            }
         })
     }
 
-    /// Makes trackers for the memories that have none.
+    /// Makes trackers for the memories that have none, and has them cover all that can be tracked.
+    ///
+    /// Everything stands: a mapping has to be covered as a whole, or calls of the program could fail that take it for one (mremap(2)).
     pub(crate) fn attach(&mut self, frozen: &mut FrozenTree) -> Result<(), CaptureError> {
         let mut owners: BTreeMap<Pid, Pid> = BTreeMap::new();
         for pid in frozen.processes.keys().copied() {
@@ -301,31 +311,44 @@ impl Tracking {
                 Err(error) => tracing::info!(%error, pid, "its memory is not tracked"),
             }
         }
+        self.memories.retain(|pid, tracked| {
+            let is_there = frozen.processes.contains_key(pid) && tracked.is_of(*pid);
+            if is_there {
+                let mappings = proc::mappings(*pid).unwrap_or_default();
+                let new = mappings.iter().filter(|mapping| is_uncovered(mapping));
+                // What can't be covered is copied every time.
+                new.for_each(|mapping| drop(tracked.tracker.cover(mapping.start, mapping.end)));
+            }
+            is_there && !aio::has_context(*pid)
+        });
         Ok(())
     }
+}
 
-    /// Covers the mappings that the processes have now.
-    pub(crate) fn look_at_mappings(&mut self) {
-        self.memories.retain(|pid, tracked| {
-            let Ok(mappings) = proc::mappings(*pid) else { return false };
-            tracked.mappings = mappings.into_iter().filter(|m| exact(m).is_some()).collect();
-            tracked.mappings.retain(|mapping| {
-                let covered = tracked.tracker.cover(mapping.start, mapping.end);
-                covered.is_ok()
-            });
-            !aio::has_context(*pid)
-        });
-    }
+/// What smaps says of a mapping whose writes are tracked.
+const COVERED: &[u8; 2] = b"uw";
+
+/// Whether a mapping could be tracked, and is not.
+fn is_uncovered(mapping: &Mapping) -> bool {
+    !mapping.has_flag(COVERED) && mapping.anonymous_bytes > 0 && exact(mapping).is_some()
+}
+
+/// Memory of a process that could be tracked and is not.
+fn uncovered_bytes(pid: Pid) -> u64 {
+    let mappings = proc::mappings(pid).unwrap_or_default();
+    let uncovered = mappings.iter().filter(|mapping| is_uncovered(mapping));
+    uncovered.map(|mapping| mapping.anonymous_bytes).sum()
 }
 
 /// Whether pages of zeros count in a mapping that can be tracked; none in one that can't.
 fn exact(mapping: &Mapping) -> Option<bool> {
+    let name = mapping.name.as_encoded_bytes();
     let untracked = mapping.shared
+        || name.starts_with(b"/memfd:")
         || mapping.has_flag(b"ht")
         || mapping.has_flag(b"dp")
         || mapping.name == "[vsyscall]"
         || vdso::is_part(mapping);
-    let name = mapping.name.as_encoded_bytes();
     (!untracked).then(|| mapping.inode != 0 || !(name.is_empty() || name.starts_with(b"[")))
 }
 
@@ -353,6 +376,11 @@ fn has_direct_files(pid: Pid) -> bool {
 }
 
 impl TrackedMemory {
+    /// Whether it still is the memory of the process.
+    fn is_of(&self, pid: Pid) -> bool {
+        Identity::of(pid).is_ok_and(|now| now == self.identity)
+    }
+
     /// The base of the capsule that is being made.
     pub(crate) fn base(&mut self, sink: &mut dyn Sink) -> Result<BaseId, CaptureError> {
         if let Some(base) = self.base {
@@ -368,21 +396,29 @@ impl TrackedMemory {
         self.space = Some(space);
     }
 
-    /// A part of a mapping in the final scan, as [`Pagemap::tracked_some`]. None where the mapping is not covered.
+    /// A part of a mapping in the final scan, as [`Pagemap::tracked_some`]. None where the mapping can't be covered. A new one is covered now:
+    /// the next capsule need not copy it again.
     ///
     /// Everything stands, and what is passed as clean is in the base. `pagemap` has been opened since then: the one that the rounds used may
     /// be that of a program which the process has replaced.
     pub(crate) fn scan(
         &mut self,
         pagemap: &Pagemap,
-        start: u64,
-        end: u64,
+        mapping: (u64, u64),
+        from: u64,
         runs_max: usize,
         of_file: bool,
     ) -> io::Result<Option<(Vec<Run>, u64)>> {
-        let (runs, next) = match pagemap.tracked_some(start, end, runs_max, of_file) {
+        let (start, end) = mapping;
+        let is_uncovered = |error: &io::Error| error.raw_os_error() == Some(libc::EPERM);
+        let scan = || pagemap.tracked_some(from, end, runs_max, of_file);
+        let found = match scan() {
+            Err(error) if is_uncovered(&error) && self.tracker.cover(start, end).is_ok() => scan(),
+            found => found,
+        };
+        let (runs, next) = match found {
             Ok(found) => found,
-            Err(error) if error.raw_os_error() == Some(libc::EPERM) => return Ok(None),
+            Err(error) if is_uncovered(&error) => return Ok(None),
             Err(error) => return Err(error),
         };
         let mut judged = Vec::with_capacity(runs.len());

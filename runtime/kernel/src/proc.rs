@@ -36,6 +36,8 @@ pub struct Mapping {
     pub flags: Vec<[u8; 2]>,
     /// The protection key (`pkeys(7)`), 0 where there is none.
     pub protection_key: u32,
+    /// Bytes of memory that belong to no file, as `Anonymous` says.
+    pub anonymous_bytes: u64,
 }
 
 impl Mapping {
@@ -72,6 +74,13 @@ fn parse_mappings(text: &[u8]) -> io::Result<Vec<Mapping>> {
             let key = std::str::from_utf8(key).ok().and_then(|key| key.trim().parse().ok());
             let last = mappings.last_mut().ok_or_else(|| malformed(line))?;
             last.protection_key = key.ok_or_else(|| malformed(line))?;
+        } else if let Some(kilobytes) = line.strip_prefix(b"Anonymous:") {
+            let text = std::str::from_utf8(kilobytes)
+                .ok()
+                .and_then(|text| text.trim().strip_suffix(" kB"));
+            let kilobytes: Option<u64> = text.and_then(|text| text.parse().ok());
+            let last = mappings.last_mut().ok_or_else(|| malformed(line))?;
+            last.anonymous_bytes = kilobytes.ok_or_else(|| malformed(line))? << 10;
         } else if line
             .first()
             .is_some_and(|byte| byte.is_ascii_digit() || byte.is_ascii_lowercase())
@@ -116,6 +125,7 @@ fn parse_header(line: &[u8]) -> Option<Mapping> {
         name: OsString::from_vec(name.to_vec()),
         flags: Vec::new(),
         protection_key: 0,
+        anonymous_bytes: 0,
     })
 }
 

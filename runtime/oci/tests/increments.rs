@@ -263,7 +263,10 @@ fn run(program: &Path, seed: u64, operations: u64, capsules: usize) -> Result<u6
         std::thread::sleep(Duration::from_micros(pause));
         let (ahead, commits) = (number % 4 != 3, number % 7 != 5);
         let result = saving.save(ahead, commits);
-        result.map_err(|error| format!("seed {seed}, capsule {number}: {error}"))?;
+        result.map_err(|error| {
+            let said = program.complaint().unwrap_or_default();
+            format!("seed {seed}, capsule {number}: {error} {said}")
+        })?;
         if let Some(complaint) = program.complaint() {
             return Err(format!("seed {seed}: a call failed: {complaint}"));
         }
