@@ -30,6 +30,7 @@ use crate::plan::{self, PlanError, Step};
 use crate::process::Confinement;
 use crate::root::Root;
 use crate::tracee::{self, ARENA_BYTES, Process, Thread, TraceeError, failed};
+use crate::tracking::Tracking;
 use crate::{
     clocks, descriptors, internet, labels, memory, names, notices, posix_queues, process,
     procfiles, sqlite, system_v, terminals, unix_sockets, vdso,
@@ -65,7 +66,7 @@ pub struct RestoreRequest<'a> {
 }
 
 /// What happened, for the user.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct RestoreReport {
     pub processes: usize,
     pub threads: usize,
@@ -73,6 +74,8 @@ pub struct RestoreReport {
     pub map: Duration,
     pub fill: Duration,
     pub finish: Duration,
+    /// What was written since.
+    pub tracking: Tracking,
 }
 
 /// Builds the container that was saved from a blank one and lets it go on.
@@ -181,6 +184,7 @@ pub fn restore(
     posix_queues::wait_again(&mut tree, container)?;
     terminals.hand_over(container)?;
     phase::reached(Phase::Furnished);
+    let mut tracking = Tracking::of_restored(&mut tree, container, source);
     for record in &container.processes {
         if let ProcessState::Alive(alive) = &record.state {
             tree.confine(record.pid, alive, &request.confinement, &container.clocks)?;
@@ -189,6 +193,7 @@ pub fn restore(
     labels::check(&tree, &container.processes)?;
     phase::reached(Phase::Confined);
     let threads = tree.processes.values().map(|process| process.threads.len()).sum();
+    tracking.identify();
     ready();
     tree.resume(&container.processes, &container.clocks)?;
     phase::reached(Phase::Resumed);
@@ -197,7 +202,8 @@ pub fn restore(
     if !proc::stat(request.init).is_ok_and(|stat| stat.state != 'Z') {
         return Err(RestoreError::Ended);
     }
-    Ok(RestoreReport { processes: container.processes.len(), threads, spawn, map, fill, finish })
+    let processes = container.processes.len();
+    Ok(RestoreReport { processes, threads, spawn, map, fill, finish, tracking })
 }
 
 /// The processes of a restore under way, by their number in the container. Dropping it kills them.

@@ -645,7 +645,8 @@ impl Process {
         made
     }
 
-    fn make_tracker_in_arena(&mut self) -> Result<Option<WriteTracker>, TraceeError> {
+    /// As [`Process::make_tracker`], where the arena is.
+    pub(crate) fn make_tracker_in_arena(&mut self) -> Result<Option<WriteTracker>, TraceeError> {
         let pid = self.pid;
         let failed = |source| TraceeError::Call { pid, what: "get a tracker".to_owned(), source };
         let used = proc::descriptors(pid).map_err(failed)?;

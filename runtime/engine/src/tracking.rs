@@ -20,7 +20,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use samara_capsule::transfer::{BATCH_BYTES_MAX, BaseId, PageRun, Sink, SpaceId};
+use samara_capsule::record::{Container, ProcessState};
+use samara_capsule::transfer::{BATCH_BYTES_MAX, BaseId, PageRun, Sink, Source, SpaceId};
 use samara_kernel::kcmp::{self, Resource};
 use samara_kernel::pagemap::{Pagemap, Run};
 use samara_kernel::proc::Mapping;
@@ -32,6 +33,7 @@ use crate::capture::{CaptureError, inner_pid, read};
 use crate::freeze::FrozenTree;
 use crate::memory::PAGE;
 use crate::ranges::Ranges;
+use crate::restore::Tree;
 use crate::{aio, vdso};
 
 /// A process with less memory of its own is not tracked: a tracker costs as much as copying this.
@@ -127,26 +129,17 @@ impl Tracking {
         for (noted, tracker) in notes.memories.into_iter().zip(trackers) {
             let NotedMemory { pid, identity, parent, since } = noted;
             let same = Identity::of(pid).is_ok_and(|now| now == identity);
-            let (Ok(pagemap), Ok(memory)) =
-                (Pagemap::open(pid), File::open(format!("/proc/{pid}/mem")))
-            else {
-                continue;
-            };
             if !same {
                 continue;
             }
+            let Ok(tracked) = TrackedMemory::new(pid, WriteTracker::from_ready(tracker)) else {
+                continue;
+            };
             let tracked = TrackedMemory {
-                identity,
-                tracker: WriteTracker::from_ready(tracker),
-                pagemap,
-                memory,
                 parent: parent.map(SpaceId),
                 unstored: since.clone(),
                 since,
-                last: Ranges::default(),
-                base: None,
-                space: None,
-                mappings: Vec::new(),
+                ..tracked
             };
             memories.insert(pid, tracked);
         }
@@ -251,6 +244,51 @@ impl Tracking {
         Ok(done)
     }
 
+    /// Tracks the memory of a container that has been brought back and does not run yet: the capsule that comes next continues the one that
+    /// `source` has. What can't be tracked is left out.
+    ///
+    /// [`Tracking::identify`] completes it.
+    pub(crate) fn of_restored(
+        tree: &mut Tree,
+        container: &Container,
+        source: &dyn Source,
+    ) -> Tracking {
+        let mut tracking = Tracking::default();
+        for record in &container.processes {
+            let ProcessState::Alive(alive) = &record.state else { continue };
+            let Some(process) = tree.processes.get_mut(&record.pid) else { continue };
+            let pid = process.pid;
+            if alive.sharing.memory.is_some()
+                || own_pages(pid) < TRACKED_PAGES_MIN
+                || aio::has_context(pid)
+            {
+                continue;
+            }
+            let space = SpaceId(alive.space);
+            let tracked =
+                process.make_tracker_in_arena().map_err(io::Error::other).and_then(|tracker| {
+                    let tracker = tracker.ok_or(io::ErrorKind::Unsupported)?;
+                    TrackedMemory::restored(pid, tracker, space, source)
+                });
+            match tracked {
+                Ok(tracked) => drop(tracking.memories.insert(pid, tracked)),
+                Err(error) => tracing::info!(%error, pid, "its memory is not tracked"),
+            }
+        }
+        tracking
+    }
+
+    /// The processes have become those that were saved in every respect, and do not run yet.
+    pub(crate) fn identify(&mut self) {
+        self.memories.retain(|pid, tracked| match Identity::of(*pid) {
+            Ok(identity) => {
+                tracked.identity = identity;
+                true
+            }
+            Err(_) => false,
+        });
+    }
+
     /// Whether there is memory of some size that is not tracked and could be.
     fn is_incomplete(&self, init: Pid) -> bool {
         let Ok(namespace) = proc::namespace(init, "pid") else { return false };
@@ -290,20 +328,8 @@ impl Tracking {
             process.find_room(&mappings);
             match process.make_tracker() {
                 Ok(Some(tracker)) => {
-                    let what = || read(format!("process {pid} in /proc"));
-                    let tracked = TrackedMemory {
-                        identity: Identity::of(pid).map_err(what())?,
-                        tracker,
-                        pagemap: Pagemap::open(pid).map_err(what())?,
-                        memory: File::open(format!("/proc/{pid}/mem")).map_err(what())?,
-                        parent: None,
-                        since: Ranges::all(),
-                        last: Ranges::default(),
-                        base: None,
-                        space: None,
-                        unstored: Ranges::all(),
-                        mappings: Vec::new(),
-                    };
+                    let what = read(format!("process {pid} in /proc"));
+                    let tracked = TrackedMemory::new(pid, tracker).map_err(what)?;
                     self.memories.insert(pid, tracked);
                 }
                 // The next attempt may go better, and what is not tracked is copied.
@@ -376,6 +402,59 @@ fn has_direct_files(pid: Pid) -> bool {
 }
 
 impl TrackedMemory {
+    fn new(pid: Pid, tracker: WriteTracker) -> io::Result<TrackedMemory> {
+        Ok(TrackedMemory {
+            identity: Identity::of(pid)?,
+            tracker,
+            pagemap: Pagemap::open(pid)?,
+            memory: File::open(format!("/proc/{pid}/mem"))?,
+            parent: None,
+            since: Ranges::all(),
+            last: Ranges::default(),
+            base: None,
+            space: None,
+            unstored: Ranges::all(),
+            mappings: Vec::new(),
+        })
+    }
+
+    /// The memory of a process that has just been filled, and stands.
+    fn restored(
+        pid: Pid,
+        tracker: WriteTracker,
+        space: SpaceId,
+        source: &dyn Source,
+    ) -> io::Result<TrackedMemory> {
+        let mut tracked = TrackedMemory::new(pid, tracker)?;
+        let mut stored = Ranges::default();
+        for PageRun { first, count } in source.runs(space)? {
+            stored.add(first * PAGE, (first + count) * PAGE);
+        }
+        tracked.since = Ranges::default();
+        tracked.parent = Some(space);
+        for mapping in proc::mappings(pid)?.iter().filter(|mapping| is_uncovered(mapping)) {
+            if tracked.tracker.cover(mapping.start, mapping.end).is_err() {
+                continue;
+            }
+            let of_file = exact(mapping).unwrap_or(true);
+            let mut next = mapping.start;
+            while next < mapping.end {
+                let found =
+                    tracked.pagemap.tracked_some(next, mapping.end, RUNS_AT_ONCE, of_file)?;
+                for run in found.0 {
+                    for (start, end, is_stored) in stored.divide(run.start, run.end) {
+                        // The engine's own, or pages of zeros.
+                        if !is_stored {
+                            tracked.since.add(start, end);
+                        }
+                    }
+                }
+                next = found.1;
+            }
+        }
+        Ok(tracked)
+    }
+
     /// Whether it still is the memory of the process.
     fn is_of(&self, pid: Pid) -> bool {
         Identity::of(pid).is_ok_and(|now| now == self.identity)

@@ -28,15 +28,31 @@ pub(crate) fn send(socket: impl AsFd, fds: &[OwnedFd]) -> io::Result<()> {
 
 /// Receives the descriptors of one message; none at the end.
 pub(crate) fn receive(socket: impl AsFd) -> io::Result<Vec<OwnedFd>> {
+    let mut received = Vec::new();
+    read(socket, &mut [0], &mut received)?;
+    Ok(received)
+}
+
+/// Reads bytes, and appends the descriptors that come with them to `received`. None at the end.
+///
+/// The byte that carries descriptors is none of those that are read. It is the last one that the kernel passes at a time.
+pub(crate) fn read(
+    socket: impl AsFd,
+    buffer: &mut [u8],
+    received: &mut Vec<OwnedFd>,
+) -> io::Result<Option<usize>> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(AT_ONCE))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let mut byte = [0];
-    recvmsg(socket, &mut [IoSliceMut::new(&mut byte)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
-    let received = control.drain().flat_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(fds) => fds.collect(),
-        _ => Vec::new(),
-    });
-    Ok(received.collect())
+    let slices = &mut [IoSliceMut::new(buffer)];
+    let count = recvmsg(socket, slices, &mut control, RecvFlags::CMSG_CLOEXEC)?.bytes;
+    let before = received.len();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(fds) = message {
+            received.extend(fds);
+        }
+    }
+    let carriers = usize::from(received.len() > before);
+    Ok((count > 0).then(|| count.saturating_sub(carriers)))
 }
 
 #[cfg(test)]

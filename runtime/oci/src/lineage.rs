@@ -67,11 +67,22 @@ impl Lineage {
         }
     }
 
-    /// Leaves everything for the next capture. Nothing where there is nothing to gain.
+    /// That of a container which has been brought back from a capsule.
+    pub(crate) fn of_restored(address: &str, manifest: Digest, tracking: Tracking) -> Lineage {
+        Lineage { last: Some(Last { address: address.to_owned(), manifest }), tracking }
+    }
+
+    /// Leaves everything for the next capture, as the worker of one.
     pub(crate) fn leave(self, socket: impl AsFd) -> io::Result<()> {
+        let fds = self.into_descriptors()?;
+        fds.chunks(hand_over::AT_ONCE).try_for_each(|some| hand_over::send(&socket, some))
+    }
+
+    /// What the monitor keeps; nothing where there is nothing to gain.
+    pub(crate) fn into_descriptors(self) -> io::Result<Vec<OwnedFd>> {
         let (notes, trackers) = self.tracking.into_parts();
         if trackers.is_empty() || trackers.len() > TRACKERS_MAX {
-            return Ok(());
+            return Ok(Vec::new());
         }
         let mut file = File::from(rustix::fs::memfd_create(
             "samara-lineage",
@@ -79,10 +90,9 @@ impl Lineage {
         )?);
         file.write_all(&serde_json::to_vec(&Kept { last: self.last, notes })?)?;
         if file.stream_position()? > NOTES_BYTES_MAX {
-            return Ok(());
+            return Ok(Vec::new());
         }
-        let fds: Vec<OwnedFd> = std::iter::once(file.into()).chain(trackers).collect();
-        fds.chunks(hand_over::AT_ONCE).try_for_each(|some| hand_over::send(&socket, some))
+        Ok(std::iter::once(file.into()).chain(trackers).collect())
     }
 
     /// The capsule that the next one at `address` continues, where `newest` is the newest there.

@@ -66,6 +66,10 @@ pub enum Request {
     Checkpoint {
         args: serde_json::Value,
     },
+    /// Descriptors for the next capture's worker, which follow, this many.
+    Keep {
+        count: usize,
+    },
     /// The monitor ends. A capture that is under way is told to give up.
     Shutdown,
 }
@@ -75,6 +79,7 @@ pub enum Request {
 pub enum Answer {
     Status(MonitorStatus),
     Adopted,
+    Kept,
     ShuttingDown,
     /// From the worker; more follows.
     Progress {

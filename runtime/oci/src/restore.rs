@@ -38,6 +38,8 @@ use crate::confine::ConfineError;
 use crate::container_id::ContainerId;
 use crate::create::{ClockOffset, TimeOffsets};
 use crate::ending::{self, EndingError};
+use crate::lineage::Lineage;
+use crate::monitor::{Client, MonitorError};
 use crate::preflight::{self, Host, Needs};
 use crate::privileges;
 use crate::saved::{Differs, Origin, ROOT_STREAM, Saved};
@@ -511,6 +513,10 @@ fn fill(dir: &StateDir, waiting: &Waiting, kept: Kept) -> Result<Restored, Resto
     let confinement = confinement(&spec, &saved.origin)?;
     let request = RestoreRequest { init, container: &saved.container, confinement };
     let report = restore(&request, &reader, &mut || ending::is_restored(dir))?;
+    let lineage = Lineage::of_restored(&held.address, waiting.manifest, report.tracking);
+    if let Err(error) = leave(dir, lineage) {
+        tracing::warn!(error = crate::report::chain(&error), "the next capsule will be a full one");
+    }
     let statistics = &reader.config().statistics;
     Ok(Restored {
         processes: report.processes,
@@ -518,6 +524,16 @@ fn fill(dir: &StateDir, waiting: &Waiting, kept: Kept) -> Result<Restored, Resto
         raw_bytes: statistics.raw_bytes,
         stored_bytes: statistics.stored_bytes,
     })
+}
+
+/// Leaves what the next capture needs with the container's monitor.
+fn leave(dir: &StateDir, lineage: Lineage) -> Result<(), MonitorError> {
+    let io = |source| MonitorError::Io { attempt: "note what is tracked", source };
+    let fds = lineage.into_descriptors().map_err(io)?;
+    match fds.is_empty() {
+        true => Ok(()),
+        false => Client::connect(dir)?.keep(&fds),
+    }
 }
 
 /// Waits until the blank init does nothing but wait.

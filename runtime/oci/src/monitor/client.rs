@@ -1,10 +1,12 @@
 //! The caller's side of the control protocol.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use super::{MonitorError, beside_us, open_folder, short_path, spawn};
+use crate::hand_over;
 use crate::process::ProcessIdentity;
 use crate::protocol::{
     Answer, Message, MonitorStatus, ProtocolError, Request, Versioned, receive, send, unversioned,
@@ -78,6 +80,20 @@ impl Client {
         }
     }
 
+    /// Leaves descriptors for the next capture.
+    pub(crate) fn keep(&mut self, fds: &[OwnedFd]) -> Result<(), MonitorError> {
+        let request = Request::Keep { count: fds.len() };
+        send(&mut self.stream, &versioned(Message::Request(request)))?;
+        let io = |source| MonitorError::Io { attempt: "hand over descriptors", source };
+        fds.chunks(hand_over::AT_ONCE)
+            .try_for_each(|some| hand_over::send(&self.stream, some))
+            .map_err(io)?;
+        match self.answer()? {
+            Answer::Kept => Ok(()),
+            other => Err(unexpected(other)),
+        }
+    }
+
     /// Has the container captured. `progress` gets what the worker says meanwhile; the worker's
     /// result is returned. Dropping the client while this runs (in another thread, or by ending)
     /// tells the worker to give up.
@@ -119,6 +135,7 @@ fn unexpected(answer: Answer) -> MonitorError {
         Answer::Failed { error } => error.into(),
         Answer::Status(_)
         | Answer::Adopted
+        | Answer::Kept
         | Answer::ShuttingDown
         | Answer::Progress { .. }
         | Answer::Done { .. } => MonitorError::OffTopic,

@@ -29,6 +29,8 @@ use crate::state_dir::StateDir;
 
 /// Connections at a time: the engine, its user, an agent and some that hang. More wait.
 const CLIENTS_MAX: usize = 16;
+/// Descriptors that are kept for a capture.
+const KEPT_MAX: usize = 512;
 /// Answers that a caller does not fetch: then it is taken for dead.
 const UNSENT_BYTES_MAX: usize = 4 << 20;
 /// Whoever kills every standby this often does not want one.
@@ -147,6 +149,9 @@ struct Client {
     id: u64,
     stream: UnixStream,
     decoder: Decoder,
+    /// Descriptors that came, and how many are to come.
+    received: Vec<OwnedFd>,
+    expected: Option<usize>,
     unsent: Vec<u8>,
     /// Has asked for the monitor's end, and gets an answer when the container's end has been told.
     waits_for_end: bool,
@@ -306,6 +311,8 @@ impl Server {
             id: self.next_client,
             stream,
             decoder: Decoder::default(),
+            received: Vec::new(),
+            expected: None,
             unsent: Vec::new(),
             waits_for_end: false,
             answered: false,
@@ -320,6 +327,9 @@ impl Server {
             return;
         }
         let id = client.id;
+        if client.expected.is_some() {
+            return self.take_kept(index);
+        }
         let request = match client
             .decoder
             .take::<Versioned<Message>>()
@@ -355,10 +365,28 @@ impl Server {
                     self.fail(id, failure);
                 }
             }
+            Request::Keep { count } => {
+                client.expected = Some(count);
+                self.take_kept(index);
+            }
             Request::Shutdown => {
                 self.stopping = true;
                 client.waits_for_end = true;
             }
+        }
+    }
+
+    /// Keeps what a caller hands over for the next capture, once all of it has come.
+    fn take_kept(&mut self, index: usize) {
+        let Some(client) = self.clients.get_mut(index) else { return };
+        let id = client.id;
+        if client.received.len() > KEPT_MAX || client.expected.is_some_and(|n| n > KEPT_MAX) {
+            let message = format!("more than {KEPT_MAX} descriptors");
+            return self.fail(id, Failure::BadRequest { message });
+        }
+        if client.expected == Some(client.received.len()) {
+            self.kept = std::mem::take(&mut client.received);
+            self.answer(id, &Answer::Kept, true);
         }
     }
 
@@ -516,11 +544,14 @@ impl Client {
     fn fill(&mut self) {
         let mut buffer = [0; 4096];
         loop {
-            match self.stream.read(&mut buffer) {
-                Ok(0) => return self.gone = true,
-                Ok(count) => self.decoder.feed(buffer.get(..count).unwrap_or_default()),
+            match hand_over::read(&self.stream, &mut buffer, &mut self.received) {
+                Ok(None) => return self.gone = true,
+                Ok(Some(count)) => self.decoder.feed(buffer.get(..count).unwrap_or_default()),
                 Err(e) if is_later(&e) => return,
                 Err(_) => return self.gone = true,
+            }
+            if self.received.len() > KEPT_MAX {
+                return;
             }
         }
     }
