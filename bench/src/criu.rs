@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use samara_tests::node::MARK;
 use samara_tests::object_store::ObjectStore;
 use samara_tests::process::{Call, end};
 use samara_tests::until;
@@ -54,13 +55,15 @@ struct Namespace {
 }
 
 impl Namespace {
-    fn start() -> Result<Namespace> {
+    /// `folder` marks what runs in it, so that another run finds it when this one was killed.
+    fn start(folder: &Path) -> Result<Namespace> {
         let repository = samara_tests::repository();
         Call::new(repository.join("script/peer-root"))
             .within(Duration::from_secs(1800))
             .output()?;
         let holder = Command::new(repository.join("script/peer-run"))
             .args(["sleep", "infinity"])
+            .env(MARK, folder)
             .stdin(Stdio::null())
             .spawn()?;
         let namespace = Namespace { holder };
@@ -107,7 +110,7 @@ impl<'a> Peer<'a> {
     /// When the peers' root cannot be made.
     pub(crate) fn start(folder: &Path, images: &Path, store: &'a ObjectStore) -> Result<Peer<'a>> {
         Ok(Peer {
-            namespace: Namespace::start()?,
+            namespace: Namespace::start(folder)?,
             store,
             folder: folder.to_path_buf(),
             images: images.join("peer-images"),

@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
-use samara_tests::node::is_abandoned;
+use samara_tests::node::{is_abandoned, sweep_in};
 use samara_tests::object_store::ObjectStore;
 
 use crate::criu::Peer;
@@ -128,12 +128,13 @@ fn parse() -> Result<Options> {
     Ok(options)
 }
 
-/// A folder of this run below `runs`, once those that killed runs have left are gone.
+/// A folder of this run below `runs`, once what killed runs have left is gone.
 fn folder(runs: &Path) -> Result<tempfile::TempDir> {
     std::fs::create_dir_all(runs)?;
     for entry in std::fs::read_dir(runs)?.flatten().filter(|entry| is_abandoned(&entry.path())) {
-        std::fs::remove_dir_all(entry.path())?;
+        Runtime::remove_all(&entry.path());
     }
+    sweep_in(runs)?;
     let prefix = format!("run-{}-", std::process::id());
     Ok(tempfile::Builder::new().prefix(&prefix).rand_bytes(4).tempdir_in(runs)?)
 }

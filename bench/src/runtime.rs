@@ -72,6 +72,22 @@ impl<'a> Runtime<'a> {
         })
     }
 
+    /// Removes the containers of a run that was killed and had this folder, as far as it can: their processes do not name it.
+    pub(crate) fn remove_all(folder: &Path) {
+        let Ok(binaries) = product::binaries() else { return };
+        let left = Runtime {
+            program: binaries.join("samara-runtime"),
+            folder: folder.to_path_buf(),
+            state: folder.join("samara-state"),
+            config: folder.join("config.toml"),
+            place: None,
+        };
+        for entry in std::fs::read_dir(&left.state).into_iter().flatten().flatten() {
+            let id = entry.file_name();
+            let _ = left.call(["delete".as_ref(), "--force".as_ref(), id.as_os_str()]).run();
+        }
+    }
+
     /// The folder that is named in the command line of all that it leaves running.
     pub(crate) fn state(&self) -> &Path {
         &self.state

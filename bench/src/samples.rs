@@ -38,7 +38,7 @@ impl<S: std::fmt::Debug> Samples<S> {
                 };
                 let taken = take(engine, &format!("{name}-{round}"), round, round + 1 == rounds)
                     .with_context(|| format!("{name} with {}", engine.name()))?;
-                eprintln!("bench: {name}: {}: {taken:?}", engine.name());
+                eprintln!("bench: {name}: {}: {taken:.3?}", engine.name());
                 into.extend(taken);
             }
         }

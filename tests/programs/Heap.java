@@ -20,7 +20,8 @@ public final class Heap {
 
     private record Address(String place, int street, String code) {}
 
-    private record Entry(int id, String name, String mail, double score, List<Integer> visits, Address address, boolean active) {}
+    private record Entry(int id, String name, String mail, double score, List<Integer> visits, Address address, boolean active,
+            String token, List<Double> series) {}
 
     private static String one(Random chance, String[] of) {
         return of[chance.nextInt(of.length)];
@@ -35,7 +36,14 @@ public final class Heap {
             visits.add(chance.nextInt(10000));
         }
         Address address = new Address(one(chance, PLACES), chance.nextInt(300), String.format("%05d", chance.nextInt(100000)));
-        return new Entry(number, name, mail, score, visits, address, chance.nextDouble() < 0.7);
+        boolean active = chance.nextDouble() < 0.7;
+        StringBuilder token = new StringBuilder();
+        List<Double> series = new ArrayList<>();
+        for (int i = 0; i < 4; i++) {
+            token.append(String.format("%016x", chance.nextLong()));
+            series.add(chance.nextDouble());
+        }
+        return new Entry(number, name, mail, score, visits, address, active, token.toString(), series);
     }
 
     private static Map<String, Entry> filled(int count) {

@@ -27,6 +27,8 @@ function record(chance, number) {
     visits: Array.from({ length: 6 }, () => below(10000)),
     address: { place: one(PLACES), street: below(300), code: String(below(100000)).padStart(5, '0') },
     active: below(10) < 7,
+    token: Array.from({ length: 16 }, () => below(65536).toString(16).padStart(4, '0')).join(''),
+    series: Array.from({ length: 4 }, () => chance() / PRIME),
   };
 }
 

@@ -29,6 +29,8 @@ def record(chance, number):
         "visits": [chance.randrange(10000) for _ in range(6)],
         "address": {"place": chance.choice(PLACES), "street": chance.randrange(300), "code": f"{chance.randrange(100000):05d}"},
         "active": chance.random() < 0.7,
+        "token": f"{chance.getrandbits(256):064x}",
+        "series": [chance.random() for _ in range(4)],
     }
 
 
