@@ -149,7 +149,7 @@ impl Engine for Peer<'_> {
         let pid = Pid::from_raw(std::fs::read_to_string(&pid_file)?.trim().parse()?);
         let path = format!("/proc/{}/root{merged}{REPORT}", self.namespace.holder.id());
         let mut bare = Bare { peer: self, pid, report: None, packed: None.into(), root };
-        bare.report = Some(Report::wait(PathBuf::from(path))?);
+        bare.report = Some(Report::wait(PathBuf::from(path), &pid.to_string())?);
         Ok(Box::new(bare))
     }
 }

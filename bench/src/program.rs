@@ -78,12 +78,14 @@ pub(crate) struct Report {
 }
 
 impl Report {
-    /// Waits until the program at this file has filled its memory.
+    /// Waits until the program with this process id has filled its memory, and made this file.
     ///
     /// # Errors
-    /// When it does not in time.
-    pub(crate) fn wait(path: PathBuf) -> Result<Report> {
+    /// When it does not in time, or has ended.
+    pub(crate) fn wait(path: PathBuf, pid: &str) -> Result<Report> {
+        let process = Path::new("/proc").join(pid);
         until(&format!("report in {}", path.display()), ANSWER_TIME_MAX, || {
+            ensure!(process.exists(), "the program has ended");
             Ok(path.exists().then_some(()))
         })?;
         Ok(Report { path })
@@ -239,7 +241,7 @@ pub(crate) fn warm(folder: &Path, mebibytes: u64) -> Result<()> {
         .arg(&path)
         .spawn()
         .context("the memory program")?;
-    let filled = Report::wait(path.clone());
+    let filled = Report::wait(path.clone(), &child.id().to_string());
     samara_tests::process::end(&mut child, Duration::from_secs(10));
     filled?;
     std::fs::remove_file(path)?;

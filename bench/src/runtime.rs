@@ -170,7 +170,7 @@ impl Container<'_> {
             .output()?;
         let pid = std::fs::read_to_string(&pid_file)?;
         let path = format!("/proc/{}/root{REPORT}", pid.trim());
-        self.report = Some(Report::wait(PathBuf::from(path))?);
+        self.report = Some(Report::wait(PathBuf::from(path), pid.trim())?);
         Ok(())
     }
 }

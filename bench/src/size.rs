@@ -40,7 +40,7 @@ const HEAPS: [Heap; 3] = [
         full: "size-full-jvm",
         times_less: 3.5,
         increment: None,
-        records: 512_000,
+        records: 256_000,
         command: &["/usr/bin/java", "-Xms384m", "-Xmx384m", "-cp", "/opt/samara", "Heap"],
     },
     Heap {
