@@ -5,6 +5,8 @@ use serde_json::json;
 /// What a figure must be to hold. Both sides were measured in the same run, in alternation.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Goal {
+    /// The peer's is at least this many times ours.
+    TimesLess(f64),
     /// Ours divided by the peer's is at most this.
     RatioMax(f64),
     /// Ours is at most this, whatever the peer's.
@@ -20,8 +22,17 @@ pub(crate) struct Figure {
     pub(crate) unit: &'static str,
     /// `None` when only the peer was measured.
     pub(crate) ours: Option<f64>,
-    pub(crate) peer: f64,
+    /// `None` where nobody else promises anything of the kind.
+    pub(crate) peer: Option<f64>,
     pub(crate) goal: Goal,
+    /// What the instrument shows when nothing is done, where that could be taken for a part of the figure.
+    pub(crate) undisturbed: Option<f64>,
+}
+
+/// A count as a sample.
+#[expect(clippy::cast_precision_loss, reason = "counts and sizes far below 2^53")]
+pub(crate) fn number(count: u64) -> f64 {
+    count as f64
 }
 
 /// The middle of the samples; the mean of the two in the middle when their number is even.
@@ -48,22 +59,24 @@ fn shown(value: Option<f64>, unit: &str) -> String {
 
 impl Figure {
     pub(crate) fn ratio(&self) -> Option<f64> {
-        self.ours.map(|ours| ours / self.peer)
+        Some(self.ours? / self.peer?)
     }
 
     /// `None` when there is nothing to judge.
     pub(crate) fn holds(&self) -> Option<bool> {
         let ours = self.ours?;
-        Some(match self.goal {
-            Goal::RatioMax(most) => ours / self.peer <= most,
-            Goal::OursMax(most) => ours <= most,
-            Goal::None => true,
-        })
+        match self.goal {
+            Goal::RatioMax(most) => self.ratio().map(|ratio| ratio <= most),
+            Goal::TimesLess(times) => self.ratio().map(|ratio| ratio * times <= 1.0),
+            Goal::OursMax(most) => Some(ours <= most),
+            Goal::None => Some(true),
+        }
     }
 
     fn goal_shown(&self) -> String {
         match self.goal {
             Goal::RatioMax(most) => format!("ratio<={most}"),
+            Goal::TimesLess(times) => format!("ratio<=1/{times}"),
             Goal::OursMax(most) => format!("ours<={most}{}", self.unit),
             Goal::None => "none".to_owned(),
         }
@@ -77,13 +90,17 @@ impl Figure {
         }
     }
 
-    /// `NAME ours=… peer=… ratio=… goal=… holds|short`
+    /// `NAME ours=… peer=… ratio=… goal=… holds|short`, and `undisturbed=…` before the verdict where it is known.
     pub(crate) fn line(&self) -> String {
+        let undisturbed = self
+            .undisturbed
+            .map(|value| format!("undisturbed={} ", shown(Some(value), self.unit)))
+            .unwrap_or_default();
         format!(
-            "{} ours={} peer={} ratio={} goal={} {}",
+            "{} ours={} peer={} ratio={} goal={} {undisturbed}{}",
             self.name,
             shown(self.ours, self.unit),
-            shown(Some(self.peer), self.unit),
+            shown(self.peer, self.unit),
             shown(self.ratio(), ""),
             self.goal_shown(),
             self.verdict()
@@ -93,7 +110,8 @@ impl Figure {
     pub(crate) fn json(&self) -> String {
         json!({
             "figure": self.name, "unit": self.unit, "ours": self.ours, "peer": self.peer,
-            "ratio": self.ratio(), "goal": self.goal_shown(), "verdict": self.verdict(),
+            "ratio": self.ratio(), "goal": self.goal_shown(), "undisturbed": self.undisturbed,
+            "verdict": self.verdict(),
         })
         .to_string()
     }
@@ -117,7 +135,14 @@ mod tests {
     /// CI reads the exit status, which comes from here.
     #[test]
     fn a_figure_is_judged_by_its_goal() {
-        let figure = |ours, goal| Figure { name: "x".to_owned(), unit: "s", ours, peer: 2.0, goal };
+        let figure = |ours, goal| Figure {
+            name: "x".to_owned(),
+            unit: "s",
+            ours,
+            peer: Some(2.0),
+            goal,
+            undisturbed: None,
+        };
         assert_eq!(figure(Some(2.0), Goal::RatioMax(1.0)).holds(), Some(true));
         assert_eq!(figure(Some(2.1), Goal::RatioMax(1.0)).holds(), Some(false));
         assert_eq!(figure(Some(5.0), Goal::OursMax(6.0)).holds(), Some(true));
@@ -125,6 +150,14 @@ mod tests {
         assert_eq!(
             figure(Some(1.0), Goal::RatioMax(0.6)).line(),
             "x ours=1.000s peer=2.000s ratio=0.500 goal=ratio<=0.6 holds"
+        );
+        assert_eq!(figure(Some(0.1), Goal::TimesLess(20.0)).holds(), Some(true));
+        assert_eq!(figure(Some(0.11), Goal::TimesLess(20.0)).holds(), Some(false));
+        let alone =
+            Figure { peer: None, undisturbed: Some(0.5), ..figure(Some(1.0), Goal::OursMax(0.5)) };
+        assert_eq!(
+            alone.line(),
+            "x ours=1.000s peer=- ratio=- goal=ours<=0.5s undisturbed=0.500s short"
         );
     }
 }

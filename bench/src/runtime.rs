@@ -9,42 +9,93 @@ use samara_tests::object_store::ObjectStore;
 use samara_tests::process::Call;
 use samara_tests::{product, until};
 
-use crate::program::Report;
-use crate::{Full, memory_of};
+use crate::program::{REPORT, Report};
+use crate::subject::{Engine, Root, Running, Subject, plain_root};
 
-/// A runtime's program, its state folder and, for ours, its configuration.
+/// Where capsules go.
 #[derive(Debug)]
-pub(crate) struct Runtime {
-    program: PathBuf,
-    root: PathBuf,
-    config: PathBuf,
+pub(crate) enum Place<'a> {
+    Server(&'a ObjectStore),
+    /// A folder of a disk.
+    Folder(PathBuf),
 }
 
-impl Runtime {
-    pub(crate) fn runc(folder: &Path) -> Runtime {
+impl Place<'_> {
+    fn url(&self, path: &str) -> String {
+        match self {
+            Place::Server(store) => store.url(path),
+            Place::Folder(folder) => format!("file://{}/{path}", folder.display()),
+        }
+    }
+
+    fn node_config(&self) -> String {
+        match self {
+            Place::Server(store) => store.node_config(),
+            Place::Folder(_) => format!("[store]\nallowed_prefixes = [\"{}\"]\n", self.url("")),
+        }
+    }
+}
+
+/// A runtime's program, its state folder and, for ours, its configuration and store.
+#[derive(Debug)]
+pub(crate) struct Runtime<'a> {
+    program: PathBuf,
+    folder: PathBuf,
+    state: PathBuf,
+    config: PathBuf,
+    place: Option<Place<'a>>,
+}
+
+impl<'a> Runtime<'a> {
+    pub(crate) fn runc(folder: &Path) -> Runtime<'a> {
         Runtime {
             program: PathBuf::from("runc"),
-            root: folder.join("runc-state"),
+            folder: folder.to_path_buf(),
+            state: folder.join("runc-state"),
             config: PathBuf::new(),
+            place: None,
         }
     }
 
     /// # Errors
     /// When it was not built.
-    pub(crate) fn ours(folder: &Path, store: &ObjectStore) -> Result<Runtime> {
+    pub(crate) fn ours(folder: &Path, place: Place<'a>) -> Result<Runtime<'a>> {
         let config = folder.join("config.toml");
-        std::fs::write(&config, store.node_config())?;
+        std::fs::write(&config, place.node_config())?;
         std::fs::set_permissions(&config, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
         Ok(Runtime {
             program: product::binaries()?.join("samara-runtime"),
-            root: folder.join("samara-state"),
+            folder: folder.to_path_buf(),
+            state: folder.join("samara-state"),
             config,
+            place: Some(place),
         })
+    }
+
+    /// Removes the containers of a run that was killed and had this folder, as far as it can: their processes do not name it.
+    pub(crate) fn remove_all(folder: &Path) {
+        let Ok(binaries) = product::binaries() else { return };
+        let left = Runtime {
+            program: binaries.join("samara-runtime"),
+            folder: folder.to_path_buf(),
+            state: folder.join("samara-state"),
+            config: folder.join("config.toml"),
+            place: None,
+        };
+        for entry in std::fs::read_dir(&left.state).into_iter().flatten().flatten() {
+            let id = entry.file_name();
+            let _ = left.call(["delete".as_ref(), "--force".as_ref(), id.as_os_str()]).run();
+        }
+    }
+
+    /// The folder that is named in the command line of all that it leaves running.
+    pub(crate) fn state(&self) -> &Path {
+        &self.state
     }
 
     fn call<A: AsRef<OsStr>>(&self, words: impl IntoIterator<Item = A>) -> Call {
         Call::new(&self.program)
-            .args([OsStr::new("--root"), self.root.as_os_str()])
+            .args([OsStr::new("--root"), self.state.as_os_str()])
             .args(words)
             .env("SAMARA_CONFIG", &self.config)
             .within(Duration::from_secs(600))
@@ -54,87 +105,132 @@ impl Runtime {
     ///
     /// # Errors
     /// When it cannot be run.
-    pub(crate) fn start(&self, folder: &Path) -> Result<Duration> {
-        let bundle = bundle(folder, &["/nothing"])?;
+    pub(crate) fn run_nothing(&self) -> Result<Duration> {
+        let bundle = self.folder.join("bundle");
+        let root = bundle.join("rootfs");
+        std::fs::create_dir_all(&root)?;
+        if !root.join("nothing").exists() {
+            std::fs::copy(plain_root(&self.folder).join("nothing"), root.join("nothing"))?;
+        }
+        specify(&bundle, &root, &["/nothing".to_owned()])?;
         let begin = Instant::now();
         self.call(["run".as_ref(), "-b".as_ref(), bundle.as_os_str(), "bench-start".as_ref()])
             .output()?;
         Ok(begin.elapsed())
     }
+}
 
-    /// Checkpoint with the program running on; end it; restore; check.
-    ///
-    /// # Errors
-    /// When a step fails.
-    pub(crate) fn full(
-        &self,
-        folder: &Path,
-        mebibytes: u64,
-        store: &ObjectStore,
-        number: usize,
-        with_memory: bool,
-    ) -> Result<Full> {
-        let bundle = bundle(folder, &["/memory", &mebibytes.to_string(), "7", "/report"])?;
-        let _ = std::fs::remove_file(bundle.join("rootfs/report"));
-        // A name and an address of its own for each run: none may find the blobs of another.
-        let id = format!("bench-full-{number}");
-        let path = format!("bench/full-{mebibytes}-{number}");
-        self.call(["run".as_ref(), "-d".as_ref(), "-b".as_ref(), bundle.as_os_str(), id.as_ref()])
-            .output()?;
-        let outcome = self.full_of(&id, &bundle, store, &path, with_memory);
-        let _ = self.call(["delete", "--force", &id]).run();
-        outcome
+impl Engine for Runtime<'_> {
+    fn name(&self) -> &'static str {
+        "samara-runtime"
     }
 
-    fn full_of(
-        &self,
-        id: &str,
-        bundle: &Path,
-        store: &ObjectStore,
-        path: &str,
-        with_memory: bool,
-    ) -> Result<Full> {
-        let url = store.url(path);
-        let report = Report::wait(&bundle.join("rootfs/report"))?;
-        report.wait_running()?;
-        report.forget_gap()?;
-        let sampler = with_memory.then(|| memory_of(&[]));
-        let begin = Instant::now();
-        self.call(["checkpoint", "--capsule", &url, "--leave-running", id]).output()?;
-        let total = begin.elapsed();
-        let peak = sampler.map(crate::Sampler::stop);
-        report.wait_running()?;
-        let pause_ms = report.gap_ms()?;
-        let bytes = store.bytes_under(path)?;
+    fn has_increments(&self) -> bool {
+        true
+    }
 
-        self.call(["delete", "--force", id]).output()?;
-        until("end of the container", Duration::from_secs(60), || {
-            Ok((!self.call(["state", id]).run()?.status.success()).then_some(()))
-        })?;
-        let sampler = with_memory.then(|| memory_of(&[]));
-        let begin = Instant::now();
-        let words = ["restore", "--capsule", &url, "-d", "-b"].map(OsStr::new);
-        self.call(words.into_iter().chain([bundle.as_os_str(), id.as_ref()]))
-            .output()
-            .context("restoring")?;
-        report.check(false)?;
-        let restore = begin.elapsed();
-        let peak = peak.max(sampler.map(crate::Sampler::stop));
-        report.check(true)?;
-        Ok(Full { total, bytes, restore, pause_ms, peak })
+    fn start<'a>(&'a self, subject: &Subject, round: &str) -> Result<Box<dyn Running + 'a>> {
+        let id = format!("bench-{round}");
+        let root = Root::mount(self.folder.join("ours"), &subject.root, &[])?;
+        specify(root.folder(), &root.merged(), &subject.command)?;
+        let mut container = Container {
+            runtime: self,
+            place: self.place.as_ref().context("runc saves nothing here")?,
+            path: format!("bench/{round}"),
+            id,
+            report: None,
+            root,
+        };
+        container.begin(&["run"])?;
+        Ok(Box::new(container))
     }
 }
 
-/// A bundle with runc's own default specification, and these words as its command.
-fn bundle(folder: &Path, command: &[&str]) -> Result<PathBuf> {
-    let bundle = folder.join("bundle");
-    let root = bundle.join("rootfs");
-    std::fs::create_dir_all(&root)?;
-    for program in ["memory", "nothing"] {
-        if !root.join(program).exists() {
-            std::fs::copy(folder.join(program), root.join(program))?;
+/// A container of ours.
+#[derive(Debug)]
+struct Container<'a> {
+    runtime: &'a Runtime<'a>,
+    place: &'a Place<'a>,
+    /// Of its capsules, in the store.
+    path: String,
+    id: String,
+    /// `None` before it has begun.
+    report: Option<Report>,
+    root: Root,
+}
+
+impl Container<'_> {
+    /// Calls `run` or `restore`, and waits for the report.
+    fn begin(&mut self, verb: &[&str]) -> Result<()> {
+        let pid_file = self.root.folder().join("pid");
+        let words = verb.iter().map(OsStr::new);
+        let rest = ["-d".as_ref(), "--pid-file".as_ref(), pid_file.as_os_str(), "-b".as_ref()];
+        self.runtime
+            .call(words.chain(rest).chain([self.root.folder().as_os_str(), self.id.as_ref()]))
+            .output()?;
+        let pid = std::fs::read_to_string(&pid_file)?;
+        let path = format!("/proc/{}/root{REPORT}", pid.trim());
+        self.report = Some(Report::wait(PathBuf::from(path), pid.trim())?);
+        Ok(())
+    }
+}
+
+impl Running for Container<'_> {
+    fn report(&self) -> &Report {
+        self.report.as_ref().expect("`start` hands out containers that have begun")
+    }
+
+    fn save(&self) -> Result<()> {
+        let url = self.place.url(&self.path);
+        self.runtime
+            .call(["checkpoint", "--capsule", &url, "--leave-running", &self.id])
+            .output()?;
+        Ok(())
+    }
+
+    fn make_durable(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn bytes(&self) -> Result<u64> {
+        match self.place {
+            Place::Server(store) => store.bytes_under(&self.path),
+            Place::Folder(folder) => bytes_in(&folder.join(&self.path)),
         }
     }
+
+    fn end(&mut self) -> Result<()> {
+        self.runtime.call(["delete", "--force", &self.id]).output()?;
+        until("end of the container", Duration::from_secs(60), || {
+            Ok((!self.runtime.call(["state", &self.id]).run()?.status.success()).then_some(()))
+        })
+    }
+
+    fn restore(&mut self) -> Result<()> {
+        let url = self.place.url(&self.path);
+        self.begin(&["restore", "--capsule", &url])
+    }
+}
+
+impl Drop for Container<'_> {
+    fn drop(&mut self) {
+        let _ = self.runtime.call(["delete", "--force", &self.id]).run();
+    }
+}
+
+/// Bytes of all files below a folder.
+pub(crate) fn bytes_in(folder: &Path) -> Result<u64> {
+    let mut sum = 0;
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        let metadata = entry.metadata()?;
+        sum += if metadata.is_dir() { bytes_in(&entry.path())? } else { metadata.len() };
+    }
+    Ok(sum)
+}
+
+/// runc's own default specification, with this root and command, and a tmpfs for the report.
+fn specify(bundle: &Path, root: &Path, command: &[String]) -> Result<()> {
     let path = bundle.join("config.json");
     let _ = std::fs::remove_file(&path);
     Call::new("runc").args(["spec".as_ref(), "-b".as_ref(), bundle.as_os_str()]).output()?;
@@ -142,6 +238,11 @@ fn bundle(folder: &Path, command: &[&str]) -> Result<PathBuf> {
     spec["process"]["terminal"] = false.into();
     spec["process"]["args"] = command.into();
     spec["root"]["readonly"] = false.into();
-    std::fs::write(&path, spec.to_string())?;
-    Ok(bundle)
+    spec["root"]["path"] = root.to_string_lossy().into();
+    if root.join("control").exists() {
+        let control =
+            serde_json::json!({"destination": "/control", "type": "tmpfs", "source": "control"});
+        spec["mounts"].as_array_mut().context("a specification without mounts")?.push(control);
+    }
+    Ok(std::fs::write(&path, spec.to_string())?)
 }

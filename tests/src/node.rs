@@ -22,7 +22,7 @@ use crate::process::{Call, end, of_folder, program_name, with_environment};
 use crate::{product, until};
 
 /// Every process of a node has this variable, unless it cleared its environment.
-const MARK: &str = "SAMARA_TEST_NODE";
+pub const MARK: &str = "SAMARA_TEST_NODE";
 
 /// Which docker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -359,7 +359,16 @@ fn remove(folder: &Path) {
 /// # Errors
 /// When the folder of runs cannot be read.
 pub fn sweep() -> Result<()> {
-    let Ok(entries) = fs::read_dir(runs_folder()) else { return Ok(()) };
+    sweep_in(&runs_folder())
+}
+
+/// The same for another folder with a folder for each run ([`is_abandoned`] says how they are named): processes that name it
+/// or bear its [`MARK`], mounts below it, and the folder itself.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub fn sweep_in(runs: &Path) -> Result<()> {
+    let Ok(entries) = fs::read_dir(runs) else { return Ok(()) };
     for entry in entries {
         let path = entry?.path();
         if is_abandoned(&path) {
