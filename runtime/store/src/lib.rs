@@ -6,6 +6,8 @@
 //! What this crate does not do: it knows no process, no container and no record. It takes no credentials from the
 //! environment, and writes conditionally in one way only, put-if-absent.
 
+pub mod collect;
+mod condemned;
 pub mod config;
 mod kept;
 pub mod layout;
@@ -19,6 +21,7 @@ pub mod store;
 pub mod verify;
 pub mod writer;
 
+pub use collect::Retention;
 pub use config::NodeConfig;
 pub use kept::Kept;
 pub use location::Location;
