@@ -242,6 +242,11 @@ impl Store {
         Ok(view.map(|view| view.capsules).unwrap_or_default())
     }
 
+    /// The list of a collection, which a slot of the log names.
+    pub fn collection_list(&self, list: Digest) -> Result<CollectionList, LogError> {
+        self.block_on(self.read_list(list))
+    }
+
     /// Removes the capsules that `retention` does not keep, and all blobs that no capsule needs.
     ///
     /// On success all that is told is gone. On error some of it may be; see [`CollectError`]. Neither harms a writer, but
