@@ -279,9 +279,16 @@ impl Gate {
         let _reached = self.0.1.wait_while(self.0.0.lock().unwrap(), |(reached, _)| !*reached);
     }
 
-    fn open(&self) {
-        self.0.0.lock().unwrap().1 = true;
-        self.0.1.notify_all();
+    /// Opens it when dropped, so that a test that fails does not wait for who waits.
+    fn opener(&self) -> impl Drop + use<> {
+        struct Opener(Arc<(Mutex<(bool, bool)>, Condvar)>);
+        impl Drop for Opener {
+            fn drop(&mut self) {
+                self.0.0.lock().unwrap().1 = true;
+                self.0.1.notify_all();
+            }
+        }
+        Opener(self.0.clone())
     }
 }
 
@@ -296,6 +303,7 @@ fn a_collector_that_wakes_up_late_deletes_what_nobody_needs() {
     write(&store, &mut lease, 2).unwrap();
     let (gate, sleepy) = Gate::before_deletions(folder.path());
     std::thread::scope(|scope| {
+        let opener = gate.opener();
         let sleeper = scope.spawn(|| collect(&sleepy, 1));
         gate.wait_for_the_first();
         // The same pages, files and records, under the same lease, at the same time of day: not one blob may be the same.
@@ -307,7 +315,7 @@ fn a_collector_that_wakes_up_late_deletes_what_nobody_needs() {
         let state = store.head().unwrap().state.collection.unwrap();
         assert_eq!((state.swept, state.unfinished), (true, 1));
         let third = write(&store, &mut lease, 1).unwrap();
-        gate.open();
+        drop(opener);
         let error = sleeper.join().unwrap();
         assert!(error.is_ok(), "{error:?}");
         check(&store, 1).unwrap();
@@ -416,11 +424,12 @@ fn an_import_waits_for_the_end_of_a_collection() {
     write(&store, &mut lease, 2).unwrap();
     let (gate, sleepy) = Gate::before_deletions(&folder.path().join("store"));
     std::thread::scope(|scope| {
+        let opener = gate.opener();
         let sleeper = scope.spawn(|| collect(&sleepy, 1));
         gate.wait_for_the_first();
         let refused = import(&layout, &store, &|_, _| ()).unwrap_err();
         assert!(matches!(refused, LayoutError::Condemned { .. }), "{refused:?}");
-        gate.open();
+        drop(opener);
         sleeper.join().unwrap().unwrap();
     });
     import(&layout, &store, &|_, _| ()).unwrap();
@@ -581,6 +590,15 @@ pub(crate) struct Score {
     died: AtomicU64,
 }
 
+/// Counts a thread off that has ended, also by a panic.
+struct Ended<'a>(&'a AtomicUsize);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
+}
+
 /// Writers and collectors against each other, each with a client of its own, which `open` makes of its decisions. Calls are
 /// drawn out, deletions are carried out after their collector has failed, collectors die between any two calls. After that
 /// every capsule that was committed and not dropped is whole: none has lost a blob to anybody.
@@ -599,16 +617,16 @@ pub(crate) fn race(open: &dyn Fn(Decide) -> Store, rounds: u64, pause_ms: u64, s
             if shared.load(Relaxed) {
                 return Fate::Lost;
             }
-            match random.below(40) {
-                0 if late && call == Call::Delete => {
+            match random.below(120) {
+                0..4 if late && call == Call::Delete => {
                     Fate::Late(Duration::from_millis(random.below(20 * pause_ms)))
                 }
-                1 if late => {
+                4 if late => {
                     shared.store(true, Relaxed);
                     Fate::Unanswered
                 }
-                2 => Fate::After(Duration::from_millis(random.below(10 * pause_ms))),
-                3..15 => Fate::After(Duration::from_millis(random.below(pause_ms))),
+                2..5 => Fate::After(Duration::from_millis(random.below(10 * pause_ms))),
+                5..40 => Fate::After(Duration::from_millis(random.below(pause_ms))),
                 _ => NOW,
             }
         }));
@@ -621,6 +639,7 @@ pub(crate) fn race(open: &dyn Fn(Decide) -> Store, rounds: u64, pause_ms: u64, s
             let (lease, picks, expected, score, running) =
                 (&lease, &picks, &expected, &score, &running);
             scope.spawn(move || {
+                let _ended = Ended(running);
                 let mut random = Random(seed * 100 + number as u64 + 11);
                 for round in 0..rounds {
                     if random.below(12) == 0 {
@@ -648,7 +667,6 @@ pub(crate) fn race(open: &dyn Fn(Decide) -> Store, rounds: u64, pause_ms: u64, s
                         Err(error) => panic!("{}", chain(&error)),
                     }
                 }
-                running.fetch_sub(1, Relaxed);
             });
         }
         for (number, (store, dead)) in collectors.iter().enumerate() {
