@@ -212,7 +212,7 @@ pub enum CollectError {
 /// What an address holds, at one slot of its log.
 pub(crate) struct View {
     slot: u64,
-    state: LogState,
+    pub(crate) state: LogState,
     pub(crate) capsules: Vec<Catalogued>,
     /// Collections that may still be deleting, the newest last.
     unfinished: Vec<Unfinished>,
@@ -325,6 +325,15 @@ impl Store {
         capsules.retain(|one| seen.insert(one.capsule.digest));
         capsules.reverse();
         Ok(Some(View { slot: newest, state, capsules, unfinished, slots_read, written }))
+    }
+
+    /// The lists of collections that somebody may need: the newest, and those of collections that did not end.
+    pub(crate) async fn needed_lists(&self) -> Result<HashSet<Digest>, LogError> {
+        let Some(newest) = self.read_head().await?.state.collection else {
+            return Ok(HashSet::new());
+        };
+        let unfinished = self.read_list(newest.list).await?.unfinished;
+        Ok(unfinished.iter().map(|one| one.list).chain([newest.list]).collect())
     }
 
     async fn plan(
@@ -596,5 +605,90 @@ impl Started {
 
     fn is_longer_ago_than(&self, limit: Duration) -> bool {
         self.monotonic.elapsed() > limit || self.wall.elapsed().is_ok_and(|elapsed| elapsed > limit)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use samara_capsule::log::CapsuleRef;
+
+    #[test]
+    fn retention_is_read_and_shown() {
+        let retention = |last, hours: Option<u64>| Retention {
+            keep_last: NonZeroU32::new(last),
+            keep_within: hours.map(|hours| Duration::from_secs(hours * 3600)),
+        };
+        for (text, expected, shown) in [
+            ("last=5", retention(5, None), "last=5"),
+            ("within=12h", retention(0, Some(12)), "within=12h"),
+            ("within=2d, last=1", retention(1, Some(48)), "last=1,within=2days"),
+        ] {
+            assert_eq!(text.parse(), Ok(expected));
+            assert_eq!(expected.to_string(), shown);
+            assert_eq!(shown.parse(), Ok(expected));
+        }
+        let refused = |text: &str| text.parse::<Retention>().unwrap_err();
+        assert_eq!(refused("last=0"), RetentionError::Last("0".into()));
+        assert_eq!(refused("within=soon"), RetentionError::Age("soon".into()));
+        for text in ["", "last", "first=1", "last=1,last=2", "last=1,"] {
+            assert!(matches!(refused(text), RetentionError::Term(_)), "{text}");
+        }
+    }
+
+    /// A capsule committed at each of `ages`, in seconds before [`now`], and their digests.
+    fn capsules(ages: &[u64]) -> Vec<Catalogued> {
+        let one = |(slot, age): (usize, &u64)| Catalogued {
+            capsule: CapsuleRef {
+                digest: Digest::of(&slot.to_le_bytes()),
+                bytes: 1,
+                slot: slot as u64,
+            },
+            committed: crate::log::rfc3339(now() - Duration::from_secs(*age)),
+        };
+        ages.iter().enumerate().map(one).collect()
+    }
+
+    fn now() -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000)
+    }
+
+    /// What can't be dated would be lost by a clock that is wrong, or by a writer of another version.
+    #[test]
+    fn what_has_no_known_age_is_kept() {
+        let retention = Retention { keep_last: None, keep_within: Some(Duration::from_secs(10)) };
+        let mut capsules = capsules(&[100, 100, 5]);
+        capsules[0].committed = "yesterday".into();
+        let early = now() - Duration::from_secs(1000);
+        assert_eq!(retention.keeps(&capsules, None, now()), [true, false, true]);
+        assert_eq!(retention.keeps(&capsules, None, early), [true, true, true]);
+    }
+
+    proptest! {
+        /// A capsule would go that the policy keeps, or the one from which the job goes on.
+        #[test]
+        fn exactly_what_the_policy_names_is_kept(
+            mut ages in proptest::collection::vec(0u64..1000, 0..20),
+            keep_last in 0u32..25,
+            within in proptest::option::of(0u64..1000),
+            latest: Option<prop::sample::Index>,
+        ) {
+            ages.sort_unstable_by(|a, b| b.cmp(a));
+            let capsules = capsules(&ages);
+            let latest = latest.filter(|_| !ages.is_empty()).map(|latest| latest.index(ages.len()));
+            let retention = Retention {
+                keep_last: NonZeroU32::new(keep_last),
+                keep_within: within.map(Duration::from_secs),
+            };
+            let kept = retention.keeps(&capsules, latest.map(|i| capsules[i].capsule.digest), now());
+            for (index, keep) in kept.into_iter().enumerate() {
+                let is_last = index + (keep_last as usize) >= ages.len();
+                let is_young = within.is_some_and(|within| ages[index] < within);
+                let expected = (keep_last == 0 && within.is_none())
+                    || (keep_last > 0 && is_last) || is_young || latest == Some(index);
+                prop_assert_eq!(keep, expected, "{}", index);
+            }
+        }
     }
 }

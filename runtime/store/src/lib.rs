@@ -9,6 +9,8 @@
 pub mod collect;
 mod condemned;
 pub mod config;
+pub mod diff;
+pub mod history;
 mod kept;
 pub mod layout;
 pub mod list;
