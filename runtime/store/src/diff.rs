@@ -106,11 +106,10 @@ fn compare(from: &[Run], to: &[Run]) -> PageChanges {
                         end - first;
                 }
                 let done = end.max(first);
-                let rest =
-                    |run: Run, runs: &mut dyn Iterator<Item = Run>| match run.end() > done {
-                        true => Some(run.from(done.max(run.first))),
-                        false => runs.next(),
-                    };
+                let rest = |run: Run, runs: &mut dyn Iterator<Item = Run>| match run.end() > done {
+                    true => Some(run.from(done.max(run.first))),
+                    false => runs.next(),
+                };
                 (old, new) = (rest(left, &mut from), rest(right, &mut to));
             }
         }

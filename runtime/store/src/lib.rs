@@ -7,6 +7,7 @@
 //! environment, and writes conditionally in one way only, put-if-absent.
 
 pub mod collect;
+pub mod compact;
 mod condemned;
 pub mod config;
 pub mod diff;

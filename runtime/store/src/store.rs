@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::io::Read as _;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -348,6 +349,17 @@ impl Store {
             }
         };
         self.bounded("read", path, call).await?.map_err(too_large)
+    }
+
+    /// Reads parts of an object, each no longer than what the caller has memory for. A part that lies outside of the object
+    /// comes back shorter than asked for, or is an error.
+    pub(crate) async fn get_parts(
+        &self,
+        path: &str,
+        parts: &[Range<u64>],
+    ) -> Result<Vec<Bytes>, StoreError> {
+        let source = self.path(path);
+        self.bounded("read", path, self.inner.objects.get_ranges(&source, parts)).await
     }
 
     /// Whether there is an object of that name.
