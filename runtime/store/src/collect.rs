@@ -194,9 +194,9 @@ pub enum CollectError {
     #[error(transparent)]
     Log(#[from] LogError),
     #[error("nothing was removed: what the capsule {digest} needs is not known")]
-    Kept { digest: Digest, source: ReadError },
+    Kept { digest: Digest, source: Box<ReadError> },
     #[error("can't read the capsule {digest}")]
-    Dropped { digest: Digest, source: ReadError },
+    Dropped { digest: Digest, source: Box<ReadError> },
     #[error("can't write down what is to be removed")]
     List(#[from] ListError),
     #[error("{address} was changed {LOOKS_MAX} times while it was looked through; try again")]
@@ -354,7 +354,8 @@ impl Store {
         let listed = self.list_dated("blobs/sha256").await?;
         let mut live: HashSet<Digest> = HashSet::new();
         for (digest, manifest) in self.manifests(&keep).await {
-            let manifest = manifest.map_err(|source| CollectError::Kept { digest, source })?;
+            let manifest = manifest
+                .map_err(|source| CollectError::Kept { digest, source: Box::new(source) })?;
             live.insert(digest);
             live.extend(manifest.blobs().map(|(_, blob)| blob.digest));
         }
@@ -368,7 +369,9 @@ impl Store {
                 }
                 // What a damaged one named is collected as what nobody names.
                 Err(error) if error.is_damage() => {}
-                Err(source) => return Err(CollectError::Dropped { digest, source }),
+                Err(source) => {
+                    return Err(CollectError::Dropped { digest, source: Box::new(source) });
+                }
             }
             ranks.insert(digest, Rank::Manifest);
         }

@@ -67,7 +67,7 @@ pub enum HistoryError {
     #[error(transparent)]
     Log(#[from] LogError),
     #[error("what the capsule {digest} needs is not known")]
-    Unknown { digest: Digest, source: ReadError },
+    Unknown { digest: Digest, source: Box<ReadError> },
 }
 
 impl Store {
@@ -98,7 +98,8 @@ impl Store {
         let (capsules, _) = self.catalogue()?;
         let mut needs: HashMap<Digest, HashMap<Digest, u64>> = HashMap::new();
         for (digest, manifest) in self.block_on(self.manifests(&capsules)) {
-            let manifest = manifest.map_err(|source| HistoryError::Unknown { digest, source })?;
+            let manifest = manifest
+                .map_err(|source| HistoryError::Unknown { digest, source: Box::new(source) })?;
             let blobs = manifest.blobs().map(|(_, blob)| (blob.digest, blob.bytes)).collect();
             needs.insert(digest, blobs);
         }
