@@ -390,7 +390,7 @@ mod tests {
         let mut builder = PackBuilder::new(Vec::new());
         let mut places = Vec::new();
         let take = |live: LiveFrame| {
-            let raw_bytes = u32::from(live.frame.pages) * PAGE_BYTES as u32;
+            let raw_bytes = u32::from(live.frame.pages) * u32::try_from(PAGE_BYTES).unwrap();
             let packed = builder.push(live.frame.codec, &live.stored, raw_bytes);
             places.push((live.pack, live.frame, packed));
             Ok::<_, Infallible>(())
@@ -432,7 +432,7 @@ mod tests {
         let codec = FrameEncoder::new().unwrap().encode(&page(1), &mut stored).unwrap();
         assert_eq!(codec, Codec::Raw);
         let mut builder = PackBuilder::new(Vec::new());
-        let packed = builder.push(codec, &stored, PAGE_BYTES as u32);
+        let packed = builder.push(codec, &stored, u32::try_from(PAGE_BYTES).unwrap());
         let mut content = builder.finish();
         let pack = BlobRef::to(&content);
         let frame = MapFrame {
