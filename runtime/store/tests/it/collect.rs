@@ -530,7 +530,7 @@ fn content(pick: u64) -> Vec<u8> {
 }
 
 const STREAMS: usize = 4;
-const PICKS: u64 = 5;
+const PICKS: u64 = 8;
 
 /// xorshift64*: the moments of a race are drawn, and can be drawn again.
 struct Random(u64);
@@ -550,8 +550,10 @@ fn write_picks(
     lease: &mut Lease,
     picks: &[u64],
     record: u64,
+    pause: Duration,
 ) -> Result<Digest, WriteError> {
     let mut writer = CapsuleWriter::new(store)?;
+    std::thread::sleep(pause);
     let mut append = || {
         writer.pages(batch(0, &[(picks[0] * 100, 2)]))?;
         for (number, pick) in picks.iter().enumerate() {
@@ -648,7 +650,8 @@ pub(crate) fn race(open: &dyn Fn(Decide) -> Store, rounds: u64, pause_ms: u64, s
                     let changed = usize::try_from(random.below(STREAMS as u64)).unwrap();
                     wanted[changed] = random.below(PICKS);
                     let record = round * 10 + number as u64;
-                    match write_picks(store, &mut mine, &wanted, record) {
+                    let pause = Duration::from_millis(random.below(15 * pause_ms));
+                    match write_picks(store, &mut mine, &wanted, record, pause) {
                         Ok(digest) => {
                             score.committed.fetch_add(1, Relaxed);
                             expected.lock().unwrap().insert(digest, wanted.clone());
