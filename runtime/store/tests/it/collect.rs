@@ -532,6 +532,9 @@ fn content(pick: u64) -> Vec<u8> {
 const STREAMS: usize = 4;
 const PICKS: u64 = 8;
 
+/// A deletion that its collector has given up is carried out within so many pauses: many saves later.
+const LATE_PAUSES: u64 = 100;
+
 /// xorshift64*: the moments of a race are drawn, and can be drawn again.
 struct Random(u64);
 
@@ -619,7 +622,7 @@ pub(crate) fn race(open: &dyn Fn(Decide) -> Store, rounds: u64, pause_ms: u64, s
             }
             match random.below(120) {
                 0..4 if late && call == Call::Delete => {
-                    Fate::Late(Duration::from_millis(random.below(20 * pause_ms)))
+                    Fate::Late(Duration::from_millis(random.below(LATE_PAUSES * pause_ms)))
                 }
                 4 if late => {
                     shared.store(true, Relaxed);
@@ -704,7 +707,7 @@ pub(crate) fn race(open: &dyn Fn(Decide) -> Store, rounds: u64, pause_ms: u64, s
         });
     });
     // Until the last deletion that was under way has been carried out.
-    std::thread::sleep(Duration::from_millis(20 * pause_ms));
+    std::thread::sleep(Duration::from_millis((LATE_PAUSES + 10) * pause_ms));
     let expected = expected.into_inner().unwrap();
     let kept = digests(&plain);
     assert!(!kept.is_empty());
