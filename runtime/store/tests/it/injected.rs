@@ -35,6 +35,8 @@ pub(crate) enum Call {
     Create,
     Get,
     Delete,
+    /// A deletion is about to be carried out, at once or late. What becomes of it has been decided.
+    Deleting,
     List,
 }
 
@@ -57,27 +59,37 @@ impl Injected {
         path: &Path,
         work: impl Future<Output = Result<T>>,
     ) -> Result<T> {
-        match (self.decide)(call, path.as_ref()) {
-            Fate::After(Duration::ZERO) => work.await,
-            Fate::After(wait) => {
-                tokio::time::sleep(wait).await;
-                work.await
-            }
-            Fate::Lost | Fate::Late(_) => Err(failed()),
-            Fate::Unanswered => work.await.and_then(|_| Err(failed())),
-        }
+        meet((self.decide)(call, path.as_ref()), work).await
     }
 
     async fn delete(self, path: Path) -> Result<Path> {
-        if let Fate::Late(wait) = (self.decide)(Call::Delete, path.as_ref()) {
+        let fate = (self.decide)(Call::Delete, path.as_ref());
+        if let Fate::Late(wait) = fate {
             tokio::spawn(async move {
                 tokio::time::sleep(wait).await;
-                let _ = self.inner.delete(&path).await;
+                let _ = self.carry_out(&path).await;
             });
             return Err(failed());
         }
-        self.call(Call::Delete, &path, self.inner.delete(&path)).await?;
+        meet(fate, self.carry_out(&path)).await?;
         Ok(path)
+    }
+
+    async fn carry_out(&self, path: &Path) -> Result<()> {
+        (self.decide)(Call::Deleting, path.as_ref());
+        self.inner.delete(path).await
+    }
+}
+
+async fn meet<T>(fate: Fate, work: impl Future<Output = Result<T>>) -> Result<T> {
+    match fate {
+        Fate::After(Duration::ZERO) => work.await,
+        Fate::After(wait) => {
+            tokio::time::sleep(wait).await;
+            work.await
+        }
+        Fate::Lost | Fate::Late(_) => Err(failed()),
+        Fate::Unanswered => work.await.and_then(|_| Err(failed())),
     }
 }
 
