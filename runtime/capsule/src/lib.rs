@@ -7,6 +7,7 @@
 //! It performs no I/O, holds no `unsafe` and knows no async runtime. It does not know what the records of a capsule mean.
 
 pub mod cbor;
+pub mod collection;
 pub mod config;
 pub mod digest;
 pub mod frame;

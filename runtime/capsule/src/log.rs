@@ -49,6 +49,10 @@ pub enum Event {
     Close,
     /// The container that was resumed from this capsule failed.
     FailedResume { manifest: Digest, reason: String },
+    /// Capsules were dropped and blobs condemned, as the list says that this names.
+    Collect { collection: Collection },
+    /// The collection of slot `collection` has deleted what it condemned, and will delete nothing more.
+    Swept { collection: u64 },
 }
 
 /// A committed capsule.
@@ -60,6 +64,31 @@ pub struct CapsuleRef {
     pub bytes: u64,
     /// Number of the slot that committed it.
     pub slot: u64,
+}
+
+/// The newest collection of an address: where its list lies, and whether blobs are still being deleted.
+///
+/// The list is [`crate::collection::CollectionList`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Collection {
+    /// Digest of the list.
+    pub list: Digest,
+    /// Size of the list.
+    pub bytes: u64,
+    /// Number of the slot that made it binding.
+    pub slot: u64,
+    /// Whether all that it condemned itself has been deleted.
+    pub swept: bool,
+    /// Earlier collections that were not seen to end: what they condemned may still be deleted.
+    pub unfinished: u32,
+}
+
+impl Collection {
+    /// Whether somebody may still be deleting blobs.
+    pub fn is_open(&self) -> bool {
+        !self.swept || self.unfinished != 0
+    }
 }
 
 /// What is so after some slot.
@@ -75,6 +104,9 @@ pub struct LogState {
     pub latest: Option<CapsuleRef>,
     /// How often resuming from that capsule failed.
     pub failed_resumes: u32,
+    /// The newest collection, if there was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub collection: Option<Collection>,
 }
 
 /// Why an event can't happen.
@@ -86,6 +118,8 @@ pub enum EventRefused {
     Fenced { ours: u64, newest: u64 },
     #[error("epoch {ours} can't commit: the job of this generation has ended with success")]
     Closed { ours: u64 },
+    #[error("the collection of slot {ours} can't end: another one has begun since")]
+    Superseded { ours: u64 },
 }
 
 /// Why bytes are no slot.
@@ -126,7 +160,24 @@ impl LogState {
             generation: generation.saturating_add(1),
             latest: None,
             failed_resumes: 0,
+            collection: self.collection,
         })
+    }
+
+    /// The state after a collection, which needs no epoch: it may drop any capsule but the newest of the open generation.
+    pub fn collected(&self, collection: Collection) -> LogState {
+        LogState { collection: Some(collection), ..*self }
+    }
+
+    /// The state after the collection of slot `slot` has deleted what it condemned. Once there is a newer one it can't tell: that one
+    /// has counted it among the unfinished.
+    pub fn swept(&self, slot: u64) -> Result<LogState, EventRefused> {
+        match self.collection {
+            Some(newest) if newest.slot == slot => {
+                Ok(self.collected(Collection { swept: true, ..newest }))
+            }
+            _ => Err(EventRefused::Superseded { ours: slot }),
+        }
     }
 
     /// The state after resuming from `capsule` failed in `epoch`. A capsule that is no longer the newest is not counted.
@@ -220,6 +271,41 @@ mod tests {
         assert_eq!(state.committed(3, 0, capsule(7)).unwrap().failed_resumes, 0);
     }
 
+    fn collection(slot: u64) -> Collection {
+        let list = Digest::of(&slot.to_le_bytes());
+        Collection { list, bytes: 100, slot, swept: false, unfinished: 0 }
+    }
+
+    /// A writer that did not hear of a collection would name what is being deleted.
+    #[test]
+    fn a_collection_is_remembered_whatever_comes_after_it() {
+        let state = LogState::default().started().committed(1, 0, capsule(2)).unwrap();
+        let state = state.collected(collection(3));
+        assert_eq!(state.latest, Some(capsule(2)), "nothing else changes");
+        let after = [
+            state.started(),
+            state.committed(1, 0, capsule(4)).unwrap(),
+            state.resume_failed(1, 0, capsule(2).digest).unwrap(),
+            state.closed(1, 0).unwrap(),
+        ];
+        for state in after {
+            assert_eq!(state.collection, Some(collection(3)));
+        }
+    }
+
+    /// A collection that ends in the name of another would free blobs that the other is about to delete.
+    #[test]
+    fn only_the_newest_collection_can_end() {
+        let state = LogState::default().collected(collection(3));
+        assert!(state.collection.unwrap().is_open());
+        assert!(!state.swept(3).unwrap().collection.unwrap().is_open());
+        let newer = Collection { unfinished: 1, ..collection(5) };
+        let state = state.collected(newer);
+        assert_eq!(state.swept(3), Err(EventRefused::Superseded { ours: 3 }));
+        assert!(state.swept(5).unwrap().collection.unwrap().is_open(), "the older one is not over");
+        assert_eq!(LogState::default().swept(0), Err(EventRefused::Superseded { ours: 0 }));
+    }
+
     fn sample() -> Slot {
         Slot {
             format: FORMAT_VERSION,
@@ -231,6 +317,7 @@ mod tests {
                 generation: 1,
                 latest: Some(capsule(3)),
                 failed_resumes: 0,
+                collection: Some(collection(1)),
             },
         }
     }
@@ -242,6 +329,8 @@ mod tests {
             Event::Capsule { manifest: capsule(3) },
             Event::Close,
             Event::FailedResume { manifest: capsule(3).digest, reason: "exit 1".into() },
+            Event::Collect { collection: collection(3) },
+            Event::Swept { collection: 3 },
         ];
         for event in events {
             let slot = Slot { event, ..sample() };

@@ -5,9 +5,10 @@
 
 use std::collections::BTreeMap;
 
+use samara_capsule::collection::{Catalogued, CollectionList, Unfinished};
 use samara_capsule::digest::{Digest, FrameDigest};
 use samara_capsule::frame::Codec;
-use samara_capsule::log::{CapsuleRef, Event, LogState, Slot};
+use samara_capsule::log::{CapsuleRef, Collection, Event, LogState, Slot};
 use samara_capsule::manifest::{BlobRef, Manifest};
 use samara_capsule::pack::{PackBuilder, read_pack};
 use samara_capsule::pagemap::{MapBuilder, MapFrame, Segment};
@@ -92,7 +93,7 @@ fn a_slot() {
         nonce: "n".into(),
         created: "2026-01-02T03:04:05Z".into(),
         event,
-        state: LogState { epoch: 3, generation: 1, latest, failed_resumes },
+        state: LogState { epoch: 3, generation: 1, latest, failed_resumes, collection: None },
     };
     let head = r#"{"format":1,"nonce":"n","created":"2026-01-02T03:04:05Z","event":"#;
     let latest = format!(r#"{{"digest":"sha256:{zeros}","bytes":9,"slot":4}}"#);
@@ -121,6 +122,63 @@ fn a_slot() {
         assert_eq!(String::from_utf8(slot.encode().unwrap()).unwrap(), text);
         assert_eq!(Slot::decode(text.as_bytes()).unwrap(), slot);
     }
+}
+
+#[test]
+fn a_collection() {
+    let digest: Digest = format!("sha256:{}", "0".repeat(64)).parse().unwrap();
+    let collection = Collection { list: digest, bytes: 9, slot: 4, swept: false, unfinished: 1 };
+    let collecting = Slot {
+        format: 1,
+        nonce: "n".into(),
+        created: "2026-01-02T03:04:05Z".into(),
+        event: Event::Collect { collection },
+        state: LogState { epoch: 3, collection: Some(collection), ..LogState::default() },
+    };
+    let swept = Slot {
+        event: Event::Swept { collection: 4 },
+        state: LogState {
+            collection: Some(Collection { swept: true, ..collection }),
+            ..collecting.state
+        },
+        ..collecting.clone()
+    };
+    let head = r#"{"format":1,"nonce":"n","created":"2026-01-02T03:04:05Z","event":"#;
+    let text = |swept| {
+        format!(r#"{{"list":"{digest}","bytes":9,"slot":4,"swept":{swept},"unfinished":1}}"#)
+    };
+    let state = |swept| {
+        let collection = text(swept);
+        format!(
+            r#""state":{{"epoch":3,"generation":0,"failed_resumes":0,"collection":{collection}}}}}"#
+        )
+    };
+    for (slot, text) in [
+        (
+            collecting,
+            format!(r#"{head}{{"collect":{{"collection":{}}}}},{}"#, text(false), state(false)),
+        ),
+        (swept, format!(r#"{head}{{"swept":{{"collection":4}}}},{}"#, state(true))),
+    ] {
+        assert_eq!(String::from_utf8(slot.encode().unwrap()).unwrap(), text);
+        assert_eq!(Slot::decode(text.as_bytes()).unwrap(), slot);
+    }
+
+    let list = CollectionList {
+        format: 1,
+        nonce: "n".into(),
+        capsules: vec![Catalogued {
+            capsule: CapsuleRef { digest, bytes: 9, slot: 4 },
+            committed: "2026-01-02T03:04:05Z".into(),
+        }],
+        condemned: vec![digest],
+        unfinished: vec![Unfinished { list: digest, bytes: 7, slot: 2 }],
+    };
+    let text = format!(
+        r#"{{"format":1,"nonce":"n","capsules":[{{"capsule":{{"digest":"{digest}","bytes":9,"slot":4}},"committed":"2026-01-02T03:04:05Z"}}],"condemned":["{digest}"],"unfinished":[{{"list":"{digest}","bytes":7,"slot":2}}]}}"#
+    );
+    assert_eq!(String::from_utf8(list.encode().unwrap()).unwrap(), text);
+    assert_eq!(CollectionList::decode(text.as_bytes()).unwrap(), list);
 }
 
 #[test]

@@ -1,12 +1,18 @@
 //! `samara capsule`: capsules in object storage, without any engine.
 
+mod diff;
 mod inspect;
+mod keeping;
 
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::Subcommand;
 use samara_capsule::digest::Digest;
+use samara_store::collect::{CollectError, Retention};
 use samara_store::config::ConfigError;
+use samara_store::history::HistoryError;
 use samara_store::layout::{self, LayoutError};
 use samara_store::list::ListError;
 use samara_store::location::LocationError;
@@ -42,6 +48,36 @@ pub(crate) enum Verb {
     },
     /// Remove everything at a capsule's address
     Rm { url: String },
+    /// List all capsules that an address still has, newest last
+    History { url: String },
+    /// Show what differs between two capsules of an address
+    Diff {
+        url: String,
+        /// The older one; by default the one before the newest
+        #[arg(long, value_name = "sha256:…")]
+        from: Option<Digest>,
+        /// The newer one; by default the newest
+        #[arg(long, value_name = "sha256:…")]
+        to: Option<Digest>,
+    },
+    /// Show which capsule of an address holds how many bytes
+    Du { url: String },
+    /// Remove old capsules of an address, and blobs that none of them needs
+    ///
+    /// A capsule is kept if --keep-last or --keep-within says so; without both all are. The newest one from which a
+    /// start would go on is always kept.
+    Gc {
+        url: String,
+        /// Keep so many of the newest
+        #[arg(long, value_name = "N", value_parser = Retention::parse_last)]
+        keep_last: Option<NonZeroU32>,
+        /// Keep those that were committed within this time, such as 90m, 12h or 7d
+        #[arg(long, value_name = "AGE", value_parser = Retention::parse_age)]
+        keep_within: Option<Duration>,
+        /// Only show what would be removed
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// Write a capsule as an OCI image layout, for skopeo and the like
     Export {
         url: String,
@@ -78,6 +114,16 @@ pub(crate) enum CapsuleError {
     Remove(#[from] RemoveError),
     #[error(transparent)]
     Layout(#[from] LayoutError),
+    #[error(transparent)]
+    History(#[from] HistoryError),
+    #[error(transparent)]
+    Collect(#[from] CollectError),
+    #[error("{url} has {found} capsules; a comparison takes two, or --from and --to")]
+    NothingToCompare { url: String, found: usize },
+    #[error("{url} has no capsule {digest}; samara capsule history lists them")]
+    NoSuchCapsule { url: String, digest: Digest },
+    #[error("the root's files in {digest} can't be read")]
+    Files { digest: Digest, source: std::io::Error },
     #[error("the capsule at {url} can't be restored: {faults} of its parts are damaged")]
     Faulty { url: String, faults: usize },
 }
@@ -107,6 +153,13 @@ pub(crate) fn run(
         Verb::Inspect { url, digest } => inspect::run(&url, &read(&url, digest)?, output),
         Verb::Verify { url, digest } => verify(&url, &read(&url, digest)?, output),
         Verb::Rm { url } => remove(&url, &open(&url, false)?, output),
+        Verb::History { url } => keeping::history(&open(&url, false)?, output),
+        Verb::Diff { url, from, to } => diff::run(&url, &open(&url, false)?, from, to, output),
+        Verb::Du { url } => keeping::usage(&url, &open(&url, false)?, output),
+        Verb::Gc { url, keep_last, keep_within, dry_run } => {
+            let retention = Retention { keep_last, keep_within };
+            keeping::collect(&url, &open(&url, false)?, &retention, dry_run, output)
+        }
         Verb::Export { url, folder, digest } => export(&url, &read(&url, digest)?, &folder, output),
         Verb::Import { folder, url } => import(&folder, &url, &open(&url, true)?, output),
     }

@@ -391,12 +391,17 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
     let root = RootChanges::locate(&record.rootfs, &mountinfo)?;
     let base = files::base_fingerprint(&root, Path::new(FINGERPRINT_CACHE))?;
     let parent = lineage.parent_at(&store, &order.target, head.latest.map(|latest| latest.digest));
-    let continued = parent.as_ref().map(CapsuleReader::digest);
-    lineage.tracking.begin(continued.is_some());
+    let mut continued = parent.as_ref().map(CapsuleReader::digest);
     let mut writer = match parent {
         Some(parent) => CapsuleWriter::after(parent)?,
         None => CapsuleWriter::new(&store)?,
     };
+    if continued.is_some() && writer.base().map(|base| base.digest) != continued {
+        // Somebody has committed since: only the newest capsule is sure to stay.
+        continued = None;
+        writer = CapsuleWriter::new(&store)?;
+    }
+    lineage.tracking.begin(continued.is_some());
     phase::reached(Phase::Prepared);
 
     let paused = record.cgroup.is_frozen();

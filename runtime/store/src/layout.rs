@@ -57,6 +57,10 @@ pub enum LayoutError {
     Manifest { path: PathBuf, source: ManifestError },
     #[error("the config of {} can't be read", path.display())]
     Config { path: PathBuf, source: samara_capsule::config::ConfigError },
+    #[error(
+        "{address} can't take the capsule now: a collection there is removing {blob}, which it needs; import it later, or to another address"
+    )]
+    Condemned { address: String, blob: Digest },
     #[error("a thread ended unexpectedly")]
     Panicked,
 }
@@ -160,6 +164,13 @@ pub fn import(
     let started =
         store.take_epoch(&BTreeMap::from([("purpose".to_owned(), "import".to_owned())]))?;
     let mut lease = started.lease;
+    // Read anew: what is condemned until here must not be stored, what is condemned later is found by the commit.
+    let (head, condemned) = store.block_on(store.read_condemned())?;
+    let names: HashSet<Digest> =
+        manifest.blobs().map(|(_, blob)| blob.digest).chain([digest]).collect();
+    if let Some(&blob) = names.intersection(&condemned).next() {
+        return Err(LayoutError::Condemned { address: store.location().to_string(), blob });
+    }
     let blobs: HashSet<BlobRef> = manifest.blobs().map(|(_, blob)| blob).collect();
     let total = blobs.iter().map(|blob| blob.bytes).sum();
     let mut copied = Copied { manifest: digest, blobs: 1, bytes: 0 };
@@ -181,7 +192,7 @@ pub fn import(
     })?;
     let bytes = content.len() as u64;
     store.block_on(store.put(&blob_path(&digest), Bytes::from(content)))?;
-    let capsule = store.commit(&mut lease, digest, bytes)?;
+    let capsule = store.commit(&mut lease, BlobRef { digest, bytes }, &head, &names)?;
     copied.bytes += bytes;
     Ok((capsule, copied))
 }

@@ -6,7 +6,12 @@
 //! What this crate does not do: it knows no process, no container and no record. It takes no credentials from the
 //! environment, and writes conditionally in one way only, put-if-absent.
 
+pub mod collect;
+pub mod compact;
+mod condemned;
 pub mod config;
+pub mod diff;
+pub mod history;
 mod kept;
 pub mod layout;
 pub mod list;
@@ -19,6 +24,7 @@ pub mod store;
 pub mod verify;
 pub mod writer;
 
+pub use collect::Retention;
 pub use config::NodeConfig;
 pub use kept::Kept;
 pub use location::Location;

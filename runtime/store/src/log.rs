@@ -3,16 +3,18 @@
 //! The slots and the state machine are `samara_capsule::log`; here they are read and created. The only conditional write
 //! is put-if-absent of the next slot.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::time::SystemTime;
 
 use bytes::Bytes;
 use samara_capsule::FORMAT_VERSION;
+use samara_capsule::collection::ListError;
 use samara_capsule::digest::Digest;
 use samara_capsule::log::{
     CapsuleRef, Event, EventRefused, FACTS_MAX, LogState, SLOT_BYTES_MAX, SLOT_TEXT_BYTES_MAX,
     Slot, SlotError,
 };
+use samara_capsule::manifest::BlobRef;
 
 use crate::store::{Store, StoreError};
 
@@ -35,6 +37,18 @@ pub enum LogError {
     Contended { address: String, slot: u64 },
     #[error("{address} was removed while this epoch was running")]
     Removed { address: String },
+    #[error("the list of a collection, {object}, is not valid")]
+    List { object: String, source: ListError },
+    #[error(
+        "the capsule can't be committed at {address}: the collection of slot {slot} removed {digest} while it was written; save again"
+    )]
+    Condemned { address: String, slot: u64, digest: Digest },
+    #[error(
+        "the capsule can't be committed at {address}: what the collection of slot {slot} removed is known no longer, as it took too long to write; save again"
+    )]
+    Outlived { address: String, slot: u64 },
+    #[error("slot {slot} of {address} was written by somebody else meanwhile")]
+    Overtaken { address: String, slot: u64 },
 }
 
 impl LogError {
@@ -61,6 +75,12 @@ impl Lease {
     /// The newest state of the log that the holder knows: right after a start, that of the start.
     pub fn state(&self) -> &LogState {
         &self.newest
+    }
+
+    /// The newest slot that the holder knows, with the state after it.
+    /// Number of the slot behind the newest that the holder knows, with the state before it.
+    fn next(&self) -> (u64, LogState) {
+        (self.newest_slot + 1, self.newest)
     }
 }
 
@@ -151,36 +171,56 @@ impl Store {
             .collect();
         let head = self.head()?;
         let next = head.slot.map_or(0, |slot| slot + 1);
-        let (slot, state) = self.append(next, head.state, |state, _| {
-            Ok((Event::Start { facts: facts.clone() }, state.started()))
-        })?;
-        let LogState { epoch, generation, latest, failed_resumes } = state;
+        let start =
+            |state: &LogState, _| Ok((Event::Start { facts: facts.clone() }, state.started()));
+        let (slot, state) = self.append(next, head.state, start, |_, _| Ok(()))?;
+        let LogState { epoch, generation, latest, failed_resumes, collection: _ } = state;
         let lease = Lease { epoch, generation, start_slot: slot, newest_slot: slot, newest: state };
         Ok(Started { lease, latest, failed_resumes })
     }
 
-    /// Commits a capsule whose manifest and blobs are all stored.
+    /// Commits a capsule whose manifest and blobs are all stored. `names` are all of these, the manifest too, and `from` is
+    /// the log as it was before the first of them was looked for or stored.
     ///
-    /// On success the capsule is the newest of its generation. [`LogError::is_fenced`] tells that a newer epoch was taken;
-    /// then, and after other errors, it is not visible, except where the store did not answer: then it may be.
+    /// On success the capsule is the newest of its generation, and no collection deletes anything of it while it is kept.
+    /// [`LogError::is_fenced`] tells that a newer epoch was taken; then, and after other errors, it is not visible, except
+    /// where the store did not answer: then it may be.
     pub(crate) fn commit(
         &self,
         lease: &mut Lease,
-        digest: Digest,
-        bytes: u64,
+        manifest: BlobRef,
+        from: &LogHead,
+        names: &HashSet<Digest>,
     ) -> Result<CapsuleRef, LogError> {
         let (epoch, generation) = (lease.epoch, lease.generation);
-        let slot = self.append_as(lease, |state, slot| {
+        let BlobRef { digest, bytes } = manifest;
+        let refuse = |slot, found: &Slot| match &found.event {
+            Event::Collect { collection } => self.refuse_condemned(slot, collection, names),
+            Event::Start { .. }
+            | Event::Capsule { .. }
+            | Event::Close
+            | Event::FailedResume { .. }
+            | Event::Swept { .. } => Ok(()),
+        };
+        // Whatever was condemned since `from` is in one of the slots between there and the free one.
+        let next = from.slot.map_or(0, |slot| slot + 1);
+        for slot in next..=lease.newest_slot {
+            refuse(slot, &self.slot(slot)?)?;
+        }
+        let from = if next > lease.newest_slot { (next, from.state) } else { lease.next() };
+        let capsule = |state: &LogState, slot| {
             let manifest = CapsuleRef { digest, bytes, slot };
             Ok((Event::Capsule { manifest }, state.committed(epoch, generation, manifest)?))
-        })?;
+        };
+        let slot = self.append_as(lease, from, capsule, refuse)?;
         Ok(CapsuleRef { digest, bytes, slot })
     }
 
     /// Closes the generation: the program has ended by itself with success, and later starts begin anew.
     pub fn close(&self, lease: &mut Lease) -> Result<(), LogError> {
         let (epoch, generation) = (lease.epoch, lease.generation);
-        self.append_as(lease, |state, _| Ok((Event::Close, state.closed(epoch, generation)?)))?;
+        let close = |state: &LogState, _| Ok((Event::Close, state.closed(epoch, generation)?));
+        self.append_as(lease, lease.next(), close, |_, _| Ok(()))?;
         Ok(())
     }
 
@@ -193,43 +233,60 @@ impl Store {
     ) -> Result<(), LogError> {
         let (epoch, generation) = (lease.epoch, lease.generation);
         let reason = shorten(reason);
-        self.append_as(lease, |state, _| {
+        let failed = |state: &LogState, _| {
             let next = state.resume_failed(epoch, generation, manifest)?;
             Ok((Event::FailedResume { manifest, reason: reason.clone() }, next))
-        })?;
+        };
+        self.append_as(lease, lease.next(), failed, |_, _| Ok(()))?;
         Ok(())
     }
 
-    /// Appends as the holder of a lease.
-    ///
-    /// A log that was removed has no slots, so that an append would succeed where it must not. So the slot of the start
-    /// is looked up before, and after: if it has gone meanwhile, the new slot is taken back.
+    /// Appends as the holder of a lease, `from` a slot on and the state before it.
     fn append_as(
         &self,
         lease: &mut Lease,
+        from: (u64, LogState),
         event: impl Fn(&LogState, u64) -> Result<(Event, LogState), EventRefused>,
+        found: impl Fn(u64, &Slot) -> Result<(), LogError>,
     ) -> Result<u64, LogError> {
-        let start = slot_path(lease.start_slot);
-        let removed = || LogError::Removed { address: self.location().to_string() };
-        if !self.block_on(self.exists(&start))? {
-            return Err(removed());
-        }
-        let (slot, state) = self.append(lease.newest_slot + 1, lease.newest, event)?;
-        if !self.block_on(self.exists(&start))? {
-            self.block_on(self.delete(&slot_path(slot)))?;
-            return Err(removed());
-        }
+        let (slot, state) = self.append_beside(lease.start_slot, from, event, found)?;
         lease.newest_slot = slot;
         lease.newest = state;
         Ok(slot)
     }
 
-    /// Creates the next slot, from `slot` on, where `state` is the state before it.
+    /// Appends to a log that has the slot `witness`, and still has it afterwards.
+    ///
+    /// A log that was removed has no slots, so that an append would succeed where it must not. So a slot that must be there
+    /// is looked up before, and after: if it has gone meanwhile, the new slot is taken back.
+    pub(crate) fn append_beside(
+        &self,
+        witness: u64,
+        (slot, state): (u64, LogState),
+        event: impl Fn(&LogState, u64) -> Result<(Event, LogState), EventRefused>,
+        found: impl Fn(u64, &Slot) -> Result<(), LogError>,
+    ) -> Result<(u64, LogState), LogError> {
+        let witness = slot_path(witness);
+        let removed = || LogError::Removed { address: self.location().to_string() };
+        if !self.block_on(self.exists(&witness))? {
+            return Err(removed());
+        }
+        let (slot, state) = self.append(slot, state, event, found)?;
+        if !self.block_on(self.exists(&witness))? {
+            self.block_on(self.delete(&slot_path(slot)))?;
+            return Err(removed());
+        }
+        Ok((slot, state))
+    }
+
+    /// Creates the next slot, from `slot` on, where `state` is the state before it. `found` is asked about each slot of
+    /// somebody else that is there already, and may end it.
     fn append(
         &self,
         mut slot: u64,
         mut state: LogState,
         event: impl Fn(&LogState, u64) -> Result<(Event, LogState), EventRefused>,
+        found: impl Fn(u64, &Slot) -> Result<(), LogError>,
     ) -> Result<(u64, LogState), LogError> {
         for _ in 0..RACES_MAX {
             let refused =
@@ -252,8 +309,11 @@ impl Store {
             };
             // The answer to a write that succeeded may be lost, and its repetition then fails: look who wrote the slot.
             match self.slot(slot) {
-                Ok(found) if found.nonce == nonce => return Ok((slot, next)),
-                Ok(found) => (slot, state) = (slot + 1, found.state),
+                Ok(there) if there.nonce == nonce => return Ok((slot, next)),
+                Ok(there) => {
+                    found(slot, &there)?;
+                    (slot, state) = (slot + 1, there.state);
+                }
                 // Somebody's slot is there, and it is the reading that failed.
                 Err(reading) if matches!(error, StoreError::Exists { .. }) => return Err(reading),
                 // Not an answer to the question that matters.
@@ -272,7 +332,7 @@ fn shorten(text: &str) -> String {
     text.get(..end).unwrap_or_default().to_owned()
 }
 
-fn nonce() -> Result<String, StoreError> {
+pub(crate) fn nonce() -> Result<String, StoreError> {
     let mut random = [0u8; 16];
     getrandom::fill(&mut random).map_err(|_| StoreError::Random)?;
     Ok(format!("{:032x}", u128::from_be_bytes(random)))

@@ -144,11 +144,18 @@ impl CapsuleReader {
         store.block_on(CapsuleReader::load(store, digest))
     }
 
-    pub(crate) async fn load(store: &Store, digest: Digest) -> Result<CapsuleReader, ReadError> {
+    /// The manifest with this digest.
+    pub(crate) async fn load_manifest(
+        store: &Store,
+        digest: Digest,
+    ) -> Result<Manifest, ReadError> {
         let content = store.get(&blob_path(&digest), MANIFEST_BYTES_MAX).await?;
         store.check_blob(BlobRef { digest, bytes: content.len() as u64 }, &content)?;
-        let manifest =
-            Manifest::decode(&content).map_err(|source| ReadError::Manifest { digest, source })?;
+        Manifest::decode(&content).map_err(|source| ReadError::Manifest { digest, source })
+    }
+
+    pub(crate) async fn load(store: &Store, digest: Digest) -> Result<CapsuleReader, ReadError> {
+        let manifest = CapsuleReader::load_manifest(store, digest).await?;
         let digest_of_config = manifest.config.digest;
         let config = store.get_blob(manifest.config).await?;
         let config = CapsuleConfig::decode(&config);

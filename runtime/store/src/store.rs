@@ -5,8 +5,9 @@
 
 use std::fmt;
 use std::io::Read as _;
+use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _};
@@ -77,6 +78,15 @@ impl fmt::Debug for Store {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Store({})", self.inner.location)
     }
+}
+
+/// An object of a listing.
+#[derive(Clone, Debug)]
+pub(crate) struct Listed {
+    pub(crate) name: String,
+    pub(crate) bytes: u64,
+    /// When it was written, by the store's clock.
+    pub(crate) modified: SystemTime,
 }
 
 /// Why a call to a store failed.
@@ -159,9 +169,20 @@ impl Store {
         config: &StoreConfig,
         create: bool,
     ) -> Result<Store, StoreError> {
+        Store::open_through(location, config, create, |objects| objects)
+    }
+
+    /// As [`Store::open`], by way of what `wrap` makes of the store's client: for tests, which make calls fail and wait.
+    #[doc(hidden)]
+    pub fn open_through(
+        location: &Location,
+        config: &StoreConfig,
+        create: bool,
+        wrap: impl FnOnce(Arc<dyn ObjectStore>) -> Arc<dyn ObjectStore>,
+    ) -> Result<Store, StoreError> {
         let timeout = config.timeout();
         let settings = config.settings(location);
-        let objects = connect(location, &settings, timeout, create)?;
+        let objects = wrap(connect(location, &settings, timeout, create)?);
         let prefix = match location.as_folder() {
             Some(_) => ObjectPath::default(),
             None => ObjectPath::from(location.path()),
@@ -330,6 +351,17 @@ impl Store {
         self.bounded("read", path, call).await?.map_err(too_large)
     }
 
+    /// Reads parts of an object, each no longer than what the caller has memory for. A part that lies outside of the object
+    /// comes back shorter than asked for, or is an error.
+    pub(crate) async fn get_parts(
+        &self,
+        path: &str,
+        parts: &[Range<u64>],
+    ) -> Result<Vec<Bytes>, StoreError> {
+        let source = self.path(path);
+        self.bounded("read", path, self.inner.objects.get_ranges(&source, parts)).await
+    }
+
     /// Whether there is an object of that name.
     pub(crate) async fn exists(&self, path: &str) -> Result<bool, StoreError> {
         let target = self.path(path);
@@ -351,6 +383,12 @@ impl Store {
 
     /// Names and sizes of all objects under `path`, at most [`LISTING_MAX`], in no promised order. Names count from `path`.
     pub(crate) async fn list(&self, path: &str) -> Result<Vec<(String, u64)>, StoreError> {
+        let listed = self.list_dated(path).await?;
+        Ok(listed.into_iter().map(|object| (object.name, object.bytes)).collect())
+    }
+
+    /// As [`Store::list`], with when they were written.
+    pub(crate) async fn list_dated(&self, path: &str) -> Result<Vec<Listed>, StoreError> {
         let folder = self.path(path);
         let mut stream = self.inner.objects.list(Some(&folder)).chunks(1000);
         let mut found = Vec::new();
@@ -364,7 +402,11 @@ impl Store {
                 let name: Vec<_> =
                     object.location.prefix_match(&folder).into_iter().flatten().collect();
                 let name: Vec<&str> = name.iter().map(AsRef::as_ref).collect();
-                found.push((name.join("/"), object.size));
+                found.push(Listed {
+                    name: name.join("/"),
+                    bytes: object.size,
+                    modified: object.last_modified.into(),
+                });
             }
             if found.len() > LISTING_MAX {
                 return Err(StoreError::Crowded { location: self.inner.location.clone() });

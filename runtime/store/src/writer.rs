@@ -12,7 +12,7 @@
 //! Nothing is visible before [`CapsuleWriter::commit`] returns; after an error nothing is, except where the store did
 //! not answer to the very last write. What was uploaded in vain stays behind as unreferenced blobs.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -26,7 +26,7 @@ use samara_capsule::config::{CapsuleConfig, ConfigError, Provenance, Requirement
 use samara_capsule::digest::{Digest, FrameDigest};
 use samara_capsule::frame::{Codec, FrameEncoder};
 use samara_capsule::log::CapsuleRef;
-use samara_capsule::manifest::{BlobRef, Manifest, ManifestError};
+use samara_capsule::manifest::{BlobKind, BlobRef, Manifest, ManifestError};
 use samara_capsule::pack::PackBuilder;
 use samara_capsule::pagemap::{
     Base, BasePlace, CompleteMap, MapBuilder, MapError, MapFrame, MapRun, Segment,
@@ -38,7 +38,8 @@ use samara_capsule::transfer::{
 use samara_capsule::{BLOB_BYTES_MAX, FORMAT_VERSION};
 use tokio::sync::Semaphore;
 
-use crate::log::{Lease, LogError, rfc3339};
+use crate::condemned::another_form;
+use crate::log::{Lease, LogError, LogHead, rfc3339};
 use crate::pool::Pool;
 use crate::reader::{CapsuleReader, ReadError};
 use crate::store::{Store, StoreError, blob_path};
@@ -104,6 +105,10 @@ pub enum WriteError {
     Thread(#[source] io::Error),
     #[error("a thread of the writer ended unexpectedly")]
     Panicked,
+    #[error(
+        "the capsule can't be committed at {address}: it names {digest}, which was not there when the capsule was begun; save again"
+    )]
+    Unknown { address: String, digest: Digest },
     #[error(transparent)]
     Earlier(SharedError),
 }
@@ -186,6 +191,8 @@ pub struct CapsuleWriter {
     parent: Option<Parent>,
     /// What [`Sink::unchanged`] has said, until all drafts are stored.
     unchanged: Vec<Unchanged>,
+    /// The log before anything was looked up or stored.
+    head: LogHead,
     shared: Arc<Shared>,
     jobs: Option<Sender<Job>>,
     workers: Vec<JoinHandle<()>>,
@@ -298,6 +305,17 @@ enum Purpose {
     Records,
 }
 
+impl Purpose {
+    fn kind(self) -> BlobKind {
+        match self {
+            Purpose::Pack { .. } => BlobKind::Pack,
+            Purpose::StreamPart { .. } => BlobKind::Stream,
+            Purpose::Segment { .. } => BlobKind::PageMap,
+            Purpose::Records => BlobKind::Records,
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Shared {
     /// Without its threads, on which uploads hold this.
@@ -308,6 +326,8 @@ struct Shared {
     uploads: Arc<Semaphore>,
     progress: Arc<Progress>,
     in_flight_max: usize,
+    /// What must not be stored or named: it may be deleted at any time.
+    condemned: Arc<HashSet<Digest>>,
 }
 
 #[derive(Debug, Default)]
@@ -329,6 +349,8 @@ struct State {
     /// Blobs that are being hashed or uploaded.
     uploading: usize,
     known: HashMap<Digest, u64>,
+    /// Whether there are blobs which are not in `known`.
+    known_in_part: bool,
     uploaded_bytes: u64,
     zero_pages: u64,
     /// Buffers for use again.
@@ -364,31 +386,38 @@ impl CapsuleWriter {
     }
 
     fn begin(store: &Store, parent: Option<CapsuleReader>) -> Result<CapsuleWriter, WriteError> {
+        // The log before the blobs: what is condemned later is in a slot that the commit comes across.
+        let (head, condemned) = store.block_on(store.read_condemned())?;
         let known = match store.block_on(store.list("blobs/sha256")) {
-            Ok(names) => names,
+            Ok(names) => Some(names),
             // A shortcut that isn't there costs time, not correctness.
-            Err(StoreError::NotFound { .. } | StoreError::Crowded { .. }) => Vec::new(),
+            Err(StoreError::NotFound { .. }) => Some(Vec::new()),
+            Err(StoreError::Crowded { .. }) => None,
             Err(error) => return Err(error.into()),
         };
-        let known =
-            known.iter().filter_map(|(name, bytes)| Some((Digest::from_hex(name).ok()?, *bytes)));
+        let known_in_part = known.as_ref().is_none_or(|known| known.len() > KNOWN_BLOBS_MAX);
+        let known = known.iter().flatten();
+        let known = known.filter_map(|(name, bytes)| Some((Digest::from_hex(name).ok()?, *bytes)));
+        let known = known.filter(|(digest, _)| !condemned.contains(digest));
         let known = known.take(KNOWN_BLOBS_MAX).collect();
 
         let threads = store.threads();
         let in_flight_max = jobs_in_flight_max(threads);
         let shared = Arc::new(Shared {
             store: store.for_task(),
-            state: Mutex::new(State { known, ..State::default() }),
+            state: Mutex::new(State { known, known_in_part, ..State::default() }),
             changed: Condvar::new(),
             uploads: Arc::new(Semaphore::new(UPLOADS_MAX)),
             progress: Arc::default(),
             in_flight_max,
+            condemned: Arc::new(condemned),
         });
         let (jobs, queue) = crossbeam_channel::bounded(in_flight_max);
         let mut writer = CapsuleWriter {
             store: store.clone(),
             parent: parent.map(Parent::new),
             unchanged: Vec::new(),
+            head,
             shared,
             jobs: Some(jobs),
             workers: Vec::with_capacity(threads),
@@ -408,6 +437,11 @@ impl CapsuleWriter {
     /// How far the writer is.
     pub fn progress(&self) -> Arc<Progress> {
         self.shared.progress.clone()
+    }
+
+    /// The capsule whose blobs this one may name: the newest of the open generation when the writer was made.
+    pub fn base(&self) -> Option<CapsuleRef> {
+        self.head.state.latest
     }
 
     /// Ends the writer. What it uploaded stays behind as unreferenced blobs.
@@ -488,17 +522,26 @@ impl CapsuleWriter {
                 stored_bytes,
             },
         };
-        let config = config.encode()?;
+        let mut config = config.encode()?;
         manifest.config = BlobRef::to(&config);
-        let content = manifest.encode()?;
+        let mut content = manifest.encode()?;
+        let condemned = &shared.condemned;
+        if [manifest.config.digest, Digest::of(&content)].iter().any(|d| condemned.contains(d)) {
+            config = another_form(BlobKind::Config, &config).map_err(WriteError::Compress)?;
+            manifest.config = BlobRef::to(&config);
+            content = manifest.encode()?;
+        }
         let blob = BlobRef::to(&content);
+        let mut names: HashSet<Digest> = manifest.blobs().map(|(_, blob)| blob.digest).collect();
+        shared.refuse_unknown(names.iter().filter(|digest| **digest != manifest.config.digest))?;
+        names.insert(blob.digest);
         let store = &self.store;
         let (config_path, manifest_path) =
             (blob_path(&manifest.config.digest), blob_path(&blob.digest));
         let config = store.put(&config_path, Bytes::from(config));
         let content = store.put(&manifest_path, Bytes::from(content));
         store.block_on(futures::future::try_join(config, content))?;
-        let capsule = store.commit(lease, blob.digest, blob.bytes)?;
+        let capsule = store.commit(lease, blob, &self.head, &names)?;
         let uploaded_bytes = self.shared.lock().uploaded_bytes;
         Ok(Committed {
             capsule,
@@ -943,6 +986,24 @@ impl Shared {
         self.upload((Purpose::Records, stored))
     }
 
+    /// Refuses to name what was neither there when the writer began nor was stored by it: it may have been collected before.
+    fn refuse_unknown<'a>(
+        &self,
+        mut names: impl Iterator<Item = &'a Digest>,
+    ) -> Result<(), WriteError> {
+        let state = self.lock();
+        let unknown = |digest: &&Digest| match state.known_in_part {
+            true => self.condemned.contains(*digest),
+            false => !state.known.contains_key(*digest),
+        };
+        match names.find(unknown) {
+            Some(&digest) => {
+                Err(WriteError::Unknown { address: self.store.location().to_string(), digest })
+            }
+            None => Ok(()),
+        }
+    }
+
     /// Hands a blob to the threads that upload, as soon as there is room for it.
     fn upload(self: &Arc<Shared>, (purpose, content): Sealed) -> Result<(), WriteError> {
         let Ok(permit) = self.store.block_on(self.uploads.clone().acquire_owned()) else {
@@ -968,8 +1029,17 @@ impl Shared {
     }
 
     async fn upload_now(&self, purpose: Purpose, content: Vec<u8>) -> Result<(), WriteError> {
-        let hashed = tokio::task::spawn_blocking(move || (BlobRef::to(&content), content)).await;
-        let (blob, content) = hashed.map_err(|_| WriteError::Panicked)?;
+        let condemned = self.condemned.clone();
+        let hash = move || {
+            let blob = BlobRef::to(&content);
+            if !condemned.contains(&blob.digest) {
+                return Ok((blob, content));
+            }
+            let content = another_form(purpose.kind(), &content)?;
+            Ok((BlobRef::to(&content), content))
+        };
+        let hashed = tokio::task::spawn_blocking(hash).await.map_err(|_| WriteError::Panicked)?;
+        let (blob, content) = hashed.map_err(WriteError::Compress)?;
         let known = self.lock().known.get(&blob.digest) == Some(&blob.bytes);
         if !known {
             let content = self.lock().pack_buffers.lend(content);
@@ -981,6 +1051,8 @@ impl Shared {
             state.uploaded_bytes += blob.bytes;
             if state.known.len() < KNOWN_BLOBS_MAX {
                 state.known.insert(blob.digest, blob.bytes);
+            } else {
+                state.known_in_part = true;
             }
         }
         match purpose {

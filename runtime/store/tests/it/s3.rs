@@ -11,8 +11,9 @@ use samara_store::config::{S3Settings, Secret, StoreConfig};
 use samara_store::{CapsuleWriter, Location, Store};
 
 use crate::faults::Switch;
+use crate::injected::Injected;
 use crate::sample::{chain, check, facts, fill, take_epoch, write};
-use crate::{log, manage, round_trip};
+use crate::{collect, log, manage, round_trip};
 
 /// A running server; it ends with this value.
 struct Server {
@@ -90,6 +91,12 @@ fn a_real_server() {
     log::racing_starts_get_epochs_of_their_own(&stores, 10);
     log::an_older_epoch_cannot_commit(&server.open("fence"), &server.open("fence"));
     manage::addresses_are_listed_and_removed(|path| server.open(&format!("list{path}")));
+    collect::old_capsules_go_and_the_rest_stays_whole(&server.open("keep"), &server.open("keep"));
+    let open = |decide| {
+        let wrap = |objects| Injected::wrap(objects, decide);
+        Store::open_through(&server.location("collect"), &server.config(), true, wrap).unwrap()
+    };
+    collect::race(&open, 12, 8, 1);
     wrong_settings_are_named(&server);
     a_server_that_stops_answering_leaves_nothing_visible(&server);
 }
