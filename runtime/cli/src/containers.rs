@@ -227,6 +227,7 @@ pub(crate) fn save(
         image: ImageArgs { capsule: Some(url), ..ImageArgs::default() },
         parent_path: None,
         leave_running: !args.stop,
+        every: None,
         tcp_skip_in_flight: false,
         link_remap: false,
         status_fd: None,

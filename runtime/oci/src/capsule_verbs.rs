@@ -3,10 +3,12 @@
 //! What is not here: anything that acts; see `capture` and `restore`.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::command_line::{CreateArgs, RunArgs, UsageError, at_most, id_of, path};
 use crate::container_id::ContainerId;
 use crate::flags::{self, Flag, Order, Parsed, switch, value};
+use crate::periodic;
 
 /// What runc's `checkpoint` and `restore` have in common.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -31,6 +33,8 @@ pub struct CheckpointArgs {
     pub image: ImageArgs,
     pub parent_path: Option<PathBuf>,
     pub leave_running: bool,
+    /// Save again and again, this often; ours. The inner none: no more.
+    pub every: Option<Option<Duration>>,
     pub tcp_skip_in_flight: bool,
     pub link_remap: bool,
     pub status_fd: Option<i32>,
@@ -94,6 +98,7 @@ macro_rules! image_flags {
 const CHECKPOINT: &[Flag] = image_flags![
     value(&["parent-path"]),
     switch(&["leave-running"]),
+    value(&["every"]),
     switch(&["tcp-skip-in-flight"]),
     switch(&["link-remap"]),
     value(&["status-fd"]),
@@ -116,11 +121,16 @@ const RESTORE: &[Flag] = image_flags![
 pub fn parse_checkpoint(args: &[String]) -> Result<CheckpointArgs, UsageError> {
     let parsed = flags::parse(CHECKPOINT, Order::Mixed, args)?;
     at_most(1, "checkpoint", &parsed)?;
+    let every = parsed.last("every").map(|text| periodic::interval("--every", text));
     Ok(CheckpointArgs {
         id: id_of("checkpoint", &parsed)?,
         image: image_args(&parsed),
         parent_path: path(&parsed, "parent-path"),
         leave_running: parsed.on("leave-running"),
+        every: every.transpose().map_err(|error| UsageError::Invalid {
+            verb: "checkpoint",
+            message: error.to_string(),
+        })?,
         tcp_skip_in_flight: parsed.on("tcp-skip-in-flight"),
         link_remap: parsed.on("link-remap"),
         status_fd: parsed.number("status-fd")?,

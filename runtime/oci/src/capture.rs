@@ -28,12 +28,13 @@ use samara_engine::freeze::FrozenTree;
 use samara_engine::names::GivenNames;
 use samara_engine::phase::{self, Phase};
 use samara_kernel::mount_namespace;
+use samara_store::collect::CollectOptions;
 use samara_store::config::ConfigError;
 use samara_store::location::{Location, LocationError};
 use samara_store::log::LogError;
 use samara_store::store::StoreError;
 use samara_store::writer::{CapsuleFacts, WriteError};
-use samara_store::{CapsuleReader, CapsuleWriter, Lease, Store};
+use samara_store::{CapsuleReader, CapsuleWriter, Lease, Retention, Store};
 use serde::{Deserialize, Serialize};
 
 use crate::address::Node;
@@ -45,8 +46,10 @@ use crate::ending;
 use crate::fail_point;
 use crate::lineage::Lineage;
 use crate::monitor::{Client, MonitorError};
+use crate::periodic::{Periodic, PeriodicError, Schedule};
 use crate::privileges;
 use crate::protocol::{self, ProtocolError, WorkerReport, WorkerTask};
+use crate::restore::is_restoring;
 use crate::saved::{Origin, ROOT_STREAM, Saved, SavedTree};
 use crate::state_dir::{Record, StateDir, StateError, Status, replace};
 
@@ -113,6 +116,8 @@ pub enum CheckpointError {
     Release(#[source] samara_engine::TraceeError),
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    #[error(transparent)]
+    Periodic(#[from] PeriodicError),
 }
 
 /// What the verb tells the worker.
@@ -123,9 +128,39 @@ struct Order {
     /// The node's configuration; none for the default one, if it is there.
     config: Option<PathBuf>,
     leave_running: bool,
+    /// Which capsules stay, for captures at intervals: such a one finds out first whether there is anything to capture.
+    #[serde(default)]
+    retention: Option<String>,
     /// Where a test wants the worker to stop.
     #[serde(default)]
     fail_point: Option<String>,
+}
+
+impl Order {
+    /// Notes for the monitor that this is to be done at intervals, or no more.
+    fn note_repetition(self, schedule: &Schedule, dir: &StateDir) -> Result<(), CheckpointError> {
+        let retention = Some(schedule.retention.clone());
+        let order = Order { leave_running: true, retention, fail_point: None, ..self };
+        let args = serde_json::to_value(&order).map_err(CheckpointError::Arguments)?;
+        let periodic = schedule.every.map(|every| Periodic::new(every, args));
+        Periodic::note(periodic.as_ref(), dir).map_err(io("note the interval of captures"))
+    }
+}
+
+/// Has a new container saved at intervals, as its specification asks; it has an address of its own.
+pub(crate) fn save_at_intervals(
+    dir: &StateDir,
+    held: &Held,
+    schedule: &Schedule,
+) -> Result<(), CheckpointError> {
+    let order = Order {
+        target: held.address.clone(),
+        config: held.config.clone(),
+        leave_running: true,
+        retention: None,
+        fail_point: None,
+    };
+    order.note_repetition(schedule, dir)
 }
 
 /// What the worker answers.
@@ -236,17 +271,26 @@ pub fn checkpoint(
     let order = Order {
         target: target(&args.image)?.to_string(),
         config: config.map_err(io("find the node's configuration"))?,
-        leave_running: args.leave_running,
+        leave_running: args.leave_running || matches!(args.every, Some(Some(_))),
+        retention: None,
         fail_point: fail_point::wanted(),
     };
-    let order = serde_json::to_value(order).map_err(CheckpointError::Arguments)?;
-    let answer = Client::connect(dir)?.checkpoint(order, |phase| {
+    let schedule = args.every.map(|every| -> Result<_, CheckpointError> {
+        Ok(Schedule { every, ..Schedule::of(&Bundle::reload(&dir.config())?)? })
+    });
+    let schedule = schedule.transpose()?;
+    let order_text = serde_json::to_value(&order).map_err(CheckpointError::Arguments)?;
+    let answer = Client::connect(dir)?.checkpoint(order_text, |phase| {
         if let Some(text) = phase.as_str() {
             progress(text);
         }
     })?;
     if let (None, Some(folder)) = (&args.image.capsule, &args.image.image_path) {
         mark_for_engines(folder);
+    }
+    if let Some(schedule) = schedule {
+        order.note_repetition(&schedule, dir)?;
+        Client::connect(dir)?.periodic()?;
     }
     serde_json::from_value(answer).map_err(CheckpointError::Arguments)
 }
@@ -367,6 +411,10 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
     fail_point::arm(order.fail_point.clone());
     let dir = dir_of(&task.state_dir)?;
     let record = dir.load()?;
+    if order.retention.is_some() && (record.status() != Status::Running || is_restoring(&dir)) {
+        // Nothing runs that could be saved; the next time something may.
+        return Err(CheckpointError::NotRunning(record.status().as_str()));
+    }
     let spec = Bundle::reload(&dir.config())?;
     let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
     if namespaces.into_iter().flatten().any(|namespace| namespace.typ() == LinuxNamespaceType::User)
@@ -488,6 +536,9 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
         lineage.committed(&order.target, committed.capsule.digest);
         keep(&held);
         phase::reached(Phase::Committed);
+        if let Some(retention) = &order.retention {
+            collect(&store, retention);
+        }
         (committed, pause)
     } else {
         progress("storing");
@@ -515,6 +566,15 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
         left_out: report.sessions,
         unprotected: unprotected(&spec, &travelling),
     })
+}
+
+/// Removes what nobody asked to keep. What fails is done by the next capture.
+fn collect(store: &Store, retention: &str) {
+    let Ok(retention) = retention.parse::<Retention>() else { return };
+    let (now, options) = (SystemTime::now(), CollectOptions::default());
+    if let Err(error) = store.collect(&retention, now, &options, &|_, _| {}) {
+        tracing::warn!(error = crate::report::chain(&error), "old capsules could not be removed");
+    }
 }
 
 /// While it lives, this thread goes before those that compress: somebody's container stands still until it has copied. With two

@@ -17,7 +17,7 @@ use samara_store::{Kept, Location};
 
 use crate::address::{self, Address, Node, RestorePolicy};
 use crate::bundle::{self, Bundle, BundleError};
-use crate::capture::Held;
+use crate::capture::{Held, save_at_intervals};
 use crate::cause::Cause;
 use crate::cgroup::{Cgroup, CgroupError, Elsewhere};
 use crate::confine::{ConfineError, Confinement};
@@ -28,6 +28,7 @@ use crate::hooks::{HookError, HookState, Relay};
 use crate::init::{BlankInit, FirstProcess, ProgramInit};
 use crate::monitor::{self, MonitorError};
 use crate::mounts::Unfinished;
+use crate::periodic::Schedule;
 use crate::process::ProcessIdentity;
 use crate::report::Log;
 use crate::restore::{Incoming, RestoreError, Start};
@@ -156,6 +157,8 @@ pub fn create(request: &CreateRequest<'_>) -> Result<Created, CreateError> {
     let dir = StateDir::claim(request.root, &request.id)?;
     let mut undo = Undo::new(dir.clone(), cgroup_path.clone());
     // Before libcontainer forks: what reads a store has threads, and they have ended by then.
+    let schedule = Schedule::of(&bundle.spec);
+    let schedule = schedule.map_err(|error| Box::new(RestoreError::from(error)))?;
     let (held, incoming) = look_for_capsule(request, &bundle)?;
     let init = incoming
         .as_ref()
@@ -205,6 +208,10 @@ pub fn create(request: &CreateRequest<'_>) -> Result<Created, CreateError> {
         }
         (None, Some(held)) => held.save(&dir).map_err(|source| io("keep the lease", source))?,
         (None, None) => {}
+    }
+    if let Some(held) = held.as_ref().filter(|held| held.carried) {
+        save_at_intervals(&dir, held, &schedule)
+            .map_err(|error| Box::new(RestoreError::from(Box::new(error))))?;
     }
     monitor.adopt(record.init)?;
     if let Some(pid_file) = request.pid_file {

@@ -32,6 +32,7 @@ mod lineage;
 pub mod monitor;
 pub mod mounts;
 pub mod output;
+pub mod periodic;
 mod plain_dev;
 mod preflight;
 mod privileges;

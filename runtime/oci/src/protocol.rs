@@ -66,6 +66,8 @@ pub enum Request {
     Checkpoint {
         args: serde_json::Value,
     },
+    /// The note of captures at intervals has changed.
+    Periodic,
     /// Descriptors for the next capture's worker, which follow, this many.
     Keep {
         count: usize,
@@ -80,6 +82,7 @@ pub enum Answer {
     Status(MonitorStatus),
     Adopted,
     Kept,
+    Periodic,
     ShuttingDown,
     /// From the worker; more follows.
     Progress {

@@ -40,6 +40,7 @@ use crate::create::{ClockOffset, TimeOffsets};
 use crate::ending::{self, EndingError};
 use crate::lineage::Lineage;
 use crate::monitor::{Client, MonitorError};
+use crate::periodic::PeriodicError;
 use crate::preflight::{self, Host, Needs};
 use crate::privileges;
 use crate::saved::{Differs, Origin, ROOT_STREAM, Saved};
@@ -52,6 +53,8 @@ pub enum RestoreError {
     State(#[from] StateError),
     #[error(transparent)]
     Address(#[from] AddressError),
+    #[error(transparent)]
+    Periodic(#[from] PeriodicError),
     #[error(transparent)]
     Target(#[from] Box<CheckpointError>),
     #[error(transparent)]
@@ -114,6 +117,7 @@ impl RestoreError {
             | RestoreError::Incompatible { .. } => true,
             RestoreError::State(_)
             | RestoreError::Address(_)
+            | RestoreError::Periodic(_)
             | RestoreError::Target(_)
             | RestoreError::Bundle(_)
             | RestoreError::Config(_)
@@ -446,6 +450,11 @@ impl Restored {
             raw / seconds.max(0.001),
         )
     }
+}
+
+/// Whether a container is to be filled, and is not yet.
+pub(crate) fn is_restoring(dir: &StateDir) -> bool {
+    Waiting::path(dir).exists()
 }
 
 /// Fills a container whose blank init has been started, if it waits for a capsule. `None`: it does not. What is in `kept` is not

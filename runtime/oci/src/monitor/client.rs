@@ -80,6 +80,14 @@ impl Client {
         }
     }
 
+    /// Tells of a new note of captures at intervals.
+    pub(crate) fn periodic(&mut self) -> Result<(), MonitorError> {
+        match self.ask(Request::Periodic)? {
+            Answer::Periodic => Ok(()),
+            other => Err(unexpected(other)),
+        }
+    }
+
     /// Leaves descriptors for the next capture.
     pub(crate) fn keep(&mut self, fds: &[OwnedFd]) -> Result<(), MonitorError> {
         let request = Request::Keep { count: fds.len() };
@@ -136,6 +144,7 @@ fn unexpected(answer: Answer) -> MonitorError {
         Answer::Status(_)
         | Answer::Adopted
         | Answer::Kept
+        | Answer::Periodic
         | Answer::ShuttingDown
         | Answer::Progress { .. }
         | Answer::Done { .. } => MonitorError::OffTopic,

@@ -11,8 +11,9 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use samara_kernel::pidfd::PidFd;
 
@@ -20,6 +21,7 @@ use super::client::worker_program;
 use super::{MonitorError, standby};
 use crate::ending::{self, TELL_VERB};
 use crate::hand_over;
+use crate::periodic::Periodic;
 use crate::process::ProcessIdentity;
 use crate::protocol::{
     Answer, Decoder, Failure, Message, MonitorStatus, Request, Versioned, WORKER_VERB,
@@ -68,6 +70,8 @@ pub fn serve(dir: &StateDir, creator: i32) -> Result<(), MonitorError> {
         clients: Vec::new(),
         next_client: 0,
         capture: None,
+        queued: None,
+        periodic: None,
         kept: Vec::new(),
         ended: None,
         telling: None,
@@ -75,6 +79,7 @@ pub fn serve(dir: &StateDir, creator: i32) -> Result<(), MonitorError> {
         standbys_left: STANDBYS_MAX,
         stopping: false,
     };
+    server.load_periodic();
     let mut moved = false;
     while !server.is_done() {
         if server.init.is_some() && !moved {
@@ -134,6 +139,9 @@ struct Server {
     clients: Vec<Client>,
     next_client: u64,
     capture: Option<Capture>,
+    /// Whose request waits until a capture of our own is done.
+    queued: Option<(u64, serde_json::Value)>,
+    periodic: Option<Due>,
     /// What the last worker has left for the next one: nobody else knows what it is.
     kept: Vec<OwnedFd>,
     /// The init's end, until it is concluded: its status, if that is known.
@@ -143,6 +151,14 @@ struct Server {
     standby: Option<Assistant>,
     standbys_left: u32,
     stopping: bool,
+}
+
+/// Captures at intervals.
+struct Due {
+    periodic: Periodic,
+    at: Instant,
+    /// When the capture that is under way began.
+    began: Instant,
 }
 
 struct Client {
@@ -159,6 +175,9 @@ struct Client {
     answered: bool,
     gone: bool,
 }
+
+/// The client of captures that nobody asked for at that moment.
+const NOBODY: u64 = 0;
 
 struct Capture {
     client: u64,
@@ -246,13 +265,42 @@ impl Server {
             client.flush();
         }
         if let Some(capture) = &mut self.capture {
-            let wanted = self.clients.iter().any(|c| c.id == capture.client && !c.gone);
+            let wanted = capture.client == NOBODY
+                || self.clients.iter().any(|c| c.id == capture.client && !c.gone);
             if !wanted || self.stopping {
                 capture.give_up();
             }
         }
         self.clients.retain(|client| !client.gone);
+        self.capture_if_due();
         Ok(())
+    }
+
+    /// Reads what captures are wanted at intervals, and begins to count.
+    fn load_periodic(&mut self) {
+        let now = Instant::now();
+        let periodic = Periodic::load(&self.dir);
+        self.periodic =
+            periodic.map(|periodic| Due { at: now + periodic.every(), periodic, began: now });
+    }
+
+    /// How long nothing has to be done; none for ever.
+    fn idle(&self) -> Option<Duration> {
+        let alive = self.init.as_ref().is_some_and(|init| init.handle.is_some());
+        let due = self.periodic.as_ref().filter(|_| alive && !self.stopping)?;
+        self.capture.is_none().then(|| due.at.saturating_duration_since(Instant::now()))
+    }
+
+    fn capture_if_due(&mut self) {
+        if self.idle() != Some(Duration::ZERO) {
+            return;
+        }
+        let Some(due) = &mut self.periodic else { return };
+        let now = Instant::now();
+        (due.at, due.began) = (now + due.periodic.every(), now);
+        let args = due.periodic.args.clone();
+        // What fails is tried again at the next time, and said in the folder's log by the worker.
+        let _ = self.start_capture(NOBODY, args);
     }
 
     fn wait(&self) -> io::Result<Vec<Event>> {
@@ -289,8 +337,13 @@ impl Server {
         }
         let mut fds: Vec<PollFd<'_>> =
             watched.iter().map(|&(_, fd, flags)| PollFd::from_borrowed_fd(fd, flags)).collect();
+        let idle = self.idle().map(|idle| Timespec {
+            tv_sec: i64::try_from(idle.as_secs()).unwrap_or(i64::MAX),
+            // Not before it is due.
+            tv_nsec: i64::from(idle.subsec_nanos()),
+        });
         loop {
-            match poll(&mut fds, None) {
+            match poll(&mut fds, idle.as_ref()) {
                 Ok(_) => break,
                 Err(rustix::io::Errno::INTR) => {}
                 Err(errno) => return Err(errno.into()),
@@ -344,7 +397,9 @@ impl Server {
                 return self.fail(id, Failure::BadRequest { message: error.to_string() });
             }
         };
-        if self.capture.as_ref().is_some_and(|capture| capture.client == id) {
+        let has_asked = self.queued.as_ref().is_some_and(|(client, _)| *client == id)
+            || self.capture.as_ref().is_some_and(|capture| capture.client == id);
+        if has_asked {
             return self.fail(id, Failure::BadRequest { message: "one request each".to_owned() });
         }
         match request {
@@ -364,6 +419,10 @@ impl Server {
                 if let Err(failure) = self.start_capture(id, args) {
                     self.fail(id, failure);
                 }
+            }
+            Request::Periodic => {
+                self.load_periodic();
+                self.answer(id, &Answer::Periodic, true);
             }
             Request::Keep { count } => {
                 client.expected = Some(count);
@@ -421,6 +480,7 @@ impl Server {
                 // Gone already: then so are we, after this answer.
                 self.init = Some(Init { identity, handle: identity.handle() });
                 self.creator = None;
+                self.load_periodic();
                 Ok(())
             }
         }
@@ -430,8 +490,13 @@ impl Server {
         if self.stopping {
             return Err(Failure::ShuttingDown);
         }
-        if self.capture.is_some() {
-            return Err(Failure::Busy);
+        match &self.capture {
+            None => {}
+            Some(Capture { client: NOBODY, .. }) if self.queued.is_none() => {
+                self.queued = Some((client, args));
+                return Ok(());
+            }
+            Some(_) => return Err(Failure::Busy),
         }
         let init = self.init.as_ref().ok_or(Failure::NoContainer)?.identity;
         let kept = self.kept.len();
@@ -496,6 +561,20 @@ impl Server {
         };
         let answer = capture.outcome.take().unwrap_or(Answer::Failed { error: failure });
         self.answer(capture.client, &answer, true);
+        if let Some(due) = &mut self.periodic {
+            let now = Instant::now();
+            due.at = match capture.client {
+                // Half of the time at most.
+                NOBODY => due.at.max(now + now.duration_since(due.began)),
+                _ => now + due.periodic.every(),
+            };
+        }
+        if let Some((client, args)) = self.queued.take()
+            && self.clients.iter().any(|other| other.id == client && !other.gone)
+            && let Err(failure) = self.start_capture(client, args)
+        {
+            self.fail(client, failure);
+        }
     }
 
     fn fail(&mut self, client: u64, error: Failure) {
