@@ -25,7 +25,7 @@ use samara_capsule::transfer::{BATCH_BYTES_MAX, BaseId, PageRun, Sink, Source, S
 use samara_kernel::kcmp::{self, Resource};
 use samara_kernel::pagemap::{Pagemap, Run};
 use samara_kernel::proc::Mapping;
-use samara_kernel::userfaultfd::WriteTracker;
+use samara_kernel::userfaultfd::{self, WriteTracker};
 use samara_kernel::{Pid, proc};
 use serde::{Deserialize, Serialize};
 
@@ -254,6 +254,10 @@ impl Tracking {
         source: &dyn Source,
     ) -> Tracking {
         let mut tracking = Tracking::default();
+        if let Err(error) = userfaultfd::probe() {
+            tracing::info!(%error, "this kernel does not tell what is written");
+            return tracking;
+        }
         for record in &container.processes {
             let ProcessState::Alive(alive) = &record.state else { continue };
             let Some(process) = tree.processes.get_mut(&record.pid) else { continue };

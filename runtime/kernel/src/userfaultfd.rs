@@ -6,9 +6,10 @@
 
 use std::io;
 use std::mem::size_of;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use crate::check;
+use crate::pagemap::Pagemap;
 
 /// Flags of `userfaultfd(2)` in the tracee. Faults of the kernel need no handling either, so that of user mode is enough, which every
 /// process may have.
@@ -43,6 +44,82 @@ const WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
 const WP_UNPOPULATED: u64 = 1 << 13;
 const WP_ASYNC: u64 = 1 << 15;
 const MODE_WP: u64 = 1 << 1;
+
+/// Finds out, on memory of its own, whether this kernel tells of all that is written. Before Linux 6.13 pages that were moved
+/// (mremap(2)) stay armed, without anything that would take note of a write to them.
+///
+/// # Errors
+/// What could not be done; `Unsupported` where a moved page passes for one that is as it was.
+pub fn probe() -> io::Result<()> {
+    // SAFETY: the call takes flags only.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, FLAGS) };
+    let fd = i32::try_from(check(fd)?).map_err(io::Error::other)?;
+    // SAFETY: the descriptor was made right above, and nobody else knows of it.
+    let tracker = WriteTracker::new(unsafe { OwnedFd::from_raw_fd(fd) })?;
+    let memory = Scratch::new()?;
+    let moved = Scratch::new()?;
+    let pagemap = Pagemap::open(i32::try_from(std::process::id()).map_err(io::Error::other)?)?;
+    let clean = |memory: &Scratch| -> io::Result<Vec<bool>> {
+        let (start, end) = (memory.0 as u64, memory.0 as u64 + PAGE as u64);
+        tracker.cover(start, end)?;
+        let (runs, _) = pagemap.tracked_some(start, end, 1, false)?;
+        Ok(runs.iter().map(|run| run.clean).collect())
+    };
+    memory.write();
+    let new = clean(&memory)?;
+    let armed = clean(&memory)?;
+    memory.write();
+    let written = clean(&memory)?;
+    memory.move_to(&moved)?;
+    let seen = [new, armed, written, clean(&moved)?];
+    match seen.concat().as_slice() {
+        [false, true, false, false] => Ok(()),
+        _ => Err(io::ErrorKind::Unsupported.into()),
+    }
+}
+
+/// One page.
+struct Scratch(usize);
+
+const PAGE: usize = 4096;
+
+impl Scratch {
+    fn new() -> io::Result<Scratch> {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: a new mapping, where the kernel likes.
+        let page = unsafe { libc::mmap(std::ptr::null_mut(), PAGE, protection, flags, -1, 0) };
+        match page == libc::MAP_FAILED {
+            true => Err(io::Error::last_os_error()),
+            false => Ok(Scratch(page.expose_provenance())),
+        }
+    }
+
+    fn write(&self) {
+        let byte = std::ptr::with_exposed_provenance_mut::<u8>(self.0);
+        // SAFETY: the page is mapped for writing for as long as this value lives, and nobody else knows of it.
+        unsafe { byte.write_volatile(1) };
+    }
+
+    /// Moves the content, in place of that of `to`. What is left is unmapped.
+    fn move_to(&self, to: &Scratch) -> io::Result<()> {
+        let (from, to) = (
+            std::ptr::with_exposed_provenance_mut(self.0),
+            std::ptr::with_exposed_provenance_mut::<libc::c_void>(to.0),
+        );
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        // SAFETY: both are pages of this type's, which nothing refers to.
+        let moved = unsafe { libc::mremap(from, PAGE, PAGE, flags, to) };
+        if moved == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // SAFETY: a page of this value's own, or nothing any more.
+        unsafe { libc::munmap(std::ptr::with_exposed_provenance_mut(self.0), PAGE) };
+    }
+}
 
 /// Tells which pages of one address space are written. When it is dropped, nothing is tracked any more.
 #[derive(Debug)]
@@ -92,5 +169,16 @@ impl AsFd for WriteTracker {
 impl From<WriteTracker> for OwnedFd {
     fn from(tracker: WriteTracker) -> OwnedFd {
         tracker.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whoever trusted a kernel that does not tell would store old content for new.
+    #[test]
+    fn this_kernel_tells_of_writes() {
+        probe().expect("Linux 6.13 or newer, where tests run");
     }
 }
