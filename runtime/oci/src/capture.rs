@@ -72,7 +72,7 @@ pub enum CheckpointError {
     #[error("--capsule")]
     Address(#[from] LocationError),
     #[error(
-        "--{0} is not supported: Samara writes whole capsules, which need no parent and no second pass"
+        "--{0} is not supported: every capsule is complete by itself, and stores only what changed since the one before"
     )]
     Flag(&'static str),
     #[error(

@@ -52,7 +52,8 @@ pub struct Differs {
 }
 
 /// Variables that docker and podman set to a value of the container's own, and the one that leads here.
-const PER_CONTAINER: [&str; 3] = ["HOSTNAME", "container", "SAMARA_CAPSULE"];
+const PER_CONTAINER: [&str; 4] =
+    ["HOSTNAME", "container", "SAMARA_CAPSULE", crate::periodic::VARIABLE];
 
 impl Origin {
     /// Reads what counts from a specification.
