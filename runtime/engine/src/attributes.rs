@@ -8,8 +8,6 @@ use samara_capsule::record::{Alive, Bytes, ThreadAttributes};
 use samara_kernel::tape::{Call, End};
 use samara_kernel::{Pid, proc};
 
-use crate::capture::{CaptureError, attribute, read};
-use crate::labels;
 use crate::process::{low_int, prctl, words};
 use crate::restore::{RestoreError, make};
 use crate::tracee::{Output, Process, Tape, TraceeError};
@@ -42,6 +40,7 @@ pub(crate) struct Questions {
     speculation: usize,
     keyrings: usize,
     session_keyring: Output,
+    personality: usize,
 }
 
 impl Questions {
@@ -78,7 +77,18 @@ impl Questions {
         keys([READ, SESSION, 0, 0]);
         let bytes = DESCRIPTION_BYTES as u64;
         keys([DESCRIBE, SESSION, session_keyring.address, bytes]);
-        Questions { time_stamps, machine_check, cpuid, speculation, keyrings, session_keyring }
+        let personality = tape.len();
+        let ask = u64::from(u32::MAX);
+        tape.call("ask for its personality", libc::SYS_personality, [ask, 0, 0, 0, 0, 0]);
+        Questions {
+            time_stamps,
+            machine_check,
+            cpuid,
+            speculation,
+            keyrings,
+            session_keyring,
+            personality,
+        }
     }
 
     /// Which keys the thread keeps in the kernel, if it does. They can't be read, or not by everybody.
@@ -104,7 +114,7 @@ impl Questions {
         Ok((!users).then_some("keys in a session keyring are not supported"))
     }
 
-    /// What the calls of the tape have returned.
+    /// What the calls of the tape have returned. Label and login are told from outside.
     pub(crate) fn answers(
         &self,
         process: &Process,
@@ -120,7 +130,7 @@ impl Questions {
             Some((kind, state & !DECIDES))
         });
         Ok(ThreadAttributes {
-            personality: None,
+            personality: answer(self.personality),
             login_user: None,
             no_time_stamps: low_int(time_stamps) == libc::PR_TSC_SIGSEGV,
             no_cpuid: answer(self.cpuid) == Some(0),
@@ -131,19 +141,8 @@ impl Questions {
     }
 }
 
-/// Adds what is told from outside of a thread.
-pub(crate) fn complete(
-    tid: Pid,
-    answers: ThreadAttributes,
-) -> Result<ThreadAttributes, CaptureError> {
-    let personality = u32::from_str_radix(&attribute(tid, "personality")?, 16).ok();
-    let label = labels::of_thread(tid).map_err(read("the security label of a thread"))?;
-    let label = label.map(Bytes::from);
-    Ok(ThreadAttributes { personality, label, login_user: login_user(tid), ..answers })
-}
-
 /// Who has logged in, for the audit. `None`: nobody, or the kernel has no audit.
-fn login_user(tid: Pid) -> Option<u32> {
+pub(crate) fn login_user(tid: Pid) -> Option<u32> {
     let user = proc::attribute(tid, "loginuid").ok()?.trim_end().parse().ok()?;
     (user != u32::MAX).then_some(user)
 }

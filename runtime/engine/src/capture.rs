@@ -220,7 +220,7 @@ fn collect(
         let space = tables.new_space();
         let shares = sharing.get(pid).copied().unwrap_or_default();
         let record =
-            process::collect(process, &examined, mappings, descriptors, space, shares, &elapsed)?;
+            process::collect(process, &examined, mappings, descriptors, space, shares, &elapsed, &tables.common)?;
         records.push((*pid, record));
     }
     unix_sockets::ask(&mut frozen.processes, tables)?;
@@ -338,6 +338,9 @@ pub(crate) struct Tables<'a> {
     pub(crate) clocks_read: Instant,
     pub(crate) root: Root,
     pub(crate) vdso: vdso::Host,
+    pub(crate) common: process::Common,
+    /// Threads that do not share the directories of their process.
+    pub(crate) own_directories: BTreeSet<Pid>,
     pub(crate) files: Vec<record::OpenFile>,
     pub(crate) pipes: Vec<record::Pipe>,
     pub(crate) shared_memory: Vec<record::SharedMemory>,
@@ -394,6 +397,8 @@ impl<'a> Tables<'a> {
             clocks_read,
             root: Root::of(request.init).map_err(read("the container's root directory"))?,
             vdso: vdso::Host::look().map_err(read("this host's vdso"))?,
+            common: process::Common::look().map_err(read("this host's settings"))?,
+            own_directories: BTreeSet::new(),
             files: Vec::new(),
             pipes: Vec::new(),
             shared_memory: Vec::new(),
@@ -589,7 +594,7 @@ pub(crate) fn name(pid: Pid) -> String {
 /// The number that a process or thread has in the innermost pid namespace.
 pub(crate) fn inner_pid(tid: Pid) -> io::Result<Pid> {
     let status = proc::status(tid)?;
-    Ok(status.nspid.and_then(|pids| pids.last().copied()).unwrap_or(tid))
+    Ok(status.nspid.last().copied().unwrap_or(tid))
 }
 
 pub(crate) fn read(what: impl Into<String>) -> impl FnOnce(io::Error) -> CaptureError {

@@ -13,11 +13,11 @@ use std::time::Instant;
 use samara_capsule::record::{
     self, Alive, AlternateStack, Bytes, Clocks, Credentials, Directories, EndedDirectory,
     IntervalTimer, NamelessExecutable, PosixTimer, ProcessState, Restart, Scheduling, Seccomp,
-    SeccompFilter, Sharing, SignalAction,
+    SeccompFilter, Sharing, SignalAction, ThreadAttributes,
 };
 use samara_capsule::transfer::SpaceId;
 use samara_kernel::kcmp::{self, Resource};
-use samara_kernel::ptrace::{self, Queue, Registers};
+use samara_kernel::ptrace::{self, Queue, Registers, Rseq};
 use samara_kernel::tape::{Call, End};
 use samara_kernel::wait::{self, Status};
 use samara_kernel::{Pid, proc, process_vm, sched};
@@ -89,23 +89,52 @@ struct Paths {
 
 #[derive(Debug)]
 struct ExaminedThread {
-    stat: proc::Stat,
+    status: proc::Status,
+    scheduling: sched::Attributes,
     /// The XSAVE area.
     vectors: Vec<u8>,
     own_directories: Option<Directories>,
+    label: Option<Bytes>,
+    login_user: Option<u32>,
+}
+
+/// What is the same for all threads, and is asked once.
+#[derive(Debug)]
+pub(crate) struct Common {
+    /// Security modules give labels to threads.
+    labels: bool,
+    /// The kernel has an audit, and keeps for it who has logged in.
+    audit: bool,
+    /// The processors that the engine may run on: all, as a rule.
+    processors: Vec<u32>,
+    /// The time slice of who has asked for none.
+    slice_ns: u64,
+}
+
+impl Common {
+    pub(crate) fn look() -> io::Result<Common> {
+        let own = |file: &str| std::fs::read(format!("/proc/self/{file}")).is_ok();
+        Ok(Common {
+            labels: own("attr/current"),
+            audit: own("loginuid"),
+            processors: sched::affinity(0)?,
+            slice_ns: sched::attributes(0)?.slice_ns(),
+        })
+    }
 }
 
 /// Notes what of a process itself can't be saved.
 pub(crate) fn examine(
-    process: &Process,
+    process: &mut Process,
     tables: &mut Tables<'_>,
 ) -> Result<Examined, CaptureError> {
     let pid = process.pid;
     let what = || read(format!("process {pid} in /proc"));
     let stat = proc::stat(pid).map_err(what())?;
     let status = proc::status(pid).map_err(what())?;
+    process.set_signals(status.sigign, status.sigcgt);
     check(pid, &status, tables)?;
-    let paths = paths(pid, tables)?;
+    let paths = paths(pid, &status, tables)?;
     let mut threads = Vec::with_capacity(process.threads.len());
     for thread in &process.threads {
         // Code segments of 64-bit programs (USER_CS of arch/x86/include/asm/segment.h).
@@ -114,7 +143,11 @@ pub(crate) fn examine(
         if thread.stop.cs != USER_CS {
             tables.refuse(pid, Place::Thread(tid), "32-bit code is not supported");
         }
-        let stat = proc::stat(tid).map_err(what())?;
+        let status = match tid == pid {
+            true => status.clone(),
+            false => proc::status(tid).map_err(what())?,
+        };
+        let scheduling = sched::attributes(tid).map_err(what())?;
         let vectors = ptrace::xstate(tid).map_err(failed("read the vector registers of", tid))?;
         if uses_tiles(&vectors) {
             // The kernel takes them only from a thread that has used the unit before.
@@ -127,14 +160,25 @@ pub(crate) fn examine(
         if ptrace::uses_ports(tid).map_err(failed("read the I/O permissions of", tid))? {
             tables.refuse(pid, Place::Thread(tid), "use of I/O ports (ioperm) is not supported");
         }
-        if stat.policy == Some(SCHED_DEADLINE) {
+        if scheduling.policy == SCHED_DEADLINE {
             tables.refuse(pid, Place::Thread(tid), "SCHED_DEADLINE is not supported");
         }
-        let own_directories = match is_own(pid, tid, Resource::Fs) {
-            true => Some(directories(pid, tid, tables)?.0),
+        let own_directories = match tables.own_directories.contains(&tid) {
+            true => Some(directories(pid, tid, &status, tables)?.0),
             false => None,
         };
-        threads.push(ExaminedThread { stat, vectors, own_directories });
+        let label = match tables.common.labels {
+            true => labels::of_thread(tid).map_err(read("the security label of a thread"))?,
+            false => None,
+        };
+        threads.push(ExaminedThread {
+            status,
+            scheduling,
+            vectors,
+            own_directories,
+            label: label.map(Bytes::from),
+            login_user: tables.common.audit.then(|| attributes::login_user(tid)).flatten(),
+        });
     }
     let timers = proc::attribute(pid, "timers").map_err(what())?;
     let timers = timers::parse_posix(
@@ -199,7 +243,6 @@ pub(crate) fn sharing(
             }
         }
     }
-    let mut own_directories: Vec<Pid> = Vec::new();
     for process in processes.values() {
         for thread in process.threads.iter().skip(1) {
             let (pid, tid) = (process.pid, thread.tid);
@@ -208,12 +251,12 @@ pub(crate) fn sharing(
                 tables.refuse(pid, Place::Thread(tid), what);
             }
             if is_own(pid, tid, Resource::Fs) {
-                let others = processes.keys().chain(&own_directories);
+                let others = processes.keys().chain(&tables.own_directories);
                 if others.into_iter().any(|other| !is_own(*other, tid, Resource::Fs)) {
                     let what = "it shares a working directory with others than the threads of its process, which is not supported";
                     tables.refuse(pid, Place::Thread(tid), what);
                 }
-                own_directories.push(tid);
+                tables.own_directories.insert(tid);
             }
         }
     }
@@ -236,11 +279,12 @@ pub(crate) fn collect(
     space: SpaceId,
     sharing: Sharing,
     elapsed: &BTreeMap<Pid, Slept>,
+    common: &Common,
 ) -> Result<record::Process, CaptureError> {
     let pid = process.pid;
     let what = || read(format!("process {pid} in /proc"));
     let Examined { stat, status, posix_timers, threads: looks, paths, clocks_read } = examined;
-    leave_critical_sections(process)?;
+    let registrations = leave_critical_sections(process)?;
     // What the capsule gets is decided before the corrections for the thaw change the registers.
     let restored: Vec<(Registers, Restart)> = process
         .threads
@@ -248,19 +292,27 @@ pub(crate) fn collect(
         .map(|thread| corrected(process, thread, Goal::Restore, elapsed))
         .collect();
     mend_for_thaw(process, elapsed)?;
+    process.may_signal = (!common.labels).then_some(true);
     process.map_arena(None)?;
     let lock_future = memory::lock_future(process, status)?;
     let answers = Answers::ask(process, posix_timers, *clocks_read)?;
     memory::ask_policies(process, &mut mappings)?;
     let descriptor_table = attributes::descriptor_table(process)?;
-    let mut threads = Vec::new();
-    for (index, ((registers, restart), look)) in restored.into_iter().zip(looks).enumerate() {
-        threads.push(collect_thread(process, index, registers, restart, look)?);
+    let mut threads = Vec::with_capacity(looks.len());
+    let mut label = looks.first().and_then(|look| look.label.as_ref());
+    let each = restored.into_iter().zip(registrations).zip(looks).enumerate();
+    for (index, (((registers, restart), rseq), look)) in each {
+        if look.label.as_ref() != label {
+            // Another one may forbid what the last one allows.
+            process.may_signal = None;
+            label = look.label.as_ref();
+        }
+        threads.push(collect_thread(process, index, registers, restart, rseq, look, common)?);
     }
     process.unmap_arena()?;
 
     let layout = proc::layout(stat);
-    let identity = identity(pid, status)?;
+    let identity = identity(status)?;
     // A session from outside is not the container's to change.
     let own_session = identity.session != 0;
     let alive = Alive {
@@ -371,15 +423,14 @@ pub(crate) fn collect_zombie(pid: Pid) -> Result<record::Process, CaptureError> 
     let state = ProcessState::Zombie {
         exit_status: stat.exit_code.unwrap_or(0),
         exit_signal: stat.exit_signal.unwrap_or(libc::SIGCHLD),
-        uid: status.ruid,
+        uid: status.uids[0],
     };
-    Ok(record::Process { state, ..identity(pid, &status)? })
+    Ok(record::Process { state, ..identity(&status)? })
 }
 
 /// The ids of a process in the innermost namespace; the state is the caller's to set.
-fn identity(pid: Pid, status: &proc::Status) -> Result<record::Process, CaptureError> {
-    let last =
-        |list: &Option<Vec<i32>>| list.as_ref().and_then(|list| list.last().copied()).unwrap_or(0);
+fn identity(status: &proc::Status) -> Result<record::Process, CaptureError> {
+    let last = |list: &[i32]| list.last().copied().unwrap_or(0);
     let inner = last(&status.nspid);
     let parent =
         if inner == 1 { 0 } else { inner_pid(status.ppid).map_err(read("a parent process"))? };
@@ -388,7 +439,7 @@ fn identity(pid: Pid, status: &proc::Status) -> Result<record::Process, CaptureE
         parent,
         group: last(&status.nspgid),
         session: last(&status.nssid),
-        name: Bytes::from(proc::comm(pid).unwrap_or_default()),
+        name: Bytes::from(status.name.clone()),
         state: ProcessState::Zombie { exit_status: 0, exit_signal: 0, uid: 0 },
     })
 }
@@ -414,10 +465,12 @@ pub(crate) fn parents_first(mut processes: Vec<record::Process>) -> Vec<record::
 
 /// Notes what of a process can't be saved.
 fn check(pid: Pid, status: &proc::Status, tables: &mut Tables<'_>) -> Result<(), CaptureError> {
+    let init = tables.request.init;
     for kind in ["ipc", "mnt", "net", "uts", "user", "cgroup", "time"] {
-        let (Ok(own), Ok(init)) =
-            (proc::namespace(pid, kind), proc::namespace(tables.request.init, kind))
-        else {
+        if pid == init {
+            break;
+        }
+        let (Ok(own), Ok(init)) = (proc::namespace(pid, kind), proc::namespace(init, kind)) else {
             continue;
         };
         if own != init {
@@ -439,16 +492,12 @@ fn check(pid: Pid, status: &proc::Status, tables: &mut Tables<'_>) -> Result<(),
         }
     }
     let cgroups = |pid| proc::attribute(pid, "cgroup").ok();
-    if cgroups(pid) != cgroups(tables.request.init) {
+    if pid != init && cgroups(pid) != cgroups(init) {
         let what = "it is in another cgroup than the container's init, which is not supported";
         tables.refuse(pid, Place::Process, what);
     }
-    let layers = status.nspid.as_ref().map_or(0, Vec::len);
-    let inits = proc::status(tables.request.init)
-        .ok()
-        .and_then(|status| status.nspid)
-        .map_or(0, |pids| pids.len());
-    if layers != inits {
+    let layers = |pid: Pid| proc::status(pid).map_or(0, |status| status.nspid.len());
+    if pid != init && status.nspid.len() != layers(init) {
         tables.refuse(pid, Place::Process, "it is in a nested pid namespace");
     }
     Ok(())
@@ -458,7 +507,11 @@ fn check(pid: Pid, status: &proc::Status, tables: &mut Tables<'_>) -> Result<(),
 const REMOVED: &[u8] = b" (deleted)";
 
 /// Finds the program and the directories of a process, and notes which of them can't be found again.
-fn paths(pid: Pid, tables: &mut Tables<'_>) -> Result<Paths, CaptureError> {
+fn paths(
+    pid: Pid,
+    status: &proc::Status,
+    tables: &mut Tables<'_>,
+) -> Result<Paths, CaptureError> {
     let (mut executable, identity, metadata) = look(pid, "exe")?;
     let mut nameless_executable = None;
     if tables.root.identity(&executable).ok() != Some(identity) {
@@ -483,7 +536,7 @@ fn paths(pid: Pid, tables: &mut Tables<'_>) -> Result<Paths, CaptureError> {
             }
         }
     }
-    let (directories, ended_directory) = directories(pid, pid, tables)?;
+    let (directories, ended_directory) = directories(pid, pid, status, tables)?;
     Ok(Paths { executable, nameless_executable, directories, ended_directory })
 }
 
@@ -491,6 +544,7 @@ fn paths(pid: Pid, tables: &mut Tables<'_>) -> Result<Paths, CaptureError> {
 fn directories(
     pid: Pid,
     tid: Pid,
+    status: &proc::Status,
     tables: &mut Tables<'_>,
 ) -> Result<(Directories, Option<EndedDirectory>), CaptureError> {
     let place = if tid == pid { Place::Process } else { Place::Thread(tid) };
@@ -527,7 +581,6 @@ fn directories(
         let what = format!("its working directory {path} has no name in the container");
         tables.refuse(pid, place, what);
     }
-    let status = proc::status(tid).map_err(read(format!("thread {tid} in /proc")))?;
     let umask = status.umask.unwrap_or(0o022);
     let directories = Directories { root_directory, working_directory, removed_directory, umask };
     Ok((directories, ended_directory))
@@ -543,18 +596,18 @@ fn look(tid: Pid, file: &str) -> Result<(record::Path, (u64, u64), Metadata), Ca
 /// Lets threads that were stopped inside a restartable sequence start it anew, as the kernel does after a preemption.
 ///
 /// The kernel looks at the instruction pointer when a thread returns to user mode; it would see the engine's code there, and
-/// take the sequence for finished.
-fn leave_critical_sections(process: &mut Process) -> Result<(), TraceeError> {
+/// take the sequence for finished. Returns what each thread has registered.
+fn leave_critical_sections(process: &mut Process) -> Result<Vec<Option<Rseq>>, TraceeError> {
     /// Offset of `rseq_cs` in `struct rseq`, and the size of `struct rseq_cs` (linux/rseq.h).
     const SECTION: u64 = 8;
     const SECTION_BYTES: usize = 32;
+    let mut registrations = Vec::with_capacity(process.threads.len());
     for index in 0..process.threads.len() {
         let Some(thread) = process.threads.get(index) else { continue };
         let tid = thread.tid;
-        let Some(rseq) = ptrace::rseq(tid).map_err(failed("read the rseq registration of", tid))?
-        else {
-            continue;
-        };
+        let rseq = ptrace::rseq(tid).map_err(failed("read the rseq registration of", tid))?;
+        registrations.push(rseq);
+        let Some(rseq) = rseq else { continue };
         let Ok(section) = process.read(rseq.address + SECTION, 8) else { continue };
         let [section] = words(&section);
         if section == 0 {
@@ -570,7 +623,7 @@ fn leave_critical_sections(process: &mut Process) -> Result<(), TraceeError> {
                 .map_err(failed("set the registers of", tid))?;
         }
     }
-    Ok(())
+    Ok(registrations)
 }
 
 /// Corrects the interrupted calls of all threads of a process that will be thawed.
@@ -773,7 +826,9 @@ fn collect_thread(
     index: usize,
     registers: Registers,
     restart: Restart,
+    rseq: Option<Rseq>,
     look: &ExaminedThread,
+    common: &Common,
 ) -> Result<record::Thread, CaptureError> {
     let mut tape = process.tape()?;
     let stack = tape.output(STACK_BYTES);
@@ -822,14 +877,16 @@ fn collect_thread(
     };
     let tid = thread.tid;
     let what = || read(format!("thread {tid} in /proc"));
-    let status = proc::status(tid).map_err(what())?;
-    let stat = &look.stat;
-    let online = sched::affinity(0).map_err(what())?;
+    let ExaminedThread { status, scheduling, .. } = look;
     let affinity = sched::affinity(tid).map_err(what())?;
-    let policy = stat.policy.unwrap_or(0);
+    let nice = match sched::is_fair(scheduling.policy) {
+        true => scheduling.nice,
+        false => i32::try_from(proc::stat(tid).map_err(what())?.nice).unwrap_or(0),
+    };
+    let slice_ns = scheduling.slice_ns();
     Ok(record::Thread {
-        tid: inner_pid(tid).map_err(what())?,
-        name: Bytes::from(proc::comm(tid).map_err(what())?),
+        tid: status.nspid.last().copied().unwrap_or(tid),
+        name: Bytes::from(status.name.clone()),
         registers: to_record(&registers),
         xstate: Bytes::from(look.vectors.clone()),
         signal_mask: thread.mask,
@@ -837,48 +894,45 @@ fn collect_thread(
         alternate_stack: AlternateStack { address, flags: low_int(flags), bytes },
         clear_child_tid,
         robust_list: samara_kernel::robust_list::get(tid).map_err(what())?,
-        rseq: ptrace::rseq(tid).map_err(failed("read the rseq registration of", tid))?.map(
-            |rseq| record::Rseq {
-                address: rseq.address,
-                bytes: rseq.bytes,
-                signature: rseq.signature,
-            },
-        ),
+        rseq: rseq.map(|rseq| record::Rseq {
+            address: rseq.address,
+            bytes: rseq.bytes,
+            signature: rseq.signature,
+        }),
         credentials: Credentials {
-            uids: [status.ruid, status.euid, status.suid, status.fuid],
-            gids: [status.rgid, status.egid, status.sgid, status.fgid],
+            uids: status.uids,
+            gids: status.gids,
             groups: status.groups.clone(),
             inheritable: status.capinh,
             permitted: status.capprm,
             effective: status.capeff,
-            bounding: status.capbnd.unwrap_or(0),
-            ambient: status.capamb.unwrap_or(0),
+            bounding: status.capbnd,
+            ambient: status.capamb,
             secure_bits: u32::try_from(result(bits)).unwrap_or(0),
         },
         scheduling: Scheduling {
-            policy,
-            priority: stat.rt_priority.unwrap_or(0),
-            nice: i32::try_from(stat.nice).unwrap_or(0),
-            reset_on_fork: sched::resets_on_fork(tid).map_err(what())?,
+            policy: scheduling.policy,
+            priority: scheduling.priority,
+            nice,
+            reset_on_fork: scheduling.resets_on_fork(),
             io_priority: u32::try_from(result(io_priority)).unwrap_or(0),
             memory_policy: (mode != 0).then(|| (mode, nodes.to_vec())),
-            affinity: if affinity == online { Vec::new() } else { affinity },
-            slice_ns: own_slice(tid).map_err(what())?,
+            affinity: if affinity == common.processors { Vec::new() } else { affinity },
+            // That of the engine is the one of who has asked for none.
+            slice_ns: if slice_ns == common.slice_ns { 0 } else { slice_ns },
         },
         parent_death_signal: low_int(death),
         timer_slack_ns: result(slack),
-        seccomp: seccomp(tid, &status)?,
-        no_new_privileges: status.nonewprivs == Some(1),
+        seccomp: seccomp(tid, status)?,
+        no_new_privileges: status.nonewprivs,
         restart,
         own_directories: look.own_directories.clone(),
-        attributes: attributes::complete(tid, answers)?,
+        attributes: ThreadAttributes {
+            label: look.label.clone(),
+            login_user: look.login_user,
+            ..answers
+        },
     })
-}
-
-/// The time slice that a thread has asked for; 0 where it is the one that the engine has too, which has asked for none.
-fn own_slice(tid: Pid) -> io::Result<u64> {
-    let (slice_ns, default_ns) = (sched::slice_ns(tid)?, sched::slice_ns(0)?);
-    Ok(if slice_ns == default_ns { 0 } else { slice_ns })
 }
 
 /// All filters of a thread, oldest first.
@@ -886,9 +940,9 @@ fn seccomp(tid: Pid, status: &proc::Status) -> Result<Seccomp, CaptureError> {
     /// The kernel bounds the sum of all filters to 32768 instructions (kernel/seccomp.c, MAX_INSNS_PER_PATH).
     const FILTERS_MAX: usize = 32 << 10;
     match status.seccomp {
-        None | Some(0) => return Ok(Seccomp::Off),
-        Some(SECCOMP_STRICT) => return Ok(Seccomp::Strict),
-        Some(_) => {}
+        0 => return Ok(Seccomp::Off),
+        SECCOMP_STRICT => return Ok(Seccomp::Strict),
+        _ => {}
     }
     let mut filters = Vec::new();
     // The kernel counts from the oldest one (kernel/seccomp.c, get_nth_filter).

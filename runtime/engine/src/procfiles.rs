@@ -159,7 +159,7 @@ pub(crate) fn process(found: &Found<'_>, tables: &mut Tables<'_>) -> Result<File
         && outermost > 0
     {
         // Those of the container are numbered in each of its namespaces.
-        let levels = proc::status(tables.request.init).ok().and_then(|status| status.nspid);
+        let levels = proc::status(tables.request.init).ok().map(|status| status.nspid);
         if levels.is_none_or(|levels| levels.len() != numbers.len()) || inner <= 0 {
             return Err("a descriptor of a process outside the container is open".to_owned());
         }

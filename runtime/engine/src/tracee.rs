@@ -10,6 +10,7 @@
 //!
 //! What this module does not do: decide what to call.
 
+use std::borrow::Cow;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -19,7 +20,7 @@ use samara_capsule::record::Restart;
 use samara_kernel::pidfd::PidFd;
 use samara_kernel::ptrace::{self, Registers};
 use samara_kernel::tape::{
-    self, CALL_BYTES, Call, End, ONCE_BYTES, ONCE_PREFIX, RETURN_BLOCK, TRAP_FLAG,
+    self, CALL_BYTES, Call, End, ONCE_BYTES, ONCE_PREFIX, RETURN_BLOCK, RETURN_BLOCK_BYTES, TRAP_FLAG,
 };
 use samara_kernel::wait::{self, Status};
 use samara_kernel::{Pid, proc};
@@ -44,14 +45,15 @@ pub enum TraceeError {
 }
 
 /// Where the parts of the arena are, from its start.
-const TAPE: u64 = RETURN_BLOCK + 4096;
 /// Calls that one run takes.
 pub(crate) const CALLS_MAX: usize = 2048;
-const DATA: u64 = TAPE + (CALLS_MAX * CALL_BYTES) as u64;
+/// Data begins behind the block and ends with the tape, so that a short run touches a single page.
+const DATA: u64 = RETURN_BLOCK + RETURN_BLOCK_BYTES.next_multiple_of(CALL_BYTES) as u64;
 /// Bytes of data that the calls of one run may refer to.
 pub(crate) const DATA_BYTES: u64 = 256 << 10;
 /// Size of the mapping that the engine makes in a tracee.
-pub(crate) const ARENA_BYTES: u64 = DATA + DATA_BYTES;
+pub(crate) const ARENA_BYTES: u64 =
+    (DATA + DATA_BYTES + (CALLS_MAX * CALL_BYTES) as u64).next_multiple_of(4096);
 /// The part of the arena that is code.
 const CODE_BYTES: u64 = 4096;
 
@@ -90,6 +92,8 @@ pub(crate) struct Thread {
     pub(crate) expires: Option<Instant>,
     /// A stop signal came while the thread was ours; it gets it back when it goes on.
     pub(crate) owed_signal: i32,
+    /// No filter of its own meets the calls that it makes for the engine.
+    pub(crate) unfiltered: bool,
 }
 
 impl Thread {
@@ -97,7 +101,15 @@ impl Thread {
     pub(crate) fn at_stop(tid: Pid, group_stop: i32) -> Result<Thread, TraceeError> {
         let stop = ptrace::registers(tid).map_err(failed("read the registers of", tid))?;
         let mask = ptrace::signal_mask(tid).map_err(failed("read the signal mask of", tid))?;
-        Ok(Thread { tid, stop, mask, group_stop, expires: None, owed_signal: 0 })
+        Ok(Thread {
+            tid,
+            stop,
+            mask,
+            group_stop,
+            expires: None,
+            owed_signal: 0,
+            unfiltered: false,
+        })
     }
 
     /// Brings the thread to the stop from which it goes on with [`Thread::stop`].
@@ -267,6 +279,12 @@ pub(crate) struct Process {
     pub(crate) born: Vec<Pid>,
     /// Places for timespecs that processes with the same memory use.
     pub(crate) scratch_taken: usize,
+    /// Signals that the process is known to ignore, by which a tape may end ([`End::Signal`]): bit 0 is signal 1.
+    ignored: u64,
+    /// Whether a thread may send them to itself, which a security module can forbid. `None`: it has to turn out.
+    pub(crate) may_signal: Option<bool>,
+    /// The data of the last tape that asked for something, and where it was.
+    answers: (u64, Vec<u8>),
 }
 
 impl Process {
@@ -286,7 +304,35 @@ impl Process {
             arena: None,
             born: Vec::new(),
             scratch_taken: 0,
+            ignored: 0,
+            may_signal: None,
+            answers: (0, Vec::new()),
         })
+    }
+
+    /// Tells which signals the process ignores (`SigIgn`) and for which it has handlers (`SigCgt`).
+    pub(crate) fn set_signals(&mut self, ignored: u64, caught: u64) {
+        let set = |signals: &[i32]| signals.iter().fold(0u64, |set, signal| set | 1 << (signal - 1));
+        let by_default = set(&[libc::SIGCHLD, libc::SIGURG, libc::SIGWINCH]) & !caught;
+        // Sending one of these has effects of its own.
+        let never = [libc::SIGCONT, libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU];
+        self.ignored = (ignored | by_default) & !set(&never);
+    }
+
+    /// The signal by which a tape of this thread may end. `None`: there is none, and a tape stops at each of its calls.
+    fn end_signal(&mut self, index: usize) -> Result<Option<i32>, TraceeError> {
+        let Some(thread) = self.threads.get(index) else { return Ok(None) };
+        let usable = self.ignored & !thread.mask;
+        if usable == 0 || !thread.unfiltered || self.may_signal == Some(false) {
+            return Ok(None);
+        }
+        let signal = i32::try_from(usable.trailing_zeros() + 1).expect("there are 64 signals");
+        if self.may_signal.is_none() {
+            let empty = self.tape()?;
+            let told = self.run_until(index, &empty, End::Signal(signal), Until::Marker)?;
+            self.may_signal = Some(told == 0);
+        }
+        Ok(self.may_signal.filter(|may| *may).map(|_| signal))
     }
 
     /// Stops a process as a signal does, until SIGCONT comes. Its threads stay in ptrace stops, and calls can be made.
@@ -474,7 +520,7 @@ impl Process {
             address: stub,
             source,
         })?;
-        let result = thread.run(&start, &after, Until::Calls(1), &mut Vec::new())?;
+        let result = thread.run(&start, &after, Until::Calls(1), 0, &mut Vec::new())?;
         Call::outcome(result.rax).map_err(|errno| TraceeError::Call {
             pid,
             what: what.to_owned(),
@@ -543,43 +589,35 @@ impl Process {
     /// Runs the calls of a tape in one thread and returns what they returned, in order; [`tape::NOT_RUN`] for those after a
     /// required call that failed.
     ///
-    /// Data that the calls wrote is read with [`Tape::output`] afterwards.
+    /// Data that the calls wrote is read with [`Process::output`] afterwards.
     pub(crate) fn run(
         &mut self,
         index: usize,
         tape: &Tape,
         end: End,
     ) -> Result<Vec<u64>, TraceeError> {
-        let pid = self.pid;
-        let base = self.arena.ok_or(TraceeError::NoRoom { pid, why: "the arena is not mapped" })?;
-        assert_eq!(base, tape.base, "a tape is made for one arena");
-        let table: Vec<u8> = tape.calls.iter().flat_map(|call| call.to_bytes()).collect();
-        self.write(base + TAPE, &table)?;
-        if !tape.data.is_empty() {
-            self.write(base + DATA, &tape.data)?;
-        }
-        let thread = self
-            .threads
-            .get_mut(index)
-            .ok_or(TraceeError::NoRoom { pid, why: "it has no such thread" })?;
-        let after = restart::explicit(&thread.stop);
-        let block = tape::return_block(&after, thread.mask);
-        let address = base + RETURN_BLOCK;
-        self.memory.write_all_at(&block, address).map_err(|source| TraceeError::Memory {
-            what: "write",
-            pid,
-            address,
-            source,
-        })?;
-        let start = tape::start(base, base + TAPE, tape.calls.len() as u64, end, &after);
-        let until = match end {
-            End::Call => Until::Marker(base + tape::interpreter_marker()),
-            End::Breakpoint => Until::Breakpoint,
+        let (end, until) = match end {
+            End::Call => match self.end_signal(index)? {
+                Some(signal) => (End::Signal(signal), Until::Signal(signal)),
+                None => (End::Call, Until::Marker),
+            },
+            End::Signal(signal) => (end, Until::Signal(signal)),
+            End::Breakpoint => (end, Until::Breakpoint),
         };
-        let mut born = Vec::new();
-        thread.run(&start, &after, until, &mut born)?;
-        self.born.extend(born);
-        let table = self.read(base + TAPE, tape.calls.len() * CALL_BYTES)?;
+        self.run_until(index, tape, end, until)?;
+        let calls = tape.calls.len() * CALL_BYTES;
+        let table = match until {
+            Until::Breakpoint => self.read(tape.table(), calls)?,
+            // What was asked is read at once, with the answers.
+            Until::Calls(_) | Until::Marker | Until::Signal(_) => {
+                let start = tape.base + DATA;
+                let room = usize::try_from(tape.table() - start).expect("at most an arena");
+                let mut data = self.read(start, room + calls)?;
+                let table = data.split_off(room);
+                self.answers = (start, data);
+                table
+            }
+        };
         Ok(table
             .chunks_exact(CALL_BYTES)
             .map(|call| {
@@ -587,6 +625,49 @@ impl Process {
                 u64::from_le_bytes(*result)
             })
             .collect())
+    }
+
+    /// Runs a tape, and returns what its last call has returned that the tracer has stopped at.
+    fn run_until(
+        &mut self,
+        index: usize,
+        tape: &Tape,
+        end: End,
+        until: Until,
+    ) -> Result<u64, TraceeError> {
+        let pid = self.pid;
+        let base = self.arena.ok_or(TraceeError::NoRoom { pid, why: "the arena is not mapped" })?;
+        assert_eq!(base, tape.base, "a tape is made for one arena");
+        let thread = self
+            .threads
+            .get_mut(index)
+            .ok_or(TraceeError::NoRoom { pid, why: "it has no such thread" })?;
+        let after = restart::explicit(&thread.stop);
+        let mut bytes = Vec::with_capacity(tape.bytes());
+        bytes.extend(tape::return_block(&after, thread.mask));
+        bytes.resize(usize::try_from(DATA - RETURN_BLOCK).expect("less than a page"), 0);
+        bytes.extend(&tape.data);
+        bytes.resize(usize::try_from(tape.table() - base - RETURN_BLOCK).expect("an arena"), 0);
+        for call in &tape.calls {
+            bytes.extend(call.to_bytes());
+        }
+        let address = base + RETURN_BLOCK;
+        self.memory.write_all_at(&bytes, address).map_err(|source| TraceeError::Memory {
+            what: "write",
+            pid,
+            address,
+            source,
+        })?;
+        let start = tape::start(base, tape.table(), tape.calls.len() as u64, end, &after);
+        let marker = base
+            + match end {
+                End::Signal(_) => tape::interpreter_signal(),
+                End::Call | End::Breakpoint => tape::interpreter_marker(),
+            };
+        let mut born = Vec::new();
+        let last = thread.run(&start, &after, until, marker, &mut born)?;
+        self.born.extend(born);
+        Ok(last.rax)
     }
 
     /// As [`Process::run`], and the first required call that failed is the error.
@@ -601,7 +682,7 @@ impl Process {
             if call.is_required()
                 && let Err(errno) = Call::outcome(*result)
             {
-                let what = tape.names.get(position).cloned().unwrap_or_default();
+                let what = tape.names.get(position).cloned().unwrap_or_default().into_owned();
                 return Err(TraceeError::Call {
                     pid: self.pid,
                     what,
@@ -622,60 +703,90 @@ impl Process {
 
     /// Reads what a call of the last tape wrote.
     pub(crate) fn output(&self, output: Output) -> Result<Vec<u8>, TraceeError> {
-        self.read(output.address, output.bytes)
+        let (start, data) = &self.answers;
+        let from = output.address.checked_sub(*start).and_then(|from| usize::try_from(from).ok());
+        match from.and_then(|from| data.get(from..from.checked_add(output.bytes)?)) {
+            Some(answer) => Ok(answer.to_vec()),
+            None => self.read(output.address, output.bytes),
+        }
     }
 }
 
+#[derive(Clone, Copy)]
 enum Until {
     /// This many calls have returned.
     Calls(usize),
-    /// The call that ends at this address has returned.
-    Marker(u64),
+    /// The call that ends at the marker has returned.
+    Marker,
+    /// The thread takes this signal at the marker.
+    Signal(i32),
     /// A breakpoint instruction.
     Breakpoint,
 }
 
 impl Thread {
-    /// Runs from `start` with all signals blocked, then has the registers `after` and its own mask again.
+    /// Runs from `start` with all signals blocked but the one that is waited for, then has the registers `after` and its own mask
+    /// again.
     fn run(
         &mut self,
         start: &Registers,
         after: &Registers,
         until: Until,
+        marker: u64,
         born: &mut Vec<Pid>,
     ) -> Result<Registers, TraceeError> {
         let tid = self.tid;
+        let blocked = match until {
+            Until::Signal(signal) => ALL_SIGNALS & !(1 << (signal - 1)),
+            Until::Calls(_) | Until::Marker | Until::Breakpoint => ALL_SIGNALS,
+        };
         // In this order: see the module's invariants.
         ptrace::set_registers(tid, start).map_err(failed("set the registers of", tid))?;
-        ptrace::set_signal_mask(tid, ALL_SIGNALS).map_err(failed("block the signals of", tid))?;
+        ptrace::set_signal_mask(tid, blocked).map_err(failed("block the signals of", tid))?;
+        let registers = || ptrace::registers(tid).map_err(failed("read the registers of", tid));
         let mut stops = 0usize;
         let end = loop {
             match until {
-                Until::Breakpoint => ptrace::cont(tid, 0),
-                Until::Calls(_) | Until::Marker(_) => ptrace::cont_to_syscall(tid, 0),
+                Until::Breakpoint | Until::Signal(_) => ptrace::cont(tid, 0),
+                Until::Calls(_) | Until::Marker => ptrace::cont_to_syscall(tid, 0),
             }
             .map_err(failed("resume", tid))?;
-            match wait::one(tid).map_err(failed("wait for", tid))? {
+            let status = match until {
+                Until::Signal(_) => soon(tid)?,
+                Until::Calls(_) | Until::Marker | Until::Breakpoint => {
+                    wait::one(tid).map_err(failed("wait for", tid))?
+                }
+            };
+            match status {
                 Status::SyscallStop => {
                     stops += 1;
                     if stops % 2 == 1 {
                         continue;
                     }
-                    let now =
-                        ptrace::registers(tid).map_err(failed("read the registers of", tid))?;
+                    let now = registers()?;
                     match until {
                         Until::Calls(count) if stops == 2 * count => break now,
-                        Until::Marker(address) if now.rip == address => break now,
-                        Until::Calls(_) | Until::Marker(_) | Until::Breakpoint => {}
+                        Until::Marker if now.rip == marker => break now,
+                        Until::Calls(_)
+                        | Until::Marker
+                        | Until::Signal(_)
+                        | Until::Breakpoint => {}
                     }
                 }
                 Status::SignalStop(libc::SIGTRAP) if matches!(until, Until::Breakpoint) => {
-                    break ptrace::registers(tid).map_err(failed("read the registers of", tid))?;
+                    break registers()?;
+                }
+                Status::SignalStop(signal) if matches!(until, Until::Signal(it) if it == signal) => {
+                    let now = registers()?;
+                    if now.rip == marker {
+                        break now;
+                    }
+                    // One that came from elsewhere; the program ignores it too.
                 }
                 // All signals are blocked but these two: a fault of the code in the tracee can't be delivered either, it kills.
                 Status::SignalStop(signal) if signal == libc::SIGSTOP => self.owed_signal = signal,
                 status @ Status::SignalStop(_) => {
-                    let rip = ptrace::registers(tid).map_or(0, |registers| registers.rip);
+                    let rip = registers().map_or(0, |registers| registers.rip);
                     return Err(TraceeError::Astray { tid, rip, status });
                 }
                 Status::Event(_) => {
@@ -691,8 +802,33 @@ impl Thread {
             }
         };
         ptrace::set_signal_mask(tid, self.mask).map_err(failed("set the signal mask of", tid))?;
-        ptrace::set_registers(tid, after).map_err(failed("set the registers of", tid))?;
+        // In a signal stop the kernel still looks at the restart code ([`Thread::settle`]): the thread could go on from here.
+        let settled = matches!(until, Until::Signal(_));
+        ptrace::set_registers(tid, if settled { &self.stop } else { after })
+            .map_err(failed("set the registers of", tid))?;
         Ok(end)
+    }
+}
+
+/// Waits for the next stop of a thread that runs a few calls. Looking for it again and again is faster than being woken, and lets
+/// others run too.
+fn soon(tid: Pid) -> Result<Status, TraceeError> {
+    const BUSY: Duration = Duration::from_millis(1);
+    /// Calls that ask take microseconds; a machine that is this busy is out of order.
+    const RUN_MAX: Duration = Duration::from_secs(10);
+    let begun = Instant::now();
+    loop {
+        if let Some(status) = wait::poll_one(tid).map_err(failed("wait for", tid))? {
+            return Ok(status);
+        }
+        match begun.elapsed() {
+            waited if waited < BUSY => std::thread::yield_now(),
+            waited if waited < RUN_MAX => std::thread::sleep(Duration::from_micros(50)),
+            _ => {
+                let source = io::ErrorKind::TimedOut.into();
+                return Err(failed("stop", tid)(source));
+            }
+        }
     }
 }
 
@@ -701,7 +837,7 @@ impl Thread {
 pub(crate) struct Tape {
     base: u64,
     calls: Vec<Call>,
-    names: Vec<String>,
+    names: Vec<Cow<'static, str>>,
     data: Vec<u8>,
 }
 
@@ -716,7 +852,7 @@ impl Tape {
     /// Appends a call; after one that fails the tape ends. `what` completes "process N could not …".
     pub(crate) fn call(
         &mut self,
-        what: impl Into<String>,
+        what: impl Into<Cow<'static, str>>,
         number: libc::c_long,
         arguments: [u64; 6],
     ) {
@@ -728,7 +864,7 @@ impl Tape {
     /// Appends a call that may fail.
     pub(crate) fn try_call(
         &mut self,
-        what: impl Into<String>,
+        what: impl Into<Cow<'static, str>>,
         number: libc::c_long,
         arguments: [u64; 6],
     ) {
@@ -757,7 +893,20 @@ impl Tape {
 
     /// Reserves room for a call to write to.
     pub(crate) fn output(&mut self, bytes: usize) -> Output {
-        Output { address: self.data(&vec![0; bytes]), bytes }
+        let offset = self.data.len().next_multiple_of(16);
+        assert!((offset + bytes) as u64 <= DATA_BYTES, "callers split tapes before they are full");
+        self.data.resize(offset + bytes, 0);
+        Output { address: self.base + DATA + offset as u64, bytes }
+    }
+
+    /// Where the calls are, behind the data.
+    fn table(&self) -> u64 {
+        self.base + DATA + self.data.len().next_multiple_of(CALL_BYTES) as u64
+    }
+
+    /// Room for all that is written before it runs.
+    fn bytes(&self) -> usize {
+        RETURN_BLOCK_BYTES + self.data.len() + (self.calls.len() + 2) * CALL_BYTES
     }
 
     /// Whether another `calls` calls with `bytes` bytes of data fit.

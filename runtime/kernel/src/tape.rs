@@ -83,6 +83,10 @@ pub enum End {
     Call,
     /// With a breakpoint, so that the tape runs without a stop up to there. Without a tracer it is deadly.
     Breakpoint,
+    /// With a signal that the thread sends to itself, so that the tape runs without a stop up to there. It has to be one that the
+    /// process ignores and the thread has not blocked: the kernel drops it at once where there is no tracer, and tells a tracer
+    /// of it (kernel/signal.c, sig_ignored).
+    Signal(i32),
 }
 
 /// The bit of the flags with which the processor sends SIGTRAP after every instruction. A program may have set it for itself; code
@@ -93,11 +97,16 @@ pub const TRAP_FLAG: u64 = 1 << 8;
 #[must_use]
 pub fn start(interpreter: u64, tape: u64, calls: u64, end: End, from: &Registers) -> Registers {
     let breakpoint = u64::from(end == End::Breakpoint);
+    let signal = match end {
+        End::Signal(signal) => u64::from(signal.unsigned_abs()),
+        End::Call | End::Breakpoint => 0,
+    };
     Registers {
         rip: interpreter,
         rbx: tape,
         rbp: calls,
         r12: breakpoint,
+        r13: signal,
         orig_rax: u64::MAX,
         eflags: from.eflags & !TRAP_FLAG,
         ..*from
@@ -197,6 +206,15 @@ global_asm!(
     "syscall",
     ".globl samara_tape_marker",
     "samara_tape_marker:",
+    "test r13d, r13d",
+    "jz 6f",
+    "mov edi, eax",
+    "mov esi, r13d",
+    "mov eax, 200", // tkill
+    "syscall",
+    ".globl samara_tape_signal",
+    "samara_tape_signal:",
+    "6:",
     // From here on there is no tracer: the signal mask was its doing.
     "mov eax, 14", // rt_sigprocmask
     "mov edi, 2",  // SIG_SETMASK
@@ -241,6 +259,16 @@ pub fn interpreter_marker() -> u64 {
         static samara_tape_marker: u8;
     }
     ((&raw const samara_tape_marker).addr() - (&raw const samara_tape_begin).addr()) as u64
+}
+
+/// Offset of the instruction after the call by which a tape that ends with [`End::Signal`] sends it.
+#[must_use]
+pub fn interpreter_signal() -> u64 {
+    unsafe extern "C" {
+        static samara_tape_begin: u8;
+        static samara_tape_signal: u8;
+    }
+    ((&raw const samara_tape_signal).addr() - (&raw const samara_tape_begin).addr()) as u64
 }
 
 /// The interpreter's code.
