@@ -131,8 +131,9 @@ fn measure(case: &str, runs: usize) {
         let begun = Instant::now();
         captured.frozen.thaw().expect("a thaw");
         let thaw = begun.elapsed();
-        let rest = all.saturating_sub(report.freeze + report.collect + report.copy);
-        let row = [report.freeze, report.collect, report.copy, rest, thaw, all + thaw];
+        let rest = all.saturating_sub(report.prepare + report.freeze + report.collect + report.copy);
+        let pause = all.saturating_sub(report.prepare) + thaw;
+        let row = [report.freeze, report.collect, report.copy, rest, thaw, pause];
         rows.push(row.map(|time| time.as_micros()));
         // So that the program is asleep again.
         std::thread::sleep(Duration::from_millis(2));
@@ -144,7 +145,7 @@ fn measure(case: &str, runs: usize) {
     };
     let [freeze, collect, copy, rest, thaw, all] = std::array::from_fn(median);
     println!(
-        "{case:16} freeze={freeze:6} collect={collect:6} copy={copy:6} rest={rest:6} thaw={thaw:6} all={all:6} all-copy={}",
+        "{case:16} freeze={freeze:6} collect={collect:6} copy={copy:6} rest={rest:6} thaw={thaw:6} pause={all:6} pause-copy={}",
         all.saturating_sub(copy)
     );
 }

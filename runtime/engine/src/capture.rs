@@ -22,11 +22,12 @@ use crate::memory::PrivateMemory;
 use crate::names::{self, GivenNames};
 use crate::phase::{self, Phase};
 use crate::plan::{self, PlanError};
+use crate::prepared::{Awaited, Prepared};
 use crate::root::Root;
 use crate::tracee::TraceeError;
 use crate::unsupported::{Place, Unsupported, UnsupportedList};
 use crate::{
-    aio, clocks, copy_on_write, datagrams, descriptors, epoll, file_names, inotify, internet,
+    aio, clocks, copy_on_write, datagrams, descriptors, epoll, file_names, inotify,
     memory, nameless, notices, posix_queues, process, system_v, tcp, terminals, unix_sockets, vdso,
 };
 
@@ -85,6 +86,8 @@ pub struct CaptureReport {
     pub pages: u64,
     /// Processes that had joined from outside and were left out, by name.
     pub sessions: Vec<String>,
+    /// While the container ran.
+    pub prepare: Duration,
     pub freeze: Duration,
     pub collect: Duration,
     pub copy: Duration,
@@ -100,22 +103,30 @@ pub fn capture(
     sink: &mut dyn Sink,
 ) -> Result<Captured, CaptureError> {
     let begun = Instant::now();
+    let prepared = Prepared::look(request.init).map_err(read("the host and its namespaces"))?;
+    let prepare = begun.elapsed();
+
+    let begun = Instant::now();
     let mut frozen = FrozenTree::stop(request.init, thaw)?;
-    let mut clocks = clocks::of_container(request.init).map_err(read("the container's clocks"))?;
+    let clocks = clocks::of_container(request.init, prepared.own_offsets);
+    let mut clocks = clocks.map_err(read("the container's clocks"))?;
     let clocks_read = Instant::now();
-    let names = names::changed(request.init, &request.names).map_err(read("the host's name"))?;
+    let (vdso, common, mut awaited) =
+        prepared.go(request.init).map_err(read("the container's namespaces"))?;
     let freeze = begun.elapsed();
     phase::reached(Phase::Stopped);
 
     let begun = Instant::now();
-    let mut tables = Tables::new(request, clocks_read)?;
-    let mut processes = collect(&mut frozen, &mut tables)?;
+    let mut tables = Tables::new(request, clocks_read, vdso, common)?;
+    let names = awaited.names().map_err(read("the host's name"))?;
+    let names = names::changed(names, &request.names);
+    let mut processes = collect(&mut frozen, awaited, &mut tables)?;
     let collect = begun.elapsed();
     clocks.reading_ns = u64::try_from(clocks_read.elapsed().as_nanos()).unwrap_or(u64::MAX);
     phase::reached(Phase::Collected);
 
     let begun = Instant::now();
-    let mut report = CaptureReport { freeze, collect, ..CaptureReport::default() };
+    let mut report = CaptureReport { prepare, freeze, collect, ..CaptureReport::default() };
     let mut members = Vec::new();
     for (pid, record) in &mut processes {
         let ProcessState::Alive(alive) = &mut record.state else { continue };
@@ -163,6 +174,7 @@ pub fn capture(
 /// First everything is looked at, so that an error names all that can't be saved; then code runs in the processes.
 fn collect(
     frozen: &mut FrozenTree,
+    mut awaited: Awaited,
     tables: &mut Tables<'_>,
 ) -> Result<Vec<(Pid, record::Process)>, CaptureError> {
     let elapsed = crate::restart::elapsed(&frozen.sleepers, frozen.stopped_at);
@@ -170,12 +182,14 @@ fn collect(
     for session in frozen.sessions.values_mut() {
         process::mend_for_thaw(session, &elapsed)?;
     }
-    descriptors::make_room().map_err(read("room for the container's descriptors"))?;
-    posix_queues::list(tables)?;
-    system_v::list(frozen, tables)?;
-    descriptors::make_room().map_err(read("room for the container's descriptors"))?;
     let sharing = process::sharing(&frozen.processes, tables);
     part_scratch(frozen, &sharing);
+    if let Some(view) = awaited.queues() {
+        posix_queues::list(view, tables)?;
+    }
+    if let Some(record) = awaited.system_v().map_err(read("the container's System V objects"))? {
+        system_v::list(record, frozen, tables)?;
+    }
     let mut looked_at = Vec::new();
     for (pid, process) in &mut frozen.processes {
         // Before the engine maps anything, so that the list is the program's.
@@ -195,8 +209,7 @@ fn collect(
     unix_sockets::collect(tables)?;
     epoll::resolve(tables)?;
     tcp::resolve(tables)?;
-    let interfaces = internet::interfaces(tables.request.init);
-    tables.addresses = interfaces.map_err(read("the container's network interfaces"))?;
+    tables.addresses = awaited.interfaces().map_err(read("the container's network interfaces"))?;
     inotify::resolve(tables)?;
     frozen.watchers = std::mem::take(&mut tables.watchers);
     refuse_strange_processes(frozen, tables);
@@ -391,13 +404,18 @@ pub(crate) struct Tables<'a> {
 }
 
 impl<'a> Tables<'a> {
-    fn new(request: &'a CaptureRequest, clocks_read: Instant) -> Result<Tables<'a>, CaptureError> {
+    fn new(
+        request: &'a CaptureRequest,
+        clocks_read: Instant,
+        vdso: vdso::Host,
+        common: process::Common,
+    ) -> Result<Tables<'a>, CaptureError> {
         Ok(Tables {
             request,
             clocks_read,
             root: Root::of(request.init).map_err(read("the container's root directory"))?,
-            vdso: vdso::Host::look().map_err(read("this host's vdso"))?,
-            common: process::Common::look().map_err(read("this host's settings"))?,
+            vdso,
+            common,
             own_directories: BTreeSet::new(),
             files: Vec::new(),
             pipes: Vec::new(),
@@ -488,7 +506,11 @@ impl<'a> Tables<'a> {
 
     /// Looks for names of files, by device and inode; [`Tables::name`] tells what was found.
     pub(crate) fn find_names(&mut self, wanted: &BTreeSet<(u64, u64)>) -> Result<(), CaptureError> {
-        let wanted = wanted.iter().filter(|one| !self.names.contains_key(one)).copied().collect();
+        let wanted: BTreeSet<(u64, u64)> =
+            wanted.iter().filter(|one| !self.names.contains_key(one)).copied().collect();
+        if wanted.is_empty() {
+            return Ok(());
+        }
         let found = file_names::find(&self.root, self.request.init, &wanted)
             .map_err(read("the container's files"))?;
         for identity in wanted {
