@@ -4,7 +4,7 @@
 //! where it belongs.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -233,7 +233,7 @@ fn collect(
         let space = tables.new_space();
         let shares = sharing.get(pid).copied().unwrap_or_default();
         let record =
-            process::collect(process, &examined, mappings, descriptors, space, shares, &elapsed, &tables.common)?;
+            process::collect(process, examined, mappings, descriptors, space, shares, &elapsed, &tables.common)?;
         records.push((*pid, record));
     }
     unix_sockets::ask(&mut frozen.processes, tables)?;
@@ -354,6 +354,11 @@ pub(crate) struct Tables<'a> {
     pub(crate) common: process::Common,
     /// Threads that do not share the directories of their process.
     pub(crate) own_directories: BTreeSet<Pid>,
+    /// Types of file systems, by device.
+    pub(crate) file_systems: BTreeMap<u64, i64>,
+    /// What has been found at which path, and what is behind mappings of the same file. Files are mapped and open many times.
+    at_paths: BTreeMap<Vec<u8>, Option<(u64, u64)>>,
+    pub(crate) behind_mappings: BTreeMap<((u32, u32), u64, OsString), Metadata>,
     pub(crate) files: Vec<record::OpenFile>,
     pub(crate) pipes: Vec<record::Pipe>,
     pub(crate) shared_memory: Vec<record::SharedMemory>,
@@ -417,6 +422,9 @@ impl<'a> Tables<'a> {
             vdso,
             common,
             own_directories: BTreeSet::new(),
+            file_systems: BTreeMap::new(),
+            at_paths: BTreeMap::new(),
+            behind_mappings: BTreeMap::new(),
             files: Vec::new(),
             pipes: Vec::new(),
             shared_memory: Vec::new(),
@@ -529,7 +537,14 @@ impl<'a> Tables<'a> {
         identity: (u64, u64),
         target: &[u8],
     ) -> Result<Option<record::Path>, CaptureError> {
-        if self.root.identity(target).ok() == Some(identity) {
+        let found = match self.at_paths.get(target) {
+            Some(found) => *found,
+            None => {
+                let found = self.root.identity(target).ok();
+                *self.at_paths.entry(target.to_owned()).or_insert(found)
+            }
+        };
+        if found == Some(identity) {
             return Ok(Some(Bytes::from(target.to_vec())));
         }
         self.find_names(&BTreeSet::from([identity]))?;

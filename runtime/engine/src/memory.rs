@@ -218,8 +218,15 @@ fn backing(
         let segment = system_v::segment(tables, mapping.inode, &link)?;
         return Ok(segment.map(|segment| Backing::SystemV { segment, offset, may_write }));
     }
-    let metadata =
-        fs::metadata(&link).map_err(|source| CaptureError::Read { what: link.clone(), source })?;
+    // The kernel shows the same device and number of an inode for all mappings of a file, while it stands.
+    let file = (mapping.device, mapping.inode, mapping.name.clone());
+    let metadata = match tables.behind_mappings.get(&file) {
+        Some(metadata) => metadata.clone(),
+        None => {
+            let metadata = fs::metadata(&link).map_err(read(link.as_str()))?;
+            tables.behind_mappings.entry(file).or_insert(metadata).clone()
+        }
+    };
     let identity = (metadata.dev(), metadata.ino());
     let may_write = mapping.has_flag(b"mw");
     let offset = mapping.offset;

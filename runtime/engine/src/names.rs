@@ -9,14 +9,6 @@ use samara_capsule::record::{Bytes, Names};
 use samara_kernel::setns::{Namespace, Visitor, inside};
 use samara_kernel::{Pid, proc};
 
-/// The names in the UTS namespace of `init`; none where it is the engine's own, and the names the host's.
-pub(crate) fn of_container(init: Pid) -> io::Result<Option<Names>> {
-    if is_ours(init)? {
-        return Ok(None);
-    }
-    inside(init, Namespace::Uts, || Ok(Some(here())))
-}
-
 /// A thread that will read the names of the container; none where they are the host's.
 pub(crate) fn visit(init: Pid) -> io::Result<Option<Visitor<Names>>> {
     if is_ours(init)? {

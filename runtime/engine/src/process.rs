@@ -273,7 +273,7 @@ fn is_own(other: Pid, tid: Pid, kind: Resource) -> bool {
 /// Every thread is left with the engine's corrections of interrupted calls, ready to be thawed.
 pub(crate) fn collect(
     process: &mut Process,
-    examined: &Examined,
+    examined: Examined,
     mut mappings: Vec<record::Mapping>,
     descriptors: Descriptors,
     space: SpaceId,
@@ -284,6 +284,7 @@ pub(crate) fn collect(
     let pid = process.pid;
     let what = || read(format!("process {pid} in /proc"));
     let Examined { stat, status, posix_timers, threads: looks, paths, clocks_read } = examined;
+    let (stat, status) = (&stat, &status);
     let registrations = leave_critical_sections(process)?;
     // What the capsule gets is decided before the corrections for the thaw change the registers.
     let restored: Vec<(Registers, Restart)> = process
@@ -295,17 +296,17 @@ pub(crate) fn collect(
     process.may_signal = (!common.labels).then_some(true);
     process.map_arena(None)?;
     let lock_future = memory::lock_future(process, status)?;
-    let answers = Answers::ask(process, posix_timers, *clocks_read)?;
+    let answers = Answers::ask(process, &posix_timers, clocks_read)?;
     memory::ask_policies(process, &mut mappings)?;
     let descriptor_table = attributes::descriptor_table(process)?;
     let mut threads = Vec::with_capacity(looks.len());
-    let mut label = looks.first().and_then(|look| look.label.as_ref());
+    let mut label = looks.first().and_then(|look| look.label.clone());
     let each = restored.into_iter().zip(registrations).zip(looks).enumerate();
     for (index, (((registers, restart), rseq), look)) in each {
-        if look.label.as_ref() != label {
+        if look.label != label {
             // Another one may forbid what the last one allows.
             process.may_signal = None;
-            label = look.label.as_ref();
+            label.clone_from(&look.label);
         }
         threads.push(collect_thread(process, index, registers, restart, rseq, look, common)?);
     }
@@ -827,7 +828,7 @@ fn collect_thread(
     registers: Registers,
     restart: Restart,
     rseq: Option<Rseq>,
-    look: &ExaminedThread,
+    look: ExaminedThread,
     common: &Common,
 ) -> Result<record::Thread, CaptureError> {
     let mut tape = process.tape()?;
@@ -877,7 +878,7 @@ fn collect_thread(
     };
     let tid = thread.tid;
     let what = || read(format!("thread {tid} in /proc"));
-    let ExaminedThread { status, scheduling, .. } = look;
+    let ExaminedThread { status, scheduling, vectors, own_directories, label, login_user } = look;
     let affinity = sched::affinity(tid).map_err(what())?;
     let nice = match sched::is_fair(scheduling.policy) {
         true => scheduling.nice,
@@ -886,9 +887,9 @@ fn collect_thread(
     let slice_ns = scheduling.slice_ns();
     Ok(record::Thread {
         tid: status.nspid.last().copied().unwrap_or(tid),
-        name: Bytes::from(status.name.clone()),
+        name: Bytes::from(status.name),
         registers: to_record(&registers),
-        xstate: Bytes::from(look.vectors.clone()),
+        xstate: Bytes::from(vectors),
         signal_mask: thread.mask,
         pending: pending(tid, Queue::Thread)?,
         alternate_stack: AlternateStack { address, flags: low_int(flags), bytes },
@@ -902,7 +903,7 @@ fn collect_thread(
         credentials: Credentials {
             uids: status.uids,
             gids: status.gids,
-            groups: status.groups.clone(),
+            groups: status.groups,
             inheritable: status.capinh,
             permitted: status.capprm,
             effective: status.capeff,
@@ -923,23 +924,19 @@ fn collect_thread(
         },
         parent_death_signal: low_int(death),
         timer_slack_ns: result(slack),
-        seccomp: seccomp(tid, status)?,
+        seccomp: seccomp(tid, status.seccomp)?,
         no_new_privileges: status.nonewprivs,
         restart,
-        own_directories: look.own_directories.clone(),
-        attributes: ThreadAttributes {
-            label: look.label.clone(),
-            login_user: look.login_user,
-            ..answers
-        },
+        own_directories,
+        attributes: ThreadAttributes { label, login_user, ..answers },
     })
 }
 
 /// All filters of a thread, oldest first.
-fn seccomp(tid: Pid, status: &proc::Status) -> Result<Seccomp, CaptureError> {
+fn seccomp(tid: Pid, mode: u32) -> Result<Seccomp, CaptureError> {
     /// The kernel bounds the sum of all filters to 32768 instructions (kernel/seccomp.c, MAX_INSNS_PER_PATH).
     const FILTERS_MAX: usize = 32 << 10;
-    match status.seccomp {
+    match mode {
         0 => return Ok(Seccomp::Off),
         SECCOMP_STRICT => return Ok(Seccomp::Strict),
         _ => {}

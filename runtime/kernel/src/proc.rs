@@ -121,23 +121,35 @@ fn parse_header(line: &[u8]) -> Option<Mapping> {
 
 /// `/proc/PID/stat`.
 pub fn stat(pid: Pid) -> io::Result<Stat> {
-    Stat::from_read(small(pid, "stat")?.as_slice()).map_err(into_io)
+    Stat::from_read(of_process(pid, "stat")?.as_slice()).map_err(into_io)
 }
 
-/// A file of `/proc/PID` that the kernel writes at once, as [`stat`] and [`status`] are: what is shorter than the buffer is all.
-fn small(pid: Pid, name: &str) -> io::Result<Vec<u8>> {
-    const AT_ONCE: usize = 4096;
-    let gone = |error: io::Error| match error.kind() {
+/// As [`small`]; a process that is not there is ESRCH.
+fn of_process(pid: Pid, name: &str) -> io::Result<Vec<u8>> {
+    small(pid, name).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => io::Error::from_raw_os_error(libc::ESRCH),
         _ => error,
-    };
-    let mut file = File::open(format!("/proc/{pid}/{name}")).map_err(gone)?;
+    })
+}
+
+/// A file of `/proc/PID` that is mostly short, with as few calls as can be.
+///
+/// The end is where nothing more comes: the kernel may write a list in parts.
+fn small(pid: Pid, name: &str) -> io::Result<Vec<u8>> {
+    const AT_ONCE: usize = 4096;
+    let mut file = File::open(format!("/proc/{pid}/{name}"))?;
     let mut text = vec![0; AT_ONCE];
-    let count = file.read(&mut text)?;
-    text.truncate(count);
-    if count == AT_ONCE {
-        file.read_to_end(&mut text)?;
+    let mut filled = 0;
+    loop {
+        match file.read(text.get_mut(filled..).unwrap_or_default())? {
+            0 => break,
+            count => filled += count,
+        }
+        if filled == text.len() {
+            text.resize(2 * filled, 0);
+        }
     }
+    text.truncate(filled);
     Ok(text)
 }
 
@@ -178,7 +190,7 @@ pub struct Status {
 
 /// `/proc/PID/status`; for a thread pass its own id.
 pub fn status(tid: Pid) -> io::Result<Status> {
-    parse_status(&small(tid, "status")?)
+    parse_status(&of_process(tid, "status")?)
 }
 
 fn parse_status(text: &[u8]) -> io::Result<Status> {
@@ -308,7 +320,8 @@ pub struct DescriptorInfo {
 
 /// Reads `/proc/PID/fdinfo/FD`.
 pub fn descriptor_info(pid: Pid, fd: i32) -> io::Result<DescriptorInfo> {
-    let text = fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}"))?;
+    let text = String::from_utf8(small(pid, &format!("fdinfo/{fd}"))?);
+    let text = text.map_err(|_| malformed(b"fdinfo"))?;
     let mut info = DescriptorInfo { position: 0, flags: 0, mount: 0, others: Vec::new() };
     for line in text.lines() {
         let (name, value) = line.split_once(':').ok_or_else(|| malformed(line.as_bytes()))?;
@@ -430,8 +443,11 @@ pub fn scheduled(tid: Pid) -> Option<(u64, u64)> {
 
 /// A small file of `/proc/PID` as text without its final newline.
 pub fn attribute(pid: Pid, name: &str) -> io::Result<String> {
-    let text = fs::read_to_string(format!("/proc/{pid}/{name}"))?;
-    Ok(text.strip_suffix('\n').map(str::to_owned).unwrap_or(text))
+    let mut text = String::from_utf8(small(pid, name)?).map_err(|_| malformed(name.as_bytes()))?;
+    if text.ends_with('\n') {
+        text.pop();
+    }
+    Ok(text)
 }
 
 /// Undoes the escaping that `/proc` applies to newlines and backslashes in the names of mappings.

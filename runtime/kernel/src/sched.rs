@@ -14,7 +14,7 @@ pub fn affinity(tid: Pid) -> io::Result<Vec<u32>> {
     };
     check(result)?;
     let mut processors = Vec::new();
-    for (index, word) in (0u32..).zip(words) {
+    for (index, word) in (0u32..).zip(words).filter(|(_, word)| *word != 0) {
         processors.extend((0..64).filter(|bit| word >> bit & 1 == 1).map(|bit| index * 64 + bit));
     }
     Ok(processors)
