@@ -224,24 +224,24 @@ pub(crate) fn autogroup_nice(pid: Pid) -> i32 {
     group.rsplit(' ').next().and_then(|nice| nice.parse().ok()).unwrap_or(0)
 }
 
-/// The local descriptor table of a process, empty where it has none.
+const READ_TABLE: u64 = 0;
+
+/// Asks whether the process has a local descriptor table: how many of the bytes of a descriptor there are.
+pub(crate) fn ask_for_descriptor(tape: &mut Tape) {
+    let descriptor = tape.output(DESCRIPTOR_BYTES);
+    let arguments = [READ_TABLE, descriptor.address, DESCRIPTOR_BYTES as u64, 0, 0, 0];
+    // A kernel may have no such tables.
+    tape.try_call("read its descriptor table", libc::SYS_modify_ldt, arguments);
+}
+
+/// The local descriptor table of a process that has one.
 pub(crate) fn descriptor_table(process: &mut Process) -> Result<Bytes, TraceeError> {
-    const READ: u64 = 0;
-    let mut ask = |bytes: usize| {
-        let mut tape = process.tape()?;
-        let table = tape.output(bytes);
-        let arguments = [READ, table.address, bytes as u64, 0, 0, 0];
-        // A kernel may have no such tables.
-        tape.try_call("read its descriptor table", libc::SYS_modify_ldt, arguments);
-        let results = process.run_all(0, &tape, End::Call)?;
-        let result = results.first().copied().unwrap_or(0);
-        let present = Call::outcome(result).is_ok_and(|bytes| bytes > 0);
-        if present { process.output(table) } else { Ok(Vec::new()) }
-    };
-    if ask(DESCRIPTOR_BYTES)?.is_empty() {
-        return Ok(Bytes::new());
-    }
-    let mut table = ask(TABLE_BYTES)?;
+    let mut tape = process.tape()?;
+    let table = tape.output(TABLE_BYTES);
+    let arguments = [READ_TABLE, table.address, TABLE_BYTES as u64, 0, 0, 0];
+    tape.call("read its descriptor table", libc::SYS_modify_ldt, arguments);
+    process.run_all(0, &tape, End::Call)?;
+    let mut table = process.output(table)?;
     let used = table.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
     table.truncate(used.next_multiple_of(DESCRIPTOR_BYTES));
     Ok(Bytes::from(table))

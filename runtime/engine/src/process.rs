@@ -1,6 +1,6 @@
 //! Processes and threads: ids, registers, signals, credentials, scheduling, limits.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ffi::OsStr;
 use std::fs::{File, Metadata};
 use std::io;
@@ -296,19 +296,35 @@ pub(crate) fn collect(
     process.may_signal = (!common.labels).then_some(true);
     process.map_arena(None)?;
     let lock_future = memory::lock_future(process, status)?;
-    let answers = Answers::ask(process, &posix_timers, clocks_read)?;
-    memory::ask_policies(process, &mut mappings)?;
-    let descriptor_table = attributes::descriptor_table(process)?;
-    let mut threads = Vec::with_capacity(looks.len());
-    let mut label = looks.first().and_then(|look| look.label.clone());
-    let each = restored.into_iter().zip(registrations).zip(looks).enumerate();
-    for (index, (((registers, restart), rseq), look)) in each {
-        if look.label != label {
-            // Another one may forbid what the last one allows.
+    let answers = Answers::ask(process, &posix_timers, clocks_read, &mut mappings)?;
+    let descriptor_table = match answers.has_descriptor_table {
+        true => attributes::descriptor_table(process)?,
+        false => Bytes::new(),
+    };
+    let one_label = looks.iter().all(|look| Some(&look.label) == looks.first().map(|it| &it.label));
+    let mut seen: VecDeque<Seen> = restored
+        .into_iter()
+        .zip(registrations)
+        .zip(looks)
+        .map(|(((registers, restart), rseq), look)| Seen { registers, restart, rseq, look })
+        .collect();
+    let count = seen.len();
+    let mut threads = Vec::with_capacity(count);
+    // Where labels differ, what one thread may do another one may not.
+    let at_once = if one_label { count } else { 1 };
+    for first in (0..count).step_by(at_once.max(1)) {
+        if !one_label {
             process.may_signal = None;
-            label.clone_from(&look.label);
         }
-        threads.push(collect_thread(process, index, registers, restart, rseq, look, common)?);
+        process.run_each(
+            first..first + at_once,
+            ThreadQuestions::ask,
+            |process, index, questions, results| {
+                let Some(seen) = seen.pop_front() else { return Ok(()) };
+                threads.push(describe_thread(process, index, &questions, &results, seen, common)?);
+                Ok::<(), CaptureError>(())
+            },
+        )?;
     }
     process.unmap_arena()?;
 
@@ -692,6 +708,7 @@ struct Answers {
     subreaper: bool,
     membarrier: u32,
     vector_features: u64,
+    has_descriptor_table: bool,
     /// Without what is locked.
     memory: record::MemoryAttributes,
 }
@@ -701,7 +718,10 @@ impl Answers {
         process: &mut Process,
         timers: &[PosixTimer],
         clocks_read: Instant,
+        mappings: &mut [record::Mapping],
     ) -> Result<Answers, TraceeError> {
+        /// Mappings that are asked for with all else; of others there are tapes of their own.
+        const MAPPINGS_MAX: usize = 512;
         let posix_timers = posix_timers(process, timers, clocks_read)?;
         let mut tape = process.tape()?;
         let actions: Vec<Output> = (1..=SIGNALS)
@@ -742,8 +762,13 @@ impl Answers {
         }
         let brk = tape.len();
         tape.call("ask for its break", libc::SYS_brk, [0; 6]);
+        let descriptor_table = tape.len();
+        attributes::ask_for_descriptor(&mut tape);
+        let (mappings, others) = mappings.split_at_mut(MAPPINGS_MAX.min(mappings.len()));
+        let policies = memory::ask_policies(&mut tape, mappings);
         let results = process.run_all(0, &tape, End::Call)?;
         let asked = clocks_read.elapsed();
+        memory::set_policies(process, mappings, policies)?;
         let result = |index: usize| results.get(index).copied().unwrap_or(0);
 
         let attribute = |index: usize| -> u32 {
@@ -774,6 +799,12 @@ impl Answers {
         real.rest_us = timers::left(real.rest_us, asked.as_micros());
         let [subreaper] = words(&process.output(subreaper)?);
         let [vector_features] = words(&process.output(features)?);
+        for mappings in others.chunks_mut(MAPPINGS_MAX) {
+            let mut tape = process.tape()?;
+            let policies = memory::ask_policies(&mut tape, mappings);
+            process.run_all(0, &tape, End::Call)?;
+            memory::set_policies(process, mappings, policies)?;
+        }
         Ok(Answers {
             actions: table,
             interval_timers,
@@ -787,6 +818,7 @@ impl Answers {
                 .and_then(|commands| u32::try_from(commands).ok())
                 .unwrap_or(0),
             vector_features,
+            has_descriptor_table: Call::outcome(result(descriptor_table)).is_ok_and(|bytes| bytes > 0),
             memory,
         })
     }
@@ -822,55 +854,77 @@ fn posix_timers(
     Ok(timers)
 }
 
-fn collect_thread(
-    process: &mut Process,
-    index: usize,
+/// What a thread has been asked by a tape that is yet to run.
+struct ThreadQuestions {
+    stack: Output,
+    clear: Output,
+    death: Output,
+    slack: usize,
+    bits: usize,
+    io_priority: usize,
+    mode: Output,
+    nodes: Output,
+    attributes: attributes::Questions,
+}
+
+impl ThreadQuestions {
+    fn ask(tape: &mut Tape) -> ThreadQuestions {
+        let stack = tape.output(STACK_BYTES);
+        let arguments = [0, stack.address, 0, 0, 0, 0];
+        tape.call("ask for its alternate stack", libc::SYS_sigaltstack, arguments);
+        let clear = tape.output(8);
+        prctl(tape, libc::c_int::try_from(PR_GET_TID_ADDRESS).expect("a small number"), clear.address);
+        let death = tape.output(8);
+        prctl(tape, libc::PR_GET_PDEATHSIG, death.address);
+        let slack = tape.len();
+        prctl(tape, libc::PR_GET_TIMERSLACK, 0);
+        let bits = tape.len();
+        prctl(tape, libc::PR_GET_SECUREBITS, 0);
+        let io_priority = tape.len();
+        let arguments = [IOPRIO_WHO_PROCESS, 0, 0, 0, 0, 0];
+        tape.call("ask for its I/O priority", libc::SYS_ioprio_get, arguments);
+        let mode = tape.output(8);
+        let nodes = tape.output(NODE_WORDS * 8);
+        let query = [mode.address, nodes.address, NODES_MAX, 0, 0, 0];
+        // A kernel without NUMA has no such call.
+        tape.try_call("ask for its memory policy", libc::SYS_get_mempolicy, query);
+        let attributes = attributes::Questions::ask(tape);
+        ThreadQuestions { stack, clear, death, slack, bits, io_priority, mode, nodes, attributes }
+    }
+}
+
+/// What a thread goes on with where it is restored, and what has been seen of it.
+struct Seen {
     registers: Registers,
     restart: Restart,
     rseq: Option<Rseq>,
     look: ExaminedThread,
+}
+
+/// Describes a thread that has answered.
+fn describe_thread(
+    process: &Process,
+    index: usize,
+    questions: &ThreadQuestions,
+    results: &[u64],
+    seen: Seen,
     common: &Common,
 ) -> Result<record::Thread, CaptureError> {
-    let mut tape = process.tape()?;
-    let stack = tape.output(STACK_BYTES);
-    tape.call("ask for its alternate stack", libc::SYS_sigaltstack, [0, stack.address, 0, 0, 0, 0]);
-    let clear = tape.output(8);
-    prctl(
-        &mut tape,
-        libc::c_int::try_from(PR_GET_TID_ADDRESS).expect("a small number"),
-        clear.address,
-    );
-    let death = tape.output(8);
-    prctl(&mut tape, libc::PR_GET_PDEATHSIG, death.address);
-    let slack = tape.len();
-    prctl(&mut tape, libc::PR_GET_TIMERSLACK, 0);
-    let bits = tape.len();
-    prctl(&mut tape, libc::PR_GET_SECUREBITS, 0);
-    let io_priority = tape.len();
-    tape.call(
-        "ask for its I/O priority",
-        libc::SYS_ioprio_get,
-        [IOPRIO_WHO_PROCESS, 0, 0, 0, 0, 0],
-    );
-    let mode = tape.output(8);
-    let nodes = tape.output(NODE_WORDS * 8);
-    let query = [mode.address, nodes.address, NODES_MAX, 0, 0, 0];
-    // A kernel without NUMA has no such call.
-    tape.try_call("ask for its memory policy", libc::SYS_get_mempolicy, query);
-    let questions = attributes::Questions::ask(&mut tape);
-    let results = process.run_all(index, &tape, End::Call)?;
+    let Seen { registers, restart, rseq, look } = seen;
+    let ThreadQuestions { stack, clear, death, slack, bits, io_priority, mode, nodes, attributes } =
+        questions;
     let result = |index: usize| results.get(index).copied().unwrap_or(0);
-    if let Some(what) = questions.kept_keys(process, &results)? {
+    if let Some(what) = attributes.kept_keys(process, results)? {
         let tid = process.threads.get(index).map_or(process.pid, |thread| thread.tid);
         return Err(unsupported(process.pid, Place::Thread(tid), what));
     }
-    let answers = questions.answers(process, &results)?;
-    let [address, flags, bytes] = words(&process.output(stack)?);
-    let [clear_child_tid] = words(&process.output(clear)?);
-    let [death] = words(&process.output(death)?);
-    let [mode] = words(&process.output(mode)?);
+    let answers = attributes.answers(process, results)?;
+    let [address, flags, bytes] = words(&process.output(*stack)?);
+    let [clear_child_tid] = words(&process.output(*clear)?);
+    let [death] = words(&process.output(*death)?);
+    let [mode] = words(&process.output(*mode)?);
     let mode = low_int(mode).cast_unsigned();
-    let nodes: [u64; NODE_WORDS] = words(&process.output(nodes)?);
+    let nodes: [u64; NODE_WORDS] = words(&process.output(*nodes)?);
 
     let pid = process.pid;
     let Some(thread) = process.threads.get(index) else {
@@ -909,21 +963,21 @@ fn collect_thread(
             effective: status.capeff,
             bounding: status.capbnd,
             ambient: status.capamb,
-            secure_bits: u32::try_from(result(bits)).unwrap_or(0),
+            secure_bits: u32::try_from(result(*bits)).unwrap_or(0),
         },
         scheduling: Scheduling {
             policy: scheduling.policy,
             priority: scheduling.priority,
             nice,
             reset_on_fork: scheduling.resets_on_fork(),
-            io_priority: u32::try_from(result(io_priority)).unwrap_or(0),
+            io_priority: u32::try_from(result(*io_priority)).unwrap_or(0),
             memory_policy: (mode != 0).then(|| (mode, nodes.to_vec())),
             affinity: if affinity == common.processors { Vec::new() } else { affinity },
             // That of the engine is the one of who has asked for none.
             slice_ns: if slice_ns == common.slice_ns { 0 } else { slice_ns },
         },
         parent_death_signal: low_int(death),
-        timer_slack_ns: result(slack),
+        timer_slack_ns: result(*slack),
         seccomp: seccomp(tid, status.seccomp)?,
         no_new_privileges: status.nonewprivs,
         restart,

@@ -20,7 +20,8 @@ use samara_capsule::record::Restart;
 use samara_kernel::pidfd::PidFd;
 use samara_kernel::ptrace::{self, Registers};
 use samara_kernel::tape::{
-    self, CALL_BYTES, Call, End, ONCE_BYTES, ONCE_PREFIX, RETURN_BLOCK, RETURN_BLOCK_BYTES, TRAP_FLAG,
+    self, CALL_BYTES, Call, End, ONCE_BYTES, ONCE_PREFIX, OPENING_BYTES, RETURN_BLOCK, RETURN_BLOCK_BYTES, SLOT_BYTES,
+    SLOTS, TRAP_FLAG,
 };
 use samara_kernel::wait::{self, Status};
 use samara_kernel::{Pid, proc};
@@ -44,18 +45,23 @@ pub enum TraceeError {
     Call { pid: Pid, what: String, source: io::Error },
 }
 
-/// Where the parts of the arena are, from its start.
 /// Calls that one run takes.
 pub(crate) const CALLS_MAX: usize = 2048;
-/// Data begins behind the block and ends with the tape, so that a short run touches a single page.
+/// From a copy of the interpreter to the data of its tape, which begins behind the block and ends with the calls, so that a short
+/// run touches a single page.
 const DATA: u64 = RETURN_BLOCK + RETURN_BLOCK_BYTES.next_multiple_of(CALL_BYTES) as u64;
 /// Bytes of data that the calls of one run may refer to.
 pub(crate) const DATA_BYTES: u64 = 256 << 10;
+/// The part of the arena that is code: a copy of the interpreter in each slot.
+const CODE_BYTES: u64 = SLOTS as u64 * SLOT_BYTES;
+/// The slot of tapes that are run alone: behind its block there is room for the longest.
+const LAST_SLOT: usize = SLOTS - 1;
 /// Size of the mapping that the engine makes in a tracee.
-pub(crate) const ARENA_BYTES: u64 =
-    (DATA + DATA_BYTES + (CALLS_MAX * CALL_BYTES) as u64).next_multiple_of(4096);
-/// The part of the arena that is code.
-const CODE_BYTES: u64 = 4096;
+pub(crate) const ARENA_BYTES: u64 = (LAST_SLOT as u64 * SLOT_BYTES
+    + DATA
+    + DATA_BYTES
+    + (CALLS_MAX * CALL_BYTES) as u64)
+    .next_multiple_of(4096);
 
 /// The part at the end of the vdso's last page that the engine uses. Kernels leave more than a kilobyte there.
 pub(crate) const PADDING_BYTES: usize = 1024;
@@ -283,6 +289,8 @@ pub(crate) struct Process {
     ignored: u64,
     /// Whether a thread may send them to itself, which a security module can forbid. `None`: it has to turn out.
     pub(crate) may_signal: Option<bool>,
+    /// Slots whose copy of the interpreter has been written, a bit each.
+    slots: u32,
     /// The data of the last tape that asked for something, and where it was.
     answers: (u64, Vec<u8>),
 }
@@ -306,6 +314,7 @@ impl Process {
             scratch_taken: 0,
             ignored: 0,
             may_signal: None,
+            slots: 0,
             answers: (0, Vec::new()),
         })
     }
@@ -319,14 +328,20 @@ impl Process {
         self.ignored = (ignored | by_default) & !set(&never);
     }
 
+    fn usable_signal(&self, index: usize) -> Option<i32> {
+        let thread = self.threads.get(index).filter(|thread| thread.unfiltered)?;
+        let usable = self.ignored & !thread.mask;
+        (usable != 0).then(|| i32::try_from(usable.trailing_zeros() + 1).expect("64 signals"))
+    }
+
+    /// As [`Process::usable_signal`], where it is known that a thread may send it to itself.
+    fn sure_signal(&self, index: usize) -> Option<i32> {
+        self.usable_signal(index).filter(|_| self.may_signal == Some(true))
+    }
+
     /// The signal by which a tape of this thread may end. `None`: there is none, and a tape stops at each of its calls.
     fn end_signal(&mut self, index: usize) -> Result<Option<i32>, TraceeError> {
-        let Some(thread) = self.threads.get(index) else { return Ok(None) };
-        let usable = self.ignored & !thread.mask;
-        if usable == 0 || !thread.unfiltered || self.may_signal == Some(false) {
-            return Ok(None);
-        }
-        let signal = i32::try_from(usable.trailing_zeros() + 1).expect("there are 64 signals");
+        let Some(signal) = self.usable_signal(index) else { return Ok(None) };
         if self.may_signal.is_none() {
             let empty = self.tape()?;
             let told = self.run_until(index, &empty, End::Signal(signal), Until::Marker)?;
@@ -460,24 +475,75 @@ impl Process {
         const FIXED: u64 = libc::MAP_FIXED_NOREPLACE as u64;
         let flags = if address.is_some() { PRIVATE | FIXED } else { PRIVATE };
         let arguments = [address.unwrap_or(0), ARENA_BYTES, RW, flags, u64::MAX, 0];
-        let base = self.once(libc::SYS_mmap, arguments, "map the engine's memory")?;
-        self.arena = Some(base);
+        self.slots = 0;
         // Mapped anew: a process may have denied itself to make writable memory executable (PR_SET_MDWE).
-        let arguments = [base, CODE_BYTES, RX, PRIVATE | REPLACE, u64::MAX, 0];
-        self.once(libc::SYS_mmap, arguments, "map the engine's code")?;
-        self.write(base, tape::interpreter())
+        let make = |after: &Registers, mask, signal| {
+            tape::opening(after, mask, signal, u32::try_from(CODE_BYTES).expect("some KiB"))
+        };
+        match self.by_signal(libc::SYS_mmap, arguments, make)? {
+            Some(end) => {
+                let base = self.outcome(end.r8, "map the engine's memory")?;
+                self.arena = Some(base);
+                self.outcome(end.r9, "map the engine's code")?;
+            }
+            None => {
+                let base = self.once(libc::SYS_mmap, arguments, "map the engine's memory")?;
+                self.arena = Some(base);
+                let arguments = [base, CODE_BYTES, RX, PRIVATE | REPLACE, u64::MAX, 0];
+                self.once(libc::SYS_mmap, arguments, "map the engine's code")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs code from the start of the vdso's padding in the first thread, up to the signal by which it ends. `None`: that can't be
+    /// done here.
+    fn by_signal(
+        &mut self,
+        number: libc::c_long,
+        [rdi, rsi, rdx, r10, r8, r9]: [u64; 6],
+        make: impl FnOnce(&Registers, u64, i32) -> (Vec<u8>, u64),
+    ) -> Result<Option<Registers>, TraceeError> {
+        let whole = self.room.filter(|room| room.bytes == PADDING_BYTES);
+        let (Some(room), Some(signal)) = (whole, self.sure_signal(0)) else { return Ok(None) };
+        let stub = self.stub_address()?;
+        // Shows that the padding is ours.
+        self.write(stub, &ONCE_PREFIX)?;
+        let Some(thread) = self.threads.first_mut() else { return Ok(None) };
+        let after = restart::explicit(&thread.stop);
+        let (code, stop) = make(&after, thread.mask, signal);
+        let address = room.end - room.bytes as u64;
+        self.memory.write_all_at(&code, address).map_err(|source| TraceeError::Memory {
+            what: "write",
+            pid: self.pid,
+            address,
+            source,
+        })?;
+        let (rax, orig_rax) = (number.unsigned_abs(), u64::MAX);
+        let (rip, eflags) = (address, after.eflags & !TRAP_FLAG);
+        let start = Registers { rip, rax, rdi, rsi, rdx, r10, r8, r9, orig_rax, eflags, ..after };
+        let until = Until::Signal(signal);
+        thread.run(&start, &after, until, address + stop, &mut Vec::new()).map(Some)
+    }
+
+    /// What a call has returned, or that it has failed.
+    fn outcome(&self, result: u64, what: &str) -> Result<u64, TraceeError> {
+        Call::outcome(result).map_err(|errno| TraceeError::Call {
+            pid: self.pid,
+            what: what.to_owned(),
+            source: io::Error::from_raw_os_error(errno),
+        })
     }
 
     /// Removes what [`Process::map_arena`] made. Does nothing where there is nothing.
     pub(crate) fn unmap_arena(&mut self) -> Result<(), TraceeError> {
-        if let Some(base) = self.arena.take() {
-            self.once(
-                libc::SYS_munmap,
-                [base, ARENA_BYTES, 0, 0, 0, 0],
-                "unmap the engine's memory",
-            )?;
+        let Some(base) = self.arena.take() else { return Ok(()) };
+        let (arguments, what) = ([base, ARENA_BYTES, 0, 0, 0, 0], "unmap the engine's memory");
+        match self.by_signal(libc::SYS_munmap, arguments, tape::closing)? {
+            Some(end) => self.outcome(end.r8, what),
+            None => self.once(libc::SYS_munmap, arguments, what),
         }
-        Ok(())
+        .map(drop)
     }
 
     /// Lets the process end with an exit code. Its threads have to be waited for.
@@ -521,11 +587,7 @@ impl Process {
             source,
         })?;
         let result = thread.run(&start, &after, Until::Calls(1), 0, &mut Vec::new())?;
-        Call::outcome(result.rax).map_err(|errno| TraceeError::Call {
-            pid,
-            what: what.to_owned(),
-            source: io::Error::from_raw_os_error(errno),
-        })
+        self.outcome(result.rax, what)
     }
 
     /// Where [`tape::once`]'s code goes: at the end of the room's last page, if nothing but padding is there.
@@ -567,7 +629,9 @@ impl Process {
             };
             let Room { end, bytes } =
                 self.room.ok_or(TraceeError::NoRoom { pid: self.pid, why: "it has no code" })?;
-            if address < end - bytes as u64 {
+            // What lies there runs where there is a whole padding.
+            let reserved = if bytes == PADDING_BYTES { OPENING_BYTES } else { 0 };
+            if address < end - (bytes - reserved) as u64 {
                 places.push(None);
                 continue;
             }
@@ -605,26 +669,99 @@ impl Process {
             End::Breakpoint => (end, Until::Breakpoint),
         };
         self.run_until(index, tape, end, until)?;
-        let calls = tape.calls.len() * CALL_BYTES;
-        let table = match until {
-            Until::Breakpoint => self.read(tape.table(), calls)?,
-            // What was asked is read at once, with the answers.
-            Until::Calls(_) | Until::Marker | Until::Signal(_) => {
-                let start = tape.base + DATA;
-                let room = usize::try_from(tape.table() - start).expect("at most an arena");
-                let mut data = self.read(start, room + calls)?;
-                let table = data.split_off(room);
-                self.answers = (start, data);
-                table
+        match until {
+            Until::Breakpoint => {
+                Ok(results(&self.read(tape.table(), tape.calls.len() * CALL_BYTES)?))
             }
-        };
-        Ok(table
-            .chunks_exact(CALL_BYTES)
-            .map(|call| {
-                let result = call.last_chunk().expect("a call has 64 bytes");
-                u64::from_le_bytes(*result)
-            })
-            .collect())
+            Until::Calls(_) | Until::Marker | Until::Signal(_) => self.take_answers(tape),
+        }
+    }
+
+    /// What the calls of a tape have returned. What they have written is read with it, at once, for [`Process::output`].
+    fn take_answers(&mut self, tape: &Tape) -> Result<Vec<u64>, TraceeError> {
+        let start = tape.base + DATA;
+        let room = usize::try_from(tape.table() - start).expect("at most an arena");
+        let mut data = self.read(start, room + tape.calls.len() * CALL_BYTES)?;
+        let table = data.split_off(room);
+        self.answers = (start, data);
+        Ok(results(&table))
+    }
+
+    /// Runs a tape in each of some threads, at the same time as far as it can be done: `make` appends the calls, the same ones
+    /// for all of them, and `take` is told of each thread what they have returned, and may read what they have written.
+    pub(crate) fn run_each<Q, E: From<TraceeError>>(
+        &mut self,
+        indices: std::ops::Range<usize>,
+        make: impl Fn(&mut Tape) -> Q,
+        mut take: impl FnMut(&mut Process, usize, Q, Vec<u64>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let indices: Vec<usize> = indices.collect();
+        for group in indices.chunks(SLOTS) {
+            let mut begun = Vec::with_capacity(group.len());
+            let mut outcome = Ok(());
+            for (slot, index) in group.iter().enumerate() {
+                match self.begin_in(slot, *index, &make) {
+                    Ok(run) => begun.push((*index, run)),
+                    Err(error) => outcome = outcome.and(Err(error)),
+                }
+                if outcome.is_err() {
+                    break;
+                }
+            }
+            // Whatever has happened, all that were let run are brought to a stop.
+            let mut ended = Vec::with_capacity(begun.len());
+            for (index, run) in begun {
+                let end = match run.signal {
+                    Some((signal, marker)) => self.end_run(index, signal, marker),
+                    None => Ok(()),
+                };
+                outcome = outcome.and(end);
+                ended.push((index, run));
+            }
+            outcome?;
+            for (index, run) in ended {
+                let results = match run.signal {
+                    Some(_) => self.take_answers(&run.tape)?,
+                    // One that can't be let run is run alone.
+                    None => self.run(index, &run.tape, End::Call)?,
+                };
+                self.check(&run.tape, &results)?;
+                take(self, index, run.questions, results)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets a thread run a tape, without waiting for it.
+    fn begin_in<Q>(
+        &mut self,
+        slot: usize,
+        index: usize,
+        make: &impl Fn(&mut Tape) -> Q,
+    ) -> Result<Run<Q>, TraceeError> {
+        let signal = self.sure_signal(index);
+        let mut tape = self.tape_in(if signal.is_some() { slot } else { LAST_SLOT })?;
+        let questions = make(&mut tape);
+        let Some(signal) = signal else { return Ok(Run { tape, questions, signal: None }) };
+        assert!(
+            slot == LAST_SLOT || tape.table_end() <= tape.base + RETURN_BLOCK.next_multiple_of(SLOT_BYTES),
+            "a tape for many threads is a short one"
+        );
+        let (start, _, marker) = self.load(index, &tape, End::Signal(signal))?;
+        let pid = self.pid;
+        let no_thread = TraceeError::NoRoom { pid, why: "it has no such thread" };
+        let thread = self.threads.get_mut(index).ok_or(no_thread)?;
+        thread.set_off(&start, Until::Signal(signal))?;
+        Ok(Run { tape, questions, signal: Some((signal, marker)) })
+    }
+
+    fn end_run(&mut self, index: usize, signal: i32, marker: u64) -> Result<(), TraceeError> {
+        let Some(thread) = self.threads.get_mut(index) else { return Ok(()) };
+        let after = thread.stop;
+        let mut born = Vec::new();
+        thread.await_end(&after, Until::Signal(signal), marker, &mut born)?;
+        self.born.extend(born);
+        Ok(())
     }
 
     /// Runs a tape, and returns what its last call has returned that the tracer has stopped at.
@@ -636,11 +773,36 @@ impl Process {
         until: Until,
     ) -> Result<u64, TraceeError> {
         let pid = self.pid;
-        let base = self.arena.ok_or(TraceeError::NoRoom { pid, why: "the arena is not mapped" })?;
-        assert_eq!(base, tape.base, "a tape is made for one arena");
+        let (start, after, marker) = self.load(index, tape, end)?;
         let thread = self
             .threads
             .get_mut(index)
+            .ok_or(TraceeError::NoRoom { pid, why: "it has no such thread" })?;
+        let mut born = Vec::new();
+        let last = thread.run(&start, &after, until, marker, &mut born)?;
+        self.born.extend(born);
+        Ok(last.rax)
+    }
+
+    /// Writes a tape for a thread. Returns with what registers it starts, those after it, and where it ends.
+    fn load(
+        &mut self,
+        index: usize,
+        tape: &Tape,
+        end: End,
+    ) -> Result<(Registers, Registers, u64), TraceeError> {
+        let pid = self.pid;
+        let arena = self.arena.ok_or(TraceeError::NoRoom { pid, why: "the arena is not mapped" })?;
+        let base = tape.base;
+        let slot = base.checked_sub(arena).map(|offset| offset / SLOT_BYTES);
+        let slot = slot.filter(|slot| *slot < SLOTS as u64).expect("a tape is made for one arena");
+        if self.slots >> slot & 1 == 0 {
+            self.write(base, tape::interpreter())?;
+            self.slots |= 1 << slot;
+        }
+        let thread = self
+            .threads
+            .get(index)
             .ok_or(TraceeError::NoRoom { pid, why: "it has no such thread" })?;
         let after = restart::explicit(&thread.stop);
         let mut bytes = Vec::with_capacity(tape.bytes());
@@ -651,23 +813,13 @@ impl Process {
         for call in &tape.calls {
             bytes.extend(call.to_bytes());
         }
-        let address = base + RETURN_BLOCK;
-        self.memory.write_all_at(&bytes, address).map_err(|source| TraceeError::Memory {
-            what: "write",
-            pid,
-            address,
-            source,
-        })?;
+        self.write(base + RETURN_BLOCK, &bytes)?;
         let start = tape::start(base, tape.table(), tape.calls.len() as u64, end, &after);
-        let marker = base
-            + match end {
-                End::Signal(_) => tape::interpreter_signal(),
-                End::Call | End::Breakpoint => tape::interpreter_marker(),
-            };
-        let mut born = Vec::new();
-        let last = thread.run(&start, &after, until, marker, &mut born)?;
-        self.born.extend(born);
-        Ok(last.rax)
+        let marker = match end {
+            End::Signal(_) => tape::interpreter_signal(),
+            End::Call | End::Breakpoint => tape::interpreter_marker(),
+        };
+        Ok((start, after, base + marker))
     }
 
     /// As [`Process::run`], and the first required call that failed is the error.
@@ -678,7 +830,13 @@ impl Process {
         end: End,
     ) -> Result<Vec<u64>, TraceeError> {
         let results = self.run(index, tape, end)?;
-        for (position, (call, result)) in tape.calls.iter().zip(&results).enumerate() {
+        self.check(tape, &results)?;
+        Ok(results)
+    }
+
+    /// The first required call that failed, as an error.
+    fn check(&self, tape: &Tape, results: &[u64]) -> Result<(), TraceeError> {
+        for (position, (call, result)) in tape.calls.iter().zip(results).enumerate() {
             if call.is_required()
                 && let Err(errno) = Call::outcome(*result)
             {
@@ -690,14 +848,19 @@ impl Process {
                 });
             }
         }
-        Ok(results)
+        Ok(())
     }
 
     /// A new tape for this process.
     pub(crate) fn tape(&self) -> Result<Tape, TraceeError> {
-        let base = self
+        self.tape_in(LAST_SLOT)
+    }
+
+    fn tape_in(&self, slot: usize) -> Result<Tape, TraceeError> {
+        let arena = self
             .arena
             .ok_or(TraceeError::NoRoom { pid: self.pid, why: "the arena is not mapped" })?;
+        let base = arena + slot as u64 * SLOT_BYTES;
         Ok(Tape { base, calls: Vec::new(), names: Vec::new(), data: Vec::new() })
     }
 
@@ -710,6 +873,20 @@ impl Process {
             None => self.read(output.address, output.bytes),
         }
     }
+}
+
+/// A tape that a thread runs.
+struct Run<Q> {
+    tape: Tape,
+    questions: Q,
+    /// With which signal it ends, and where. None: it has not been begun.
+    signal: Option<(i32, u64)>,
+}
+
+/// What the calls of a table have returned.
+fn results(table: &[u8]) -> Vec<u64> {
+    let result = |call: &[u8]| u64::from_le_bytes(*call.last_chunk().expect("64 bytes"));
+    table.chunks_exact(CALL_BYTES).map(result).collect()
 }
 
 #[derive(Clone, Copy)]
@@ -735,6 +912,12 @@ impl Thread {
         marker: u64,
         born: &mut Vec<Pid>,
     ) -> Result<Registers, TraceeError> {
+        self.set_off(start, until)?;
+        self.await_end(after, until, marker, born)
+    }
+
+    /// Lets the thread run from `start`.
+    fn set_off(&self, start: &Registers, until: Until) -> Result<(), TraceeError> {
         let tid = self.tid;
         let blocked = match until {
             Until::Signal(signal) => ALL_SIGNALS & !(1 << (signal - 1)),
@@ -743,14 +926,29 @@ impl Thread {
         // In this order: see the module's invariants.
         ptrace::set_registers(tid, start).map_err(failed("set the registers of", tid))?;
         ptrace::set_signal_mask(tid, blocked).map_err(failed("block the signals of", tid))?;
+        self.go_on(until)
+    }
+
+    fn go_on(&self, until: Until) -> Result<(), TraceeError> {
+        match until {
+            Until::Breakpoint | Until::Signal(_) => ptrace::cont(self.tid, 0),
+            Until::Calls(_) | Until::Marker => ptrace::cont_to_syscall(self.tid, 0),
+        }
+        .map_err(failed("resume", self.tid))
+    }
+
+    /// Waits for the end of what [`Thread::set_off`] has begun.
+    fn await_end(
+        &mut self,
+        after: &Registers,
+        until: Until,
+        marker: u64,
+        born: &mut Vec<Pid>,
+    ) -> Result<Registers, TraceeError> {
+        let tid = self.tid;
         let registers = || ptrace::registers(tid).map_err(failed("read the registers of", tid));
         let mut stops = 0usize;
         let end = loop {
-            match until {
-                Until::Breakpoint | Until::Signal(_) => ptrace::cont(tid, 0),
-                Until::Calls(_) | Until::Marker => ptrace::cont_to_syscall(tid, 0),
-            }
-            .map_err(failed("resume", tid))?;
             let status = match until {
                 Until::Signal(_) => soon(tid)?,
                 Until::Calls(_) | Until::Marker | Until::Breakpoint => {
@@ -760,17 +958,16 @@ impl Thread {
             match status {
                 Status::SyscallStop => {
                     stops += 1;
-                    if stops % 2 == 1 {
-                        continue;
-                    }
-                    let now = registers()?;
-                    match until {
-                        Until::Calls(count) if stops == 2 * count => break now,
-                        Until::Marker if now.rip == marker => break now,
-                        Until::Calls(_)
-                        | Until::Marker
-                        | Until::Signal(_)
-                        | Until::Breakpoint => {}
+                    if stops % 2 == 0 {
+                        let now = registers()?;
+                        match until {
+                            Until::Calls(count) if stops == 2 * count => break now,
+                            Until::Marker if now.rip == marker => break now,
+                            Until::Calls(_)
+                            | Until::Marker
+                            | Until::Signal(_)
+                            | Until::Breakpoint => {}
+                        }
                     }
                 }
                 Status::SignalStop(libc::SIGTRAP) if matches!(until, Until::Breakpoint) => {
@@ -800,6 +997,7 @@ impl Thread {
                     return Err(TraceeError::Ended { tid, status });
                 }
             }
+            self.go_on(until)?;
         };
         ptrace::set_signal_mask(tid, self.mask).map_err(failed("set the signal mask of", tid))?;
         // In a signal stop the kernel still looks at the restart code ([`Thread::settle`]): the thread could go on from here.
@@ -902,6 +1100,10 @@ impl Tape {
     /// Where the calls are, behind the data.
     fn table(&self) -> u64 {
         self.base + DATA + self.data.len().next_multiple_of(CALL_BYTES) as u64
+    }
+
+    fn table_end(&self) -> u64 {
+        self.table() + (self.calls.len() * CALL_BYTES) as u64
     }
 
     /// Room for all that is written before it runs.

@@ -34,7 +34,13 @@ pub const CALL_BYTES: usize = 64;
 ///
 /// The interpreter addresses it relative to itself, and uses it as a stack for one `popfq`. The memory from the code's page up
 /// to the block is writable and no longer needed by then, so that a signal in that very instruction finds room for its frame.
-pub const RETURN_BLOCK: u64 = 32 << 10;
+pub const RETURN_BLOCK: u64 = SLOTS as u64 * SLOT_BYTES + BELOW_BLOCK;
+/// Copies of the interpreter that there is room for, each with a block of its own, so that as many threads can run tapes at once.
+pub const SLOTS: usize = 8;
+/// From one copy to the next, and from one block to the next.
+pub const SLOT_BYTES: u64 = 16 << 10;
+/// Of a slot, what lies below its block. A frame with the largest vector state (AMX) takes 11 KiB.
+const BELOW_BLOCK: u64 = 12 << 10;
 /// Size of the return block.
 pub const RETURN_BLOCK_BYTES: usize = 19 * 8;
 
@@ -160,6 +166,61 @@ pub fn once(to: &Registers, mask: u64) -> [u8; ONCE_BYTES] {
     code.extend(mask.to_le_bytes());
     code.try_into().expect("the parts add up to ONCE_BYTES")
 }
+
+/// Offset in [`opening`]'s and [`closing`]'s code of the instruction after the call that sends the signal.
+const fn signal_offset(first: usize) -> u64 {
+    (first + 21) as u64
+}
+
+/// Code that maps memory with the call in the registers with which the thread starts, and over its first `code_bytes` a second
+/// mapping that can be run; then it sends `signal` to its own thread ([`End::Signal`]) and ends as [`once`] does, in all without a
+/// stop but that for the signal. There `r8` is what the first call has returned, `r9` what the second has. The second number is
+/// the offset of that stop.
+#[must_use]
+pub fn opening(to: &Registers, mask: u64, signal: i32, code_bytes: u32) -> (Vec<u8>, u64) {
+    const FLAGS: u32 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED).unsigned_abs();
+    const PROTECTION: u32 = (libc::PROT_READ | libc::PROT_EXEC).unsigned_abs();
+    let mut code = vec![0x0f, 0x05]; // syscall
+    // Where the first has failed, the second does too: no page begins at the number of an error.
+    code.extend([0x48, 0x89, 0xc7]); // mov %rax, %rdi
+    code.push(0xbe); // mov $code_bytes, %esi
+    code.extend(code_bytes.to_le_bytes());
+    code.push(0xba); // mov $PROTECTION, %edx
+    code.extend(PROTECTION.to_le_bytes());
+    code.extend([0x41, 0xba]); // mov $FLAGS, %r10d
+    code.extend(FLAGS.to_le_bytes());
+    code.extend([0x49, 0xc7, 0xc0, 0xff, 0xff, 0xff, 0xff]); // mov $-1, %r8
+    code.extend([0x41, 0xb9, 0, 0, 0, 0]); // mov $0, %r9d
+    code.extend([0xb8, 9, 0, 0, 0, 0x0f, 0x05]); // mmap
+    code.extend([0x49, 0x89, 0xf8]); // mov %rdi, %r8
+    code.extend([0x49, 0x89, 0xc1]); // mov %rax, %r9
+    by_signal(code, to, mask, signal)
+}
+
+/// As [`opening`], with the one call alone, whose result is in `r8`.
+#[must_use]
+pub fn closing(to: &Registers, mask: u64, signal: i32) -> (Vec<u8>, u64) {
+    let mut code = vec![0x0f, 0x05]; // syscall
+    code.extend([0x49, 0x89, 0xc0]); // mov %rax, %r8
+    by_signal(code, to, mask, signal)
+}
+
+fn by_signal(mut code: Vec<u8>, to: &Registers, mask: u64, signal: i32) -> (Vec<u8>, u64) {
+    let offset = signal_offset(code.len());
+    code.extend([0xb8, 186, 0, 0, 0, 0x0f, 0x05]); // gettid
+    code.extend([0x89, 0xc7]); // mov %eax, %edi
+    code.push(0xbe); // mov $signal, %esi
+    code.extend(signal.to_le_bytes());
+    code.extend([0xb8, 200, 0, 0, 0, 0x0f, 0x05]); // tkill
+    assert_eq!(code.len() as u64, offset, "the instructions add up");
+    // All of `once` but its first call.
+    code.extend(once(to, mask).iter().skip(2));
+    assert!(code.len() <= OPENING_BYTES, "the largest is the one that opens");
+    (code, offset)
+}
+
+/// Bytes of the code that [`opening`] makes.
+pub const OPENING_BYTES: usize = 224;
 
 /// How [`once`]'s code begins: the call, and `rt_sigprocmask(SIG_SETMASK, &mask, NULL, 8)`.
 pub const ONCE_PREFIX: [u8; 32] = [
