@@ -104,16 +104,16 @@ pub fn capture(
 ) -> Result<Captured, CaptureError> {
     let begun = Instant::now();
     let prepared = Prepared::look(request.init).map_err(read("the host and its namespaces"))?;
-    let prepare = begun.elapsed();
-
-    let begun = Instant::now();
     let mut frozen = FrozenTree::stop(request.init, thaw)?;
+    let prepare = frozen.stopped_at.duration_since(begun);
     let clocks = clocks::of_container(request.init, prepared.own_offsets);
     let mut clocks = clocks.map_err(read("the container's clocks"))?;
     let clocks_read = Instant::now();
     let (vdso, common, mut awaited) =
-        prepared.go(request.init).map_err(read("the container's namespaces"))?;
-    let freeze = begun.elapsed();
+        prepared
+            .go(request.init, &frozen.processes)
+            .map_err(read("the container's namespaces"))?;
+    let freeze = frozen.stopped_at.elapsed();
     phase::reached(Phase::Stopped);
 
     let begun = Instant::now();
@@ -190,21 +190,29 @@ fn collect(
     if let Some(record) = awaited.system_v().map_err(read("the container's System V objects"))? {
         system_v::list(record, frozen, tables)?;
     }
+    // What is read beside comes last.
+    let mut all_descriptors = Vec::with_capacity(frozen.processes.len());
+    for pid in frozen.processes.keys() {
+        all_descriptors.push(match sharing.get(pid).and_then(|shares| shares.descriptors) {
+            None => descriptors::collect(*pid, tables)?,
+            Some(_) => descriptors::Descriptors::default(),
+        });
+    }
     let mut looked_at = Vec::new();
-    for (pid, process) in &mut frozen.processes {
-        // Before the engine maps anything, so that the list is the program's.
-        let mappings = memory::own_mappings(*pid).map_err(read("the mappings"))?;
+    // Before the engine maps anything, so that the lists are the programs'.
+    let mut all_mappings = awaited.mappings();
+    let mut threads = None;
+    for ((pid, process), descriptors) in frozen.processes.iter_mut().zip(all_descriptors) {
+        let mappings = all_mappings.remove(pid).unwrap_or_else(|| memory::own_mappings(*pid));
+        let mappings = mappings.map_err(read("the mappings"))?;
         process.find_room(&mappings);
         let shares = sharing.get(pid).copied().unwrap_or_default();
         let described = match shares.memory {
             None => memory::describe(*pid, &mappings, tables)?,
             Some(_) => Vec::new(),
         };
-        let descriptors = match shares.descriptors {
-            None => descriptors::collect(*pid, tables)?,
-            Some(_) => descriptors::Descriptors::default(),
-        };
-        looked_at.push((described, descriptors, process::examine(process, tables)?));
+        let threads = threads.get_or_insert_with(|| awaited.threads());
+        looked_at.push((described, descriptors, process::examine(process, threads, tables)?));
     }
     unix_sockets::collect(tables)?;
     epoll::resolve(tables)?;

@@ -4,16 +4,20 @@
 //! views, and threads in its namespaces, which take long to make. Nothing is taken from here that the container could change;
 //! that it is still in the namespaces that were entered is seen by their numbers.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use samara_capsule::record::{Bytes, Names, SystemV};
 use samara_kernel::Pid;
+use samara_kernel::proc::Mapping;
 use samara_kernel::setns::Visitor;
 
 use crate::clocks::{self, TimeOffsets};
-use crate::process::Common;
-use crate::{descriptors, internet, names, posix_queues, system_v, vdso};
+use crate::process::{Common, ThreadFiles};
+use crate::tracee::Process;
+use crate::{descriptors, internet, memory, names, posix_queues, system_v, vdso};
 
 #[derive(Debug)]
 pub(crate) struct Prepared {
@@ -21,6 +25,50 @@ pub(crate) struct Prepared {
     pub(crate) common: Common,
     pub(crate) own_offsets: TimeOffsets,
     places: Places,
+    reader: Reader,
+}
+
+/// A thread that reads files in `/proc` beside the one that traces: as long as the container stands, there is a processor for it.
+#[derive(Debug)]
+struct Reader {
+    /// Processes whose mappings are wanted, and threads.
+    ask: SyncSender<(Vec<Pid>, Vec<Pid>)>,
+    told: Told,
+}
+
+#[derive(Debug)]
+struct Told {
+    mappings: Receiver<BTreeMap<Pid, io::Result<Vec<Mapping>>>>,
+    threads: Receiver<BTreeMap<Pid, io::Result<ThreadFiles>>>,
+}
+
+impl Reader {
+    fn start(common: Common) -> io::Result<Reader> {
+        let (ask, asked) = sync_channel::<(Vec<Pid>, Vec<Pid>)>(1);
+        let (tell_mappings, mappings) = sync_channel(1);
+        let (tell_threads, threads) = sync_channel(1);
+        std::thread::Builder::new().spawn(move || {
+            let Ok((processes, tids)) = asked.recv() else { return };
+            let look = |pid| (pid, memory::own_mappings(pid));
+            let _ = tell_mappings.send(processes.into_iter().map(look).collect());
+            let look = |tid| (tid, ThreadFiles::read(tid, &common));
+            let _ = tell_threads.send(tids.into_iter().map(look).collect());
+        })?;
+        Ok(Reader { ask, told: Told { mappings, threads } })
+    }
+
+    fn go(self, processes: &BTreeMap<Pid, Process>) -> Told {
+        /// Of so few threads the files have been read before another thread has woken.
+        const THREADS_MIN: usize = 8;
+        let tids = processes.values().flat_map(|process| &process.threads).map(|thread| thread.tid);
+        let mut tids: Vec<Pid> = tids.collect();
+        if tids.len() < THREADS_MIN {
+            tids.clear();
+        }
+        // A reader that is not there any more has nothing to tell.
+        let _ = self.ask.try_send((processes.keys().copied().collect(), tids));
+        self.told
+    }
 }
 
 /// Where a container is looked at.
@@ -34,28 +82,38 @@ struct Places {
 
 /// What those find who were sent.
 #[derive(Debug)]
-pub(crate) struct Awaited(Places);
+pub(crate) struct Awaited {
+    places: Places,
+    told: Told,
+}
 
 impl Prepared {
     /// Looks at the host, and sends threads to the namespaces of `init`.
     pub(crate) fn look(init: Pid) -> io::Result<Prepared> {
         // For the container's descriptors, and what is opened beside them.
         descriptors::make_room()?;
+        let common = Common::look()?;
         Ok(Prepared {
             vdso: vdso::Host::look()?,
-            common: Common::look()?,
+            reader: Reader::start(common.clone())?,
+            common,
             own_offsets: clocks::own_offsets(),
             places: Places::enter(init)?,
         })
     }
 
     /// The container stands: whoever was sent looks. What was prepared of the host is the rest.
-    pub(crate) fn go(self, init: Pid) -> io::Result<(vdso::Host, Common, Awaited)> {
-        let Prepared { vdso, common, places, .. } = self;
+    pub(crate) fn go(
+        self,
+        init: Pid,
+        processes: &BTreeMap<Pid, Process>,
+    ) -> io::Result<(vdso::Host, Common, Awaited)> {
+        let Prepared { vdso, common, places, reader, .. } = self;
+        let told = reader.go(processes);
         // Init may have entered others since.
         let places = if places.hold(init)? { places } else { Places::enter(init)? };
         places.go();
-        Ok((vdso, common, Awaited(places)))
+        Ok((vdso, common, Awaited { places, told }))
     }
 }
 
@@ -95,19 +153,29 @@ impl Places {
 
 impl Awaited {
     pub(crate) fn names(&mut self) -> io::Result<Option<Names>> {
-        self.0.names.take().map(Visitor::found).transpose()
+        self.places.names.take().map(Visitor::found).transpose()
     }
 
     /// None: the container has no IPC namespace of its own.
     pub(crate) fn system_v(&mut self) -> io::Result<Option<SystemV>> {
-        self.0.system_v.take().map(Visitor::found).transpose()
+        self.places.system_v.take().map(Visitor::found).transpose()
     }
 
     pub(crate) fn queues(&self) -> Option<&OwnedFd> {
-        self.0.queues.as_ref()
+        self.places.queues.as_ref()
     }
 
     pub(crate) fn interfaces(self) -> io::Result<Vec<(Bytes, Bytes)>> {
-        self.0.interfaces.found()
+        self.places.interfaces.found()
+    }
+
+    /// The mappings of each process. They are told once.
+    pub(crate) fn mappings(&self) -> BTreeMap<Pid, io::Result<Vec<Mapping>>> {
+        self.told.mappings.recv().unwrap_or_default()
+    }
+
+    /// What files tell of threads, of which there may be none here. They are told once.
+    pub(crate) fn threads(&self) -> BTreeMap<Pid, io::Result<ThreadFiles>> {
+        self.told.threads.recv().unwrap_or_default()
     }
 }

@@ -98,8 +98,29 @@ struct ExaminedThread {
     login_user: Option<u32>,
 }
 
-/// What is the same for all threads, and is asked once.
+/// What files in `/proc` tell of a thread.
 #[derive(Debug)]
+pub(crate) struct ThreadFiles {
+    status: proc::Status,
+    label: Option<Bytes>,
+    login_user: Option<u32>,
+}
+
+impl ThreadFiles {
+    pub(crate) fn read(tid: Pid, common: &Common) -> io::Result<ThreadFiles> {
+        Ok(ThreadFiles {
+            status: proc::status(tid)?,
+            label: match common.labels {
+                true => labels::of_thread(tid)?.map(Bytes::from),
+                false => None,
+            },
+            login_user: common.audit.then(|| attributes::login_user(tid)).flatten(),
+        })
+    }
+}
+
+/// What is the same for all threads, and is asked once.
+#[derive(Clone, Debug)]
 pub(crate) struct Common {
     /// Security modules give labels to threads.
     labels: bool,
@@ -126,12 +147,18 @@ impl Common {
 /// Notes what of a process itself can't be saved.
 pub(crate) fn examine(
     process: &mut Process,
+    files: &mut BTreeMap<Pid, io::Result<ThreadFiles>>,
     tables: &mut Tables<'_>,
 ) -> Result<Examined, CaptureError> {
     let pid = process.pid;
     let what = || read(format!("process {pid} in /proc"));
     let stat = proc::stat(pid).map_err(what())?;
-    let status = proc::status(pid).map_err(what())?;
+    let mut files = |tid: Pid, common: &Common| {
+        let found = files.remove(&tid).unwrap_or_else(|| ThreadFiles::read(tid, common));
+        found.map_err(read(format!("thread {tid} in /proc")))
+    };
+    let mut leader = Some(files(pid, &tables.common)?);
+    let status = leader.as_ref().map(|files| files.status.clone()).unwrap_or_default();
     process.set_signals(status.sigign, status.sigcgt);
     check(pid, &status, tables)?;
     let paths = paths(pid, &status, tables)?;
@@ -143,9 +170,12 @@ pub(crate) fn examine(
         if thread.stop.cs != USER_CS {
             tables.refuse(pid, Place::Thread(tid), "32-bit code is not supported");
         }
-        let status = match tid == pid {
-            true => status.clone(),
-            false => proc::status(tid).map_err(what())?,
+        let ThreadFiles { status, label, login_user } = match leader.take() {
+            Some(leader) if tid == pid => leader,
+            other => {
+                leader = other;
+                files(tid, &tables.common)?
+            }
         };
         let scheduling = sched::attributes(tid).map_err(what())?;
         let vectors = ptrace::xstate(tid).map_err(failed("read the vector registers of", tid))?;
@@ -167,17 +197,13 @@ pub(crate) fn examine(
             true => Some(directories(pid, tid, &status, tables)?.0),
             false => None,
         };
-        let label = match tables.common.labels {
-            true => labels::of_thread(tid).map_err(read("the security label of a thread"))?,
-            false => None,
-        };
         threads.push(ExaminedThread {
             status,
             scheduling,
             vectors,
             own_directories,
-            label: label.map(Bytes::from),
-            login_user: tables.common.audit.then(|| attributes::login_user(tid)).flatten(),
+            label,
+            login_user,
         });
     }
     let timers = proc::attribute(pid, "timers").map_err(what())?;
