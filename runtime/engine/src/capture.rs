@@ -198,11 +198,16 @@ fn collect(
             Some(_) => descriptors::Descriptors::default(),
         });
     }
+    let mut all_asked = Vec::with_capacity(frozen.processes.len());
+    for process in frozen.processes.values() {
+        all_asked.push(process::ask_threads(process, tables)?);
+    }
+    let mut threads = awaited.threads();
     let mut looked_at = Vec::new();
     // Before the engine maps anything, so that the lists are the programs'.
     let mut all_mappings = awaited.mappings();
-    let mut threads = None;
-    for ((pid, process), descriptors) in frozen.processes.iter_mut().zip(all_descriptors) {
+    let each = frozen.processes.iter_mut().zip(all_descriptors).zip(all_asked);
+    for (((pid, process), descriptors), asked) in each {
         let mappings = all_mappings.remove(pid).unwrap_or_else(|| memory::own_mappings(*pid));
         let mappings = mappings.map_err(read("the mappings"))?;
         process.find_room(&mappings);
@@ -211,8 +216,8 @@ fn collect(
             None => memory::describe(*pid, &mappings, tables)?,
             Some(_) => Vec::new(),
         };
-        let threads = threads.get_or_insert_with(|| awaited.threads());
-        looked_at.push((described, descriptors, process::examine(process, threads, tables)?));
+        let examined = process::examine(process, asked, &mut threads, tables)?;
+        looked_at.push((described, descriptors, examined));
     }
     unix_sockets::collect(tables)?;
     epoll::resolve(tables)?;

@@ -130,6 +130,12 @@ impl FrozenTree {
         freezer.into_tree()
     }
 
+    /// When the first thread was asked to stop.
+    #[must_use]
+    pub fn stopped_at(&self) -> Instant {
+        self.stopped_at
+    }
+
     /// Lets everything go on.
     ///
     /// # Errors

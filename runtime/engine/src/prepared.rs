@@ -7,6 +7,8 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use samara_capsule::record::{Bytes, Names, SystemV};
@@ -31,43 +33,63 @@ pub(crate) struct Prepared {
 /// A thread that reads files in `/proc` beside the one that traces: as long as the container stands, there is a processor for it.
 #[derive(Debug)]
 struct Reader {
-    /// Processes whose mappings are wanted, and threads.
-    ask: SyncSender<(Vec<Pid>, Vec<Pid>)>,
-    told: Told,
+    ask: SyncSender<(Vec<Pid>, Arc<Wanted>)>,
+    mappings: Receiver<BTreeMap<Pid, io::Result<Vec<Mapping>>>>,
+    threads: Receiver<Threads>,
 }
 
+/// What files tell of threads.
+pub(crate) type Threads = BTreeMap<Pid, io::Result<ThreadFiles>>;
+
+/// Threads whose files are to be read, by whoever has time.
+#[derive(Debug)]
+struct Wanted {
+    tids: Vec<Pid>,
+    next: AtomicUsize,
+    common: Common,
+}
+
+impl Wanted {
+    /// Reads what nobody has begun with.
+    fn read(&self) -> Threads {
+        let mut threads = Threads::new();
+        while let Some(tid) = self.tids.get(self.next.fetch_add(1, Ordering::Relaxed)) {
+            threads.insert(*tid, ThreadFiles::read(*tid, &self.common));
+        }
+        threads
+    }
+}
+
+/// What a [`Reader`] is going to tell.
 #[derive(Debug)]
 struct Told {
+    wanted: Arc<Wanted>,
     mappings: Receiver<BTreeMap<Pid, io::Result<Vec<Mapping>>>>,
-    threads: Receiver<BTreeMap<Pid, io::Result<ThreadFiles>>>,
+    threads: Receiver<Threads>,
 }
 
 impl Reader {
-    fn start(common: Common) -> io::Result<Reader> {
-        let (ask, asked) = sync_channel::<(Vec<Pid>, Vec<Pid>)>(1);
+    fn start() -> io::Result<Reader> {
+        let (ask, asked) = sync_channel::<(Vec<Pid>, Arc<Wanted>)>(1);
         let (tell_mappings, mappings) = sync_channel(1);
         let (tell_threads, threads) = sync_channel(1);
         std::thread::Builder::new().spawn(move || {
-            let Ok((processes, tids)) = asked.recv() else { return };
+            let Ok((processes, wanted)) = asked.recv() else { return };
             let look = |pid| (pid, memory::own_mappings(pid));
             let _ = tell_mappings.send(processes.into_iter().map(look).collect());
-            let look = |tid| (tid, ThreadFiles::read(tid, &common));
-            let _ = tell_threads.send(tids.into_iter().map(look).collect());
+            let _ = tell_threads.send(wanted.read());
         })?;
-        Ok(Reader { ask, told: Told { mappings, threads } })
+        Ok(Reader { ask, mappings, threads })
     }
 
-    fn go(self, processes: &BTreeMap<Pid, Process>) -> Told {
-        /// Of so few threads the files have been read before another thread has woken.
-        const THREADS_MIN: usize = 8;
+    fn go(self, processes: &BTreeMap<Pid, Process>, common: &Common) -> Told {
         let tids = processes.values().flat_map(|process| &process.threads).map(|thread| thread.tid);
-        let mut tids: Vec<Pid> = tids.collect();
-        if tids.len() < THREADS_MIN {
-            tids.clear();
-        }
-        // A reader that is not there any more has nothing to tell.
-        let _ = self.ask.try_send((processes.keys().copied().collect(), tids));
-        self.told
+        let (tids, next) = (tids.collect(), AtomicUsize::new(0));
+        let wanted = Arc::new(Wanted { tids, next, common: common.clone() });
+        let Reader { ask, mappings, threads } = self;
+        // Of a reader that is not there any more nothing is heard, and all is read here.
+        let _ = ask.try_send((processes.keys().copied().collect(), wanted.clone()));
+        Told { wanted, mappings, threads }
     }
 }
 
@@ -95,7 +117,7 @@ impl Prepared {
         let common = Common::look()?;
         Ok(Prepared {
             vdso: vdso::Host::look()?,
-            reader: Reader::start(common.clone())?,
+            reader: Reader::start()?,
             common,
             own_offsets: clocks::own_offsets(),
             places: Places::enter(init)?,
@@ -109,7 +131,7 @@ impl Prepared {
         processes: &BTreeMap<Pid, Process>,
     ) -> io::Result<(vdso::Host, Common, Awaited)> {
         let Prepared { vdso, common, places, reader, .. } = self;
-        let told = reader.go(processes);
+        let told = reader.go(processes, &common);
         // Init may have entered others since.
         let places = if places.hold(init)? { places } else { Places::enter(init)? };
         places.go();
@@ -174,8 +196,10 @@ impl Awaited {
         self.told.mappings.recv().unwrap_or_default()
     }
 
-    /// What files tell of threads, of which there may be none here. They are told once.
-    pub(crate) fn threads(&self) -> BTreeMap<Pid, io::Result<ThreadFiles>> {
-        self.told.threads.recv().unwrap_or_default()
+    /// What files tell of the threads of all processes. It is told once.
+    pub(crate) fn threads(&self) -> Threads {
+        let mut threads = self.told.wanted.read();
+        threads.extend(self.told.threads.recv().unwrap_or_default());
+        threads
     }
 }

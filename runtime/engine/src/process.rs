@@ -90,12 +90,57 @@ struct Paths {
 #[derive(Debug)]
 struct ExaminedThread {
     status: proc::Status,
-    scheduling: sched::Attributes,
-    /// The XSAVE area.
-    vectors: Vec<u8>,
+    asked: AskedThread,
     own_directories: Option<Directories>,
     label: Option<Bytes>,
     login_user: Option<u32>,
+}
+
+/// What calls tell of a thread that is stopped.
+#[derive(Debug)]
+pub(crate) struct AskedThread {
+    scheduling: sched::Attributes,
+    /// The XSAVE area.
+    vectors: Vec<u8>,
+}
+
+/// Asks for what needs no file, and notes what of it can't be saved.
+pub(crate) fn ask_threads(
+    process: &Process,
+    tables: &mut Tables<'_>,
+) -> Result<Vec<AskedThread>, CaptureError> {
+    /// Code segments of 64-bit programs (USER_CS of arch/x86/include/asm/segment.h).
+    const USER_CS: u64 = 0x33;
+    let pid = process.pid;
+    let mut threads = Vec::with_capacity(process.threads.len());
+    for thread in &process.threads {
+        let tid = thread.tid;
+        if thread.stop.cs != USER_CS {
+            tables.refuse(pid, Place::Thread(tid), "32-bit code is not supported");
+        }
+        let scheduling = sched::attributes(tid);
+        let scheduling = scheduling.map_err(|source| CaptureError::Read {
+            what: format!("how thread {tid} is scheduled"),
+            source,
+        })?;
+        let vectors = ptrace::xstate(tid).map_err(failed("read the vector registers of", tid))?;
+        if uses_tiles(&vectors) {
+            // The kernel takes them only from a thread that has used the unit before.
+            tables.refuse(pid, Place::Thread(tid), "tile registers (AMX) are not supported");
+        }
+        if ptrace::dispatches_calls(tid).map_err(failed("read the dispatch of calls of", tid))? {
+            let what = "dispatch of its system calls to itself (PR_SET_SYSCALL_USER_DISPATCH) is not supported";
+            tables.refuse(pid, Place::Thread(tid), what);
+        }
+        if ptrace::uses_ports(tid).map_err(failed("read the I/O permissions of", tid))? {
+            tables.refuse(pid, Place::Thread(tid), "use of I/O ports (ioperm) is not supported");
+        }
+        if scheduling.policy == SCHED_DEADLINE {
+            tables.refuse(pid, Place::Thread(tid), "SCHED_DEADLINE is not supported");
+        }
+        threads.push(AskedThread { scheduling, vectors });
+    }
+    Ok(threads)
 }
 
 /// What files in `/proc` tell of a thread.
@@ -147,6 +192,7 @@ impl Common {
 /// Notes what of a process itself can't be saved.
 pub(crate) fn examine(
     process: &mut Process,
+    asked: Vec<AskedThread>,
     files: &mut BTreeMap<Pid, io::Result<ThreadFiles>>,
     tables: &mut Tables<'_>,
 ) -> Result<Examined, CaptureError> {
@@ -163,13 +209,8 @@ pub(crate) fn examine(
     check(pid, &status, tables)?;
     let paths = paths(pid, &status, tables)?;
     let mut threads = Vec::with_capacity(process.threads.len());
-    for thread in &process.threads {
-        // Code segments of 64-bit programs (USER_CS of arch/x86/include/asm/segment.h).
-        const USER_CS: u64 = 0x33;
+    for (thread, asked) in process.threads.iter().zip(asked) {
         let tid = thread.tid;
-        if thread.stop.cs != USER_CS {
-            tables.refuse(pid, Place::Thread(tid), "32-bit code is not supported");
-        }
         let ThreadFiles { status, label, login_user } = match leader.take() {
             Some(leader) if tid == pid => leader,
             other => {
@@ -177,30 +218,13 @@ pub(crate) fn examine(
                 files(tid, &tables.common)?
             }
         };
-        let scheduling = sched::attributes(tid).map_err(what())?;
-        let vectors = ptrace::xstate(tid).map_err(failed("read the vector registers of", tid))?;
-        if uses_tiles(&vectors) {
-            // The kernel takes them only from a thread that has used the unit before.
-            tables.refuse(pid, Place::Thread(tid), "tile registers (AMX) are not supported");
-        }
-        if ptrace::dispatches_calls(tid).map_err(failed("read the dispatch of calls of", tid))? {
-            let what = "dispatch of its system calls to itself (PR_SET_SYSCALL_USER_DISPATCH) is not supported";
-            tables.refuse(pid, Place::Thread(tid), what);
-        }
-        if ptrace::uses_ports(tid).map_err(failed("read the I/O permissions of", tid))? {
-            tables.refuse(pid, Place::Thread(tid), "use of I/O ports (ioperm) is not supported");
-        }
-        if scheduling.policy == SCHED_DEADLINE {
-            tables.refuse(pid, Place::Thread(tid), "SCHED_DEADLINE is not supported");
-        }
         let own_directories = match tables.own_directories.contains(&tid) {
             true => Some(directories(pid, tid, &status, tables)?.0),
             false => None,
         };
         threads.push(ExaminedThread {
             status,
-            scheduling,
-            vectors,
+            asked,
             own_directories,
             label,
             login_user,
@@ -327,6 +351,7 @@ pub(crate) fn collect(
         true => attributes::descriptor_table(process)?,
         false => Bytes::new(),
     };
+    let timers = !answers.posix_timers.is_empty();
     let one_label = looks.iter().all(|look| Some(&look.label) == looks.first().map(|it| &it.label));
     let mut seen: VecDeque<Seen> = restored
         .into_iter()
@@ -347,7 +372,8 @@ pub(crate) fn collect(
             ThreadQuestions::ask,
             |process, index, questions, results| {
                 let Some(seen) = seen.pop_front() else { return Ok(()) };
-                threads.push(describe_thread(process, index, &questions, &results, seen, common)?);
+                let (questions, results) = (&questions, &results);
+                threads.push(describe_thread(process, index, questions, results, seen, timers, common)?);
                 Ok::<(), CaptureError>(())
             },
         )?;
@@ -934,6 +960,7 @@ fn describe_thread(
     questions: &ThreadQuestions,
     results: &[u64],
     seen: Seen,
+    timers: bool,
     common: &Common,
 ) -> Result<record::Thread, CaptureError> {
     let Seen { registers, restart, rseq, look } = seen;
@@ -958,7 +985,10 @@ fn describe_thread(
     };
     let tid = thread.tid;
     let what = || read(format!("thread {tid} in /proc"));
-    let ExaminedThread { status, scheduling, vectors, own_directories, label, login_user } = look;
+    let ExaminedThread { status, asked, own_directories, label, login_user } = look;
+    let AskedThread { scheduling, vectors } = asked;
+    // Only a timer for the thread itself can have sent it a signal since; what comes from outside comes after the capture.
+    let pends = status.sigpnd != 0 || timers;
     let affinity = sched::affinity(tid).map_err(what())?;
     let nice = match sched::is_fair(scheduling.policy) {
         true => scheduling.nice,
@@ -971,7 +1001,10 @@ fn describe_thread(
         registers: to_record(&registers),
         xstate: Bytes::from(vectors),
         signal_mask: thread.mask,
-        pending: pending(tid, Queue::Thread)?,
+        pending: match pends {
+            true => pending(tid, Queue::Thread)?,
+            false => Vec::new(),
+        },
         alternate_stack: AlternateStack { address, flags: low_int(flags), bytes },
         clear_child_tid,
         robust_list: samara_kernel::robust_list::get(tid).map_err(what())?,

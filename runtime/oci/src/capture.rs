@@ -425,12 +425,16 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
     let travelling: Vec<String> = trees.iter().map(|tree| tree.path.clone()).collect();
     let saved =
         Saved { container, origin: Origin::of(&spec, record.seccomp_filters), trees, root: true };
-    let records = encode_record(&saved)?;
-    let facts = CapsuleFacts {
-        created: SystemTime::now(),
-        parent: None,
-        provenance: provenance(&saved, &record),
-        requirements: requirements(&base, &saved.container.vdso_sha256),
+    let created = SystemTime::now();
+    // Where the container stays, it does not wait for this.
+    let describe = || -> Result<_, CheckpointError> {
+        let facts = CapsuleFacts {
+            created,
+            parent: None,
+            provenance: provenance(&saved, &record),
+            requirements: requirements(&base, &saved.container.vdso_sha256),
+        };
+        Ok((encode_record(&saved)?, facts))
     };
     // The capsule is there by then, and an older lease finds the way to the newest slot by itself: no reason to call it a failure.
     let keep = |held: &Held| {
@@ -443,22 +447,26 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
         }
     };
     phase::reached(Phase::FilesCopied);
+    // Before it is looked at whether anything runs.
+    let stood_since = frozen.stopped_at();
     let (committed, pause) = if order.leave_running {
         match paused {
             true => frozen.thaw_into(&mut || refreeze()),
             false => frozen.thaw(),
         }
         .map_err(CheckpointError::Release)?;
-        let pause = stopped.elapsed();
+        let pause = stood_since.elapsed();
         drop(urgent);
         phase::reached(Phase::Thawed);
         progress("storing");
+        let (records, facts) = describe()?;
         let committed = writer.commit(&mut held.lease, &records, facts)?;
         keep(&held);
         phase::reached(Phase::Committed);
         (committed, pause)
     } else {
         progress("storing");
+        let (records, facts) = describe()?;
         let committed = writer.commit(&mut held.lease, &records, facts)?;
         keep(&held);
         phase::reached(Phase::Committed);
@@ -468,7 +476,7 @@ fn work(task: &WorkerTask) -> Result<Summary, CheckpointError> {
             ending::take_back(&dir);
             CheckpointError::Release(error)
         })?;
-        (committed, stopped.elapsed())
+        (committed, stood_since.elapsed())
     };
     Ok(Summary {
         target: order.target,
