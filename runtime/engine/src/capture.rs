@@ -118,9 +118,11 @@ pub fn capture(
 
     let begun = Instant::now();
     let mut tables = Tables::new(request, clocks_read, vdso, common)?;
+    let mut processes = collect(&mut frozen, &mut awaited, &mut tables)?;
     let names = awaited.names().map_err(read("the host's name"))?;
     let names = names::changed(names, &request.names);
-    let mut processes = collect(&mut frozen, awaited, &mut tables)?;
+    let addresses = awaited.interfaces();
+    tables.addresses = addresses.map_err(read("the container's network interfaces"))?;
     let collect = begun.elapsed();
     clocks.reading_ns = u64::try_from(clocks_read.elapsed().as_nanos()).unwrap_or(u64::MAX);
     phase::reached(Phase::Collected);
@@ -174,7 +176,7 @@ pub fn capture(
 /// First everything is looked at, so that an error names all that can't be saved; then code runs in the processes.
 fn collect(
     frozen: &mut FrozenTree,
-    mut awaited: Awaited,
+    awaited: &mut Awaited,
     tables: &mut Tables<'_>,
 ) -> Result<Vec<(Pid, record::Process)>, CaptureError> {
     let elapsed = crate::restart::elapsed(&frozen.sleepers, frozen.stopped_at);
@@ -187,9 +189,6 @@ fn collect(
     if let Some(view) = awaited.queues() {
         posix_queues::list(view, tables)?;
     }
-    if let Some(record) = awaited.system_v().map_err(read("the container's System V objects"))? {
-        system_v::list(record, frozen, tables)?;
-    }
     // What is read beside comes last.
     let mut all_descriptors = Vec::with_capacity(frozen.processes.len());
     for pid in frozen.processes.keys() {
@@ -201,6 +200,9 @@ fn collect(
     let mut all_asked = Vec::with_capacity(frozen.processes.len());
     for process in frozen.processes.values() {
         all_asked.push(process::ask_threads(process, tables)?);
+    }
+    if let Some(record) = awaited.system_v().map_err(read("the container's System V objects"))? {
+        system_v::list(record, frozen, tables)?;
     }
     let mut threads = awaited.threads();
     let mut looked_at = Vec::new();
@@ -222,7 +224,6 @@ fn collect(
     unix_sockets::collect(tables)?;
     epoll::resolve(tables)?;
     tcp::resolve(tables)?;
-    tables.addresses = awaited.interfaces().map_err(read("the container's network interfaces"))?;
     inotify::resolve(tables)?;
     frozen.watchers = std::mem::take(&mut tables.watchers);
     refuse_strange_processes(frozen, tables);

@@ -121,21 +121,24 @@ fn parse_header(line: &[u8]) -> Option<Mapping> {
 
 /// `/proc/PID/stat`.
 pub fn stat(pid: Pid) -> io::Result<Stat> {
-    Stat::from_read(of_process(pid, "stat")?.as_slice()).map_err(into_io)
+    Stat::from_read(single(pid, "stat")?.as_slice()).map_err(into_io)
 }
 
-/// As [`small`]; a process that is not there is ESRCH.
-fn of_process(pid: Pid, name: &str) -> io::Result<Vec<u8>> {
-    small(pid, name).map_err(|error| match error.kind() {
+/// A file of `/proc/PID` that the kernel writes at once (`proc_single_operations` of fs/proc/base.c): what leaves room in the
+/// buffer is all. A process that is not there is ESRCH.
+fn single(pid: Pid, name: &str) -> io::Result<Vec<u8>> {
+    read_small(pid, name, true).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => io::Error::from_raw_os_error(libc::ESRCH),
         _ => error,
     })
 }
 
-/// A file of `/proc/PID` that is mostly short, with as few calls as can be.
-///
-/// The end is where nothing more comes: the kernel may write a list in parts.
+/// A file of `/proc/PID` that is mostly short. The end is where nothing more comes: the kernel may write a list in parts.
 fn small(pid: Pid, name: &str) -> io::Result<Vec<u8>> {
+    read_small(pid, name, false)
+}
+
+fn read_small(pid: Pid, name: &str, at_once: bool) -> io::Result<Vec<u8>> {
     const AT_ONCE: usize = 4096;
     let mut file = File::open(format!("/proc/{pid}/{name}"))?;
     let mut text = vec![0; AT_ONCE];
@@ -147,6 +150,8 @@ fn small(pid: Pid, name: &str) -> io::Result<Vec<u8>> {
         }
         if filled == text.len() {
             text.resize(2 * filled, 0);
+        } else if at_once {
+            break;
         }
     }
     text.truncate(filled);
@@ -190,7 +195,7 @@ pub struct Status {
 
 /// `/proc/PID/status`; for a thread pass its own id.
 pub fn status(tid: Pid) -> io::Result<Status> {
-    parse_status(&of_process(tid, "status")?)
+    parse_status(&single(tid, "status")?)
 }
 
 fn parse_status(text: &[u8]) -> io::Result<Status> {
