@@ -67,7 +67,8 @@ impl Namespace {
             .stdout(Stdio::null())
             .process_group(0);
         let unshare = unshare.spawn().expect("unshare of util-linux is installed");
-        let children = format!("/proc/{0}/task/{0}/children", unshare.id());
+        let mut namespace = Namespace { unshare, init: 0 };
+        let children = format!("/proc/{0}/task/{0}/children", namespace.unshare.id());
         let deadline = Instant::now() + Duration::from_secs(20);
         loop {
             let init = fs::read_to_string(&children).ok();
@@ -77,7 +78,8 @@ impl Namespace {
                 && fs::read_to_string(format!("/proc/{init}/comm")).is_ok_and(|it| it == "ready\n")
             {
                 std::thread::sleep(Duration::from_millis(20));
-                return Namespace { unshare, init };
+                namespace.init = init;
+                return namespace;
             }
             assert!(Instant::now() < deadline, "the program does not become ready");
             std::thread::sleep(Duration::from_millis(5));
@@ -131,7 +133,8 @@ fn measure(case: &str, runs: usize) {
         let begun = Instant::now();
         captured.frozen.thaw().expect("a thaw");
         let thaw = begun.elapsed();
-        let rest = all.saturating_sub(report.prepare + report.freeze + report.collect + report.copy);
+        let rest =
+            all.saturating_sub(report.prepare + report.freeze + report.collect + report.copy);
         let pause = all.saturating_sub(report.prepare) + thaw;
         let row = [report.freeze, report.collect, report.copy, rest, thaw, pause];
         rows.push(row.map(|time| time.as_micros()));

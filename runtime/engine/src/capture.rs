@@ -23,12 +23,13 @@ use crate::names::{self, GivenNames};
 use crate::phase::{self, Phase};
 use crate::plan::{self, PlanError};
 use crate::prepared::{Awaited, Prepared};
+use crate::process::LookedAt;
 use crate::root::Root;
 use crate::tracee::TraceeError;
 use crate::unsupported::{Place, Unsupported, UnsupportedList};
 use crate::{
-    aio, clocks, copy_on_write, datagrams, descriptors, epoll, file_names, inotify,
-    memory, nameless, notices, posix_queues, process, system_v, tcp, terminals, unix_sockets, vdso,
+    aio, clocks, copy_on_write, datagrams, descriptors, epoll, file_names, inotify, memory,
+    nameless, notices, posix_queues, process, system_v, tcp, terminals, unix_sockets, vdso,
 };
 
 /// Why no capsule came of a capture. The container runs on in every case.
@@ -110,9 +111,7 @@ pub fn capture(
     let mut clocks = clocks.map_err(read("the container's clocks"))?;
     let clocks_read = Instant::now();
     let (vdso, common, mut awaited) =
-        prepared
-            .go(request.init, &frozen.processes)
-            .map_err(read("the container's namespaces"))?;
+        prepared.go(request.init, &frozen.processes).map_err(read("the container's namespaces"))?;
     let freeze = frozen.stopped_at.elapsed();
     phase::reached(Phase::Stopped);
 
@@ -219,7 +218,7 @@ fn collect(
             Some(_) => Vec::new(),
         };
         let examined = process::examine(process, asked, &mut threads, tables)?;
-        looked_at.push((described, descriptors, examined));
+        looked_at.push(LookedAt { mappings: described, descriptors, examined });
     }
     unix_sockets::collect(tables)?;
     epoll::resolve(tables)?;
@@ -240,14 +239,12 @@ fn collect(
         return Err(CaptureError::Unsupported(UnsupportedList(unsupported)));
     }
     let mut records = Vec::new();
-    for ((pid, process), (mut mappings, descriptors, examined)) in
-        frozen.processes.iter_mut().zip(looked_at)
-    {
-        memory::read_behind_ends(*pid, &mut mappings, tables)?;
+    for ((pid, process), mut looked_at) in frozen.processes.iter_mut().zip(looked_at) {
+        memory::read_behind_ends(*pid, &mut looked_at.mappings, tables)?;
         let space = tables.new_space();
         let shares = sharing.get(pid).copied().unwrap_or_default();
-        let record =
-            process::collect(process, examined, mappings, descriptors, space, shares, &elapsed, &tables.common)?;
+        let common = &tables.common;
+        let record = process::collect(process, looked_at, space, shares, &elapsed, common)?;
         records.push((*pid, record));
     }
     unix_sockets::ask(&mut frozen.processes, tables)?;

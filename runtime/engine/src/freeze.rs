@@ -290,9 +290,11 @@ impl Freezer {
             self.stopped_at = Instant::now();
         }
         for (pid, tid) in to_interrupt {
-            ptrace::interrupt(tid)
-                .or_else(gone_is_fine)
-                .map_err(|source| FreezeError::Seize { pid, tid, source })?;
+            ptrace::interrupt(tid).or_else(gone_is_fine).map_err(|source| FreezeError::Seize {
+                pid,
+                tid,
+                source,
+            })?;
         }
         Ok(ours)
     }

@@ -64,6 +64,14 @@ const IOPRIO_WHO_PROCESS: u64 = 1;
 pub(crate) const NODE_WORDS: usize = 16;
 pub(crate) const NODES_MAX: u64 = NODE_WORDS as u64 * 64;
 
+/// All that is seen of a stopped process without code that runs in it.
+#[derive(Debug)]
+pub(crate) struct LookedAt {
+    pub(crate) mappings: Vec<record::Mapping>,
+    pub(crate) descriptors: Descriptors,
+    pub(crate) examined: Examined,
+}
+
 /// What `/proc` says of a stopped process.
 #[derive(Debug)]
 pub(crate) struct Examined {
@@ -222,13 +230,7 @@ pub(crate) fn examine(
             true => Some(directories(pid, tid, &status, tables)?.0),
             false => None,
         };
-        threads.push(ExaminedThread {
-            status,
-            asked,
-            own_directories,
-            label,
-            login_user,
-        });
+        threads.push(ExaminedThread { status, asked, own_directories, label, login_user });
     }
     let timers = proc::attribute(pid, "timers").map_err(what())?;
     let timers = timers::parse_posix(
@@ -323,9 +325,7 @@ fn is_own(other: Pid, tid: Pid, kind: Resource) -> bool {
 /// Every thread is left with the engine's corrections of interrupted calls, ready to be thawed.
 pub(crate) fn collect(
     process: &mut Process,
-    examined: Examined,
-    mut mappings: Vec<record::Mapping>,
-    descriptors: Descriptors,
+    looked_at: LookedAt,
     space: SpaceId,
     sharing: Sharing,
     elapsed: &BTreeMap<Pid, Slept>,
@@ -333,6 +333,7 @@ pub(crate) fn collect(
 ) -> Result<record::Process, CaptureError> {
     let pid = process.pid;
     let what = || read(format!("process {pid} in /proc"));
+    let LookedAt { mut mappings, descriptors, examined } = looked_at;
     let Examined { stat, status, posix_timers, threads: looks, paths, clocks_read } = examined;
     let (stat, status) = (&stat, &status);
     let registrations = leave_critical_sections(process)?;
@@ -373,7 +374,9 @@ pub(crate) fn collect(
             |process, index, questions, results| {
                 let Some(seen) = seen.pop_front() else { return Ok(()) };
                 let (questions, results) = (&questions, &results);
-                threads.push(describe_thread(process, index, questions, results, seen, timers, common)?);
+                threads.push(describe_thread(
+                    process, index, questions, results, seen, timers, common,
+                )?);
                 Ok::<(), CaptureError>(())
             },
         )?;
@@ -576,11 +579,7 @@ fn check(pid: Pid, status: &proc::Status, tables: &mut Tables<'_>) -> Result<(),
 const REMOVED: &[u8] = b" (deleted)";
 
 /// Finds the program and the directories of a process, and notes which of them can't be found again.
-fn paths(
-    pid: Pid,
-    status: &proc::Status,
-    tables: &mut Tables<'_>,
-) -> Result<Paths, CaptureError> {
+fn paths(pid: Pid, status: &proc::Status, tables: &mut Tables<'_>) -> Result<Paths, CaptureError> {
     let (mut executable, identity, metadata) = look(pid, "exe")?;
     let mut nameless_executable = None;
     if tables.root.identity(&executable).ok() != Some(identity) {
@@ -870,7 +869,8 @@ impl Answers {
                 .and_then(|commands| u32::try_from(commands).ok())
                 .unwrap_or(0),
             vector_features,
-            has_descriptor_table: Call::outcome(result(descriptor_table)).is_ok_and(|bytes| bytes > 0),
+            has_descriptor_table: Call::outcome(result(descriptor_table))
+                .is_ok_and(|bytes| bytes > 0),
             memory,
         })
     }
@@ -925,7 +925,11 @@ impl ThreadQuestions {
         let arguments = [0, stack.address, 0, 0, 0, 0];
         tape.call("ask for its alternate stack", libc::SYS_sigaltstack, arguments);
         let clear = tape.output(8);
-        prctl(tape, libc::c_int::try_from(PR_GET_TID_ADDRESS).expect("a small number"), clear.address);
+        prctl(
+            tape,
+            libc::c_int::try_from(PR_GET_TID_ADDRESS).expect("a small number"),
+            clear.address,
+        );
         let death = tape.output(8);
         prctl(tape, libc::PR_GET_PDEATHSIG, death.address);
         let slack = tape.len();

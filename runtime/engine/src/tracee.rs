@@ -20,8 +20,8 @@ use samara_capsule::record::Restart;
 use samara_kernel::pidfd::PidFd;
 use samara_kernel::ptrace::{self, Registers};
 use samara_kernel::tape::{
-    self, CALL_BYTES, Call, End, ONCE_BYTES, ONCE_PREFIX, OPENING_BYTES, RETURN_BLOCK, RETURN_BLOCK_BYTES, SLOT_BYTES,
-    SLOTS, TRAP_FLAG,
+    self, CALL_BYTES, Call, End, ONCE_BYTES, ONCE_PREFIX, OPENING_BYTES, RETURN_BLOCK,
+    RETURN_BLOCK_BYTES, SLOT_BYTES, SLOTS, TRAP_FLAG,
 };
 use samara_kernel::wait::{self, Status};
 use samara_kernel::{Pid, proc};
@@ -57,11 +57,9 @@ const CODE_BYTES: u64 = SLOTS as u64 * SLOT_BYTES;
 /// The slot of tapes that are run alone: behind its block there is room for the longest.
 const LAST_SLOT: usize = SLOTS - 1;
 /// Size of the mapping that the engine makes in a tracee.
-pub(crate) const ARENA_BYTES: u64 = (LAST_SLOT as u64 * SLOT_BYTES
-    + DATA
-    + DATA_BYTES
-    + (CALLS_MAX * CALL_BYTES) as u64)
-    .next_multiple_of(4096);
+pub(crate) const ARENA_BYTES: u64 =
+    (LAST_SLOT as u64 * SLOT_BYTES + DATA + DATA_BYTES + (CALLS_MAX * CALL_BYTES) as u64)
+        .next_multiple_of(4096);
 
 /// The part at the end of the vdso's last page that the engine uses. Kernels leave more than a kilobyte there.
 pub(crate) const PADDING_BYTES: usize = 1024;
@@ -107,15 +105,7 @@ impl Thread {
     pub(crate) fn at_stop(tid: Pid, group_stop: i32) -> Result<Thread, TraceeError> {
         let stop = ptrace::registers(tid).map_err(failed("read the registers of", tid))?;
         let mask = ptrace::signal_mask(tid).map_err(failed("read the signal mask of", tid))?;
-        Ok(Thread {
-            tid,
-            stop,
-            mask,
-            group_stop,
-            expires: None,
-            owed_signal: 0,
-            unfiltered: false,
-        })
+        Ok(Thread { tid, stop, mask, group_stop, expires: None, owed_signal: 0, unfiltered: false })
     }
 
     /// Brings the thread to the stop from which it goes on with [`Thread::stop`].
@@ -321,7 +311,8 @@ impl Process {
 
     /// Tells which signals the process ignores (`SigIgn`) and for which it has handlers (`SigCgt`).
     pub(crate) fn set_signals(&mut self, ignored: u64, caught: u64) {
-        let set = |signals: &[i32]| signals.iter().fold(0u64, |set, signal| set | 1 << (signal - 1));
+        let set =
+            |signals: &[i32]| signals.iter().fold(0u64, |set, signal| set | 1 << (signal - 1));
         let by_default = set(&[libc::SIGCHLD, libc::SIGURG, libc::SIGWINCH]) & !caught;
         // Sending one of these has effects of its own.
         let never = [libc::SIGCONT, libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU];
@@ -744,7 +735,8 @@ impl Process {
         let questions = make(&mut tape);
         let Some(signal) = signal else { return Ok(Run { tape, questions, signal: None }) };
         assert!(
-            slot == LAST_SLOT || tape.table_end() <= tape.base + RETURN_BLOCK.next_multiple_of(SLOT_BYTES),
+            slot == LAST_SLOT
+                || tape.table_end() <= tape.base + RETURN_BLOCK.next_multiple_of(SLOT_BYTES),
             "a tape for many threads is a short one"
         );
         let (start, _, marker) = self.load(index, &tape, End::Signal(signal))?;
@@ -792,7 +784,8 @@ impl Process {
         end: End,
     ) -> Result<(Registers, Registers, u64), TraceeError> {
         let pid = self.pid;
-        let arena = self.arena.ok_or(TraceeError::NoRoom { pid, why: "the arena is not mapped" })?;
+        let arena =
+            self.arena.ok_or(TraceeError::NoRoom { pid, why: "the arena is not mapped" })?;
         let base = tape.base;
         let slot = base.checked_sub(arena).map(|offset| offset / SLOT_BYTES);
         let slot = slot.filter(|slot| *slot < SLOTS as u64).expect("a tape is made for one arena");
@@ -958,7 +951,7 @@ impl Thread {
             match status {
                 Status::SyscallStop => {
                     stops += 1;
-                    if stops % 2 == 0 {
+                    if stops.is_multiple_of(2) {
                         let now = registers()?;
                         match until {
                             Until::Calls(count) if stops == 2 * count => break now,
@@ -1124,4 +1117,75 @@ impl Tape {
 
 pub(crate) fn failed(what: &'static str, tid: Pid) -> impl FnOnce(io::Error) -> TraceeError {
     move |source| TraceeError::Ptrace { what, tid, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::{Child, Command};
+
+    /// Stops a child of this process that has one thread.
+    fn stopped(child: &Child) -> Process {
+        let pid = Pid::try_from(child.id()).expect("a pid");
+        ptrace::seize(pid, ptrace::Options::SYSGOOD).expect("seize");
+        ptrace::interrupt(pid).expect("interrupt");
+        assert!(matches!(wait::one(pid).expect("a stop"), Status::EventStop(_)));
+        let mut thread = Thread::at_stop(pid, 0).expect("registers");
+        thread.unfiltered = true;
+        let mut process = Process::new(pid, vec![thread]).expect("a process");
+        let status = proc::status(pid).expect("status");
+        process.set_signals(status.sigign, status.sigcgt);
+        process.may_signal = Some(true);
+        process.find_room(&proc::mappings(pid).expect("mappings"));
+        process
+    }
+
+    fn shell() -> Child {
+        let child = Command::new("sh").args(["-c", "sleep 0.6; exit 7"]).spawn().expect("sh");
+        // Until it has become the shell and waits.
+        std::thread::sleep(Duration::from_millis(200));
+        child
+    }
+
+    /// A tape that ends by a signal gives back what it was asked for, and the thread could go on from its end.
+    #[test]
+    fn a_tape_runs_to_its_signal_without_a_stop() {
+        let mut child = shell();
+        let pid = u64::from(child.id());
+        let mut process = stopped(&child);
+        process.map_arena(None).expect("an arena");
+        for _ in 0..3 {
+            let mut tape = process.tape().expect("a tape");
+            tape.call("ask for its number", libc::SYS_getpid, [0; 6]);
+            assert_eq!(process.run_all(0, &tape, End::Call).expect("a run"), [pid]);
+        }
+        process.unmap_arena().expect("no arena");
+        let [thread] = process.threads.as_mut_slice() else { panic!("one thread") };
+        assert_eq!(ptrace::registers(thread.tid).expect("registers"), thread.stop);
+        thread.settle().expect("settled");
+        assert!(thread.release().expect("released"));
+        assert_eq!(child.wait().expect("its end").code(), Some(7));
+    }
+
+    /// An engine that dies while a thread runs calls for it must cost the program nothing.
+    #[test]
+    fn a_tracer_that_ends_in_the_middle_of_a_tape_costs_nothing() {
+        for alive_ms in [0, 40, 160] {
+            let mut child = shell();
+            std::thread::scope(|scope| {
+                // With the thread that has seized it ends the tracing, as with a process that is killed.
+                scope.spawn(|| {
+                    let mut process = stopped(&child);
+                    process.map_arena(None).expect("an arena");
+                    let run = process.begin_in(0, 0, &|tape: &mut Tape| {
+                        let time = tape.words(&[0, 80_000_000]);
+                        tape.call("sleep", libc::SYS_nanosleep, [time, 0, 0, 0, 0, 0]);
+                    });
+                    assert!(run.expect("a run").signal.is_some());
+                    std::thread::sleep(Duration::from_millis(alive_ms));
+                });
+            });
+            assert_eq!(child.wait().expect("its end").code(), Some(7), "after {alive_ms} ms");
+        }
+    }
 }

@@ -30,24 +30,24 @@ impl View {
         const CREATE: libc::c_uint = 6;
         let namespace = File::open(format!("/proc/{pid}/ns/pid"))?;
         // SAFETY: the name is a string that outlives the call.
-        let context = check(unsafe {
-            libc::syscall(libc::SYS_fsopen, c"proc".as_ptr(), FSOPEN_CLOEXEC)
-        })?;
+        let context =
+            check(unsafe { libc::syscall(libc::SYS_fsopen, c"proc".as_ptr(), FSOPEN_CLOEXEC) })?;
         let context = owned(context)?;
-        let configure = |command: libc::c_uint, key: Option<&CStr>, value: Option<&CStr>, aux: RawFd| {
-            let text = |text: Option<&CStr>| text.map_or(null(), CStr::as_ptr);
-            // SAFETY: key and value are null, or strings that outlive the call.
-            check(unsafe {
-                libc::syscall(
-                    libc::SYS_fsconfig,
-                    context.as_raw_fd(),
-                    command,
-                    text(key),
-                    text(value),
-                    aux,
-                )
-            })
-        };
+        let configure =
+            |command: libc::c_uint, key: Option<&CStr>, value: Option<&CStr>, aux: RawFd| {
+                let text = |text: Option<&CStr>| text.map_or(null(), CStr::as_ptr);
+                // SAFETY: key and value are null, or strings that outlive the call.
+                check(unsafe {
+                    libc::syscall(
+                        libc::SYS_fsconfig,
+                        context.as_raw_fd(),
+                        command,
+                        text(key),
+                        text(value),
+                        aux,
+                    )
+                })
+            };
         configure(SET_FD, Some(c"pidns"), None, namespace.as_raw_fd())?;
         configure(SET_STRING, Some(c"subset"), Some(c"pid"), 0)?;
         configure(CREATE, None, None, 0)?;

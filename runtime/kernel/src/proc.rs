@@ -239,7 +239,7 @@ fn parse_status(text: &[u8]) -> io::Result<Status> {
             b"CapEff" => hex(value).map(|set| status.capeff = set),
             b"CapBnd" => hex(value).map(|set| status.capbnd = set),
             b"CapAmb" => hex(value).map(|set| status.capamb = set),
-            b"NoNewPrivs" => Some(status.nonewprivs = value == "1"),
+            b"NoNewPrivs" => number(value).map(|set: u8| status.nonewprivs = set == 1),
             b"Seccomp" => number(value).map(|mode| status.seccomp = mode),
             b"voluntary_ctxt_switches" => {
                 number(value).map(|count| status.voluntary_switches = Some(count))

@@ -6,7 +6,7 @@
 //! registers over a system call but `rax`, `rcx` and `r11`.
 //!
 //! - [`once`] makes a single system call, and holds everything it restores as immediate operands. It fits into the padding at
-//!   the end of the vdso, and makes the first mapping.
+//!   the end of the vdso, and makes the first mapping. [`opening`] and [`closing`] do with a single stop what takes several.
 //! - [`interpreter`] lives in a mapping of its own and makes the calls of a table, the *tape*.
 
 use std::arch::global_asm;
