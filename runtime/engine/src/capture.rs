@@ -196,10 +196,6 @@ fn collect(
             Some(_) => descriptors::Descriptors::default(),
         });
     }
-    let mut all_asked = Vec::with_capacity(frozen.processes.len());
-    for process in frozen.processes.values() {
-        all_asked.push(process::ask_threads(process, tables)?);
-    }
     if let Some(record) = awaited.system_v().map_err(read("the container's System V objects"))? {
         system_v::list(record, frozen, tables)?;
     }
@@ -207,8 +203,7 @@ fn collect(
     let mut looked_at = Vec::new();
     // Before the engine maps anything, so that the lists are the programs'.
     let mut all_mappings = awaited.mappings();
-    let each = frozen.processes.iter_mut().zip(all_descriptors).zip(all_asked);
-    for (((pid, process), descriptors), asked) in each {
+    for ((pid, process), descriptors) in frozen.processes.iter_mut().zip(all_descriptors) {
         let mappings = all_mappings.remove(pid).unwrap_or_else(|| memory::own_mappings(*pid));
         let mappings = mappings.map_err(read("the mappings"))?;
         process.find_room(&mappings);
@@ -217,7 +212,7 @@ fn collect(
             None => memory::describe(*pid, &mappings, tables)?,
             Some(_) => Vec::new(),
         };
-        let examined = process::examine(process, asked, &mut threads, tables)?;
+        let examined = process::examine(process, &mut threads, tables)?;
         looked_at.push(LookedAt { mappings: described, descriptors, examined });
     }
     unix_sockets::collect(tables)?;

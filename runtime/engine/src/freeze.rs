@@ -18,7 +18,7 @@ use samara_kernel::{Pid, proc};
 
 use crate::inotify;
 use crate::restart::{self, Sleeper};
-use crate::tracee::{self, Process, Thread, TraceeError, failed};
+use crate::tracee::{self, OwnState, Process, Thread, TraceeError, failed};
 
 /// Why a container could not be stopped. It runs on in every case.
 #[derive(Debug, thiserror::Error)]
@@ -445,6 +445,8 @@ impl Freezer {
                     });
                 let mut thread = Thread::at_stop(tid, group_stop)?;
                 thread.unfiltered = unfiltered.is_ok();
+                // While others are still on their way, and what the kernel has of this one is in the processor's caches.
+                thread.own = Some(OwnState::of(tid)?);
                 restart::mend_interrupted(&mut thread.stop);
                 restart::take_interrupted_error(pid, &thread.stop);
                 self.stopped.insert(tid, (pid, thread));

@@ -17,7 +17,7 @@ use samara_kernel::proc::Mapping;
 use samara_kernel::setns::Visitor;
 
 use crate::clocks::{self, TimeOffsets};
-use crate::process::{Common, ThreadFiles};
+use crate::process::{Common, Told};
 use crate::tracee::Process;
 use crate::{descriptors, internet, memory, names, posix_queues, system_v, vdso};
 
@@ -30,7 +30,7 @@ pub(crate) struct Prepared {
     reader: Reader,
 }
 
-/// A thread that reads files in `/proc` beside the one that traces: as long as the container stands, there is a processor for it.
+/// A thread that asks what needs no tracer, beside the one that traces: as long as the container stands, there is a processor for it.
 #[derive(Debug)]
 struct Reader {
     ask: SyncSender<(Vec<Pid>, Arc<Wanted>)>,
@@ -38,10 +38,10 @@ struct Reader {
     threads: Receiver<Threads>,
 }
 
-/// What files tell of threads.
-pub(crate) type Threads = BTreeMap<Pid, io::Result<ThreadFiles>>;
+/// What was asked of threads.
+pub(crate) type Threads = BTreeMap<Pid, io::Result<Told>>;
 
-/// Threads whose files are to be read, by whoever has time.
+/// Threads of which is asked what a tracer is not needed for, by whoever has time.
 #[derive(Debug)]
 struct Wanted {
     tids: Vec<Pid>,
@@ -50,11 +50,11 @@ struct Wanted {
 }
 
 impl Wanted {
-    /// Reads what nobody has begun with.
-    fn read(&self) -> Threads {
+    /// Asks of those that nobody has begun with.
+    fn ask(&self) -> Threads {
         let mut threads = Threads::new();
         while let Some(tid) = self.tids.get(self.next.fetch_add(1, Ordering::Relaxed)) {
-            threads.insert(*tid, ThreadFiles::read(*tid, &self.common));
+            threads.insert(*tid, Told::of(*tid, &self.common));
         }
         threads
     }
@@ -62,7 +62,7 @@ impl Wanted {
 
 /// What a [`Reader`] is going to tell.
 #[derive(Debug)]
-struct Told {
+struct Answers {
     wanted: Arc<Wanted>,
     mappings: Receiver<BTreeMap<Pid, io::Result<Vec<Mapping>>>>,
     threads: Receiver<Threads>,
@@ -77,19 +77,19 @@ impl Reader {
             let Ok((processes, wanted)) = asked.recv() else { return };
             let look = |pid| (pid, memory::own_mappings(pid));
             let _ = tell_mappings.send(processes.into_iter().map(look).collect());
-            let _ = tell_threads.send(wanted.read());
+            let _ = tell_threads.send(wanted.ask());
         })?;
         Ok(Reader { ask, mappings, threads })
     }
 
-    fn go(self, processes: &BTreeMap<Pid, Process>, common: &Common) -> Told {
+    fn go(self, processes: &BTreeMap<Pid, Process>, common: &Common) -> Answers {
         let tids = processes.values().flat_map(|process| &process.threads).map(|thread| thread.tid);
         let (tids, next) = (tids.collect(), AtomicUsize::new(0));
         let wanted = Arc::new(Wanted { tids, next, common: common.clone() });
         let Reader { ask, mappings, threads } = self;
         // Of a reader that is not there any more nothing is heard, and all is read here.
         let _ = ask.try_send((processes.keys().copied().collect(), wanted.clone()));
-        Told { wanted, mappings, threads }
+        Answers { wanted, mappings, threads }
     }
 }
 
@@ -106,7 +106,7 @@ struct Places {
 #[derive(Debug)]
 pub(crate) struct Awaited {
     places: Places,
-    told: Told,
+    told: Answers,
 }
 
 impl Prepared {
@@ -196,9 +196,9 @@ impl Awaited {
         self.told.mappings.recv().unwrap_or_default()
     }
 
-    /// What files tell of the threads of all processes. It is told once.
+    /// What was asked of the threads of all processes. It is told once.
     pub(crate) fn threads(&self) -> Threads {
-        let mut threads = self.told.wanted.read();
+        let mut threads = self.told.wanted.ask();
         threads.extend(self.told.threads.recv().unwrap_or_default());
         threads
     }

@@ -20,7 +20,7 @@ use samara_kernel::kcmp::{self, Resource};
 use samara_kernel::ptrace::{self, Queue, Registers, Rseq};
 use samara_kernel::tape::{Call, End};
 use samara_kernel::wait::{self, Status};
-use samara_kernel::{Pid, proc, process_vm, sched};
+use samara_kernel::{Pid, proc, process_vm, robust_list, sched};
 
 use crate::capture::{CaptureError, Tables, attribute, inner_pid, link, read, unsupported};
 use crate::descriptors::{Channel, Descriptors};
@@ -28,7 +28,7 @@ use crate::memory::Shared;
 use crate::restart::{self, Goal, Slept};
 use crate::restore::{RestoreError, make, open_below};
 use crate::root::Root;
-use crate::tracee::{Output, Process, Tape, Thread, TraceeError, failed};
+use crate::tracee::{Output, OwnState, Process, Tape, Thread, TraceeError, failed};
 use crate::unsupported::Place;
 use crate::{attributes, clocks, directories, labels, memory, procfiles, sockets, timers};
 
@@ -97,72 +97,29 @@ struct Paths {
 
 #[derive(Debug)]
 struct ExaminedThread {
-    status: proc::Status,
-    asked: AskedThread,
-    own_directories: Option<Directories>,
-    label: Option<Bytes>,
-    login_user: Option<u32>,
-}
-
-/// What calls tell of a thread that is stopped.
-#[derive(Debug)]
-pub(crate) struct AskedThread {
-    scheduling: sched::Attributes,
-    /// The XSAVE area.
+    told: Told,
     vectors: Vec<u8>,
+    own_directories: Option<Directories>,
 }
 
-/// Asks for what needs no file, and notes what of it can't be saved.
-pub(crate) fn ask_threads(
-    process: &Process,
-    tables: &mut Tables<'_>,
-) -> Result<Vec<AskedThread>, CaptureError> {
-    /// Code segments of 64-bit programs (USER_CS of arch/x86/include/asm/segment.h).
-    const USER_CS: u64 = 0x33;
-    let pid = process.pid;
-    let mut threads = Vec::with_capacity(process.threads.len());
-    for thread in &process.threads {
-        let tid = thread.tid;
-        if thread.stop.cs != USER_CS {
-            tables.refuse(pid, Place::Thread(tid), "32-bit code is not supported");
-        }
-        let scheduling = sched::attributes(tid);
-        let scheduling = scheduling.map_err(|source| CaptureError::Read {
-            what: format!("how thread {tid} is scheduled"),
-            source,
-        })?;
-        let vectors = ptrace::xstate(tid).map_err(failed("read the vector registers of", tid))?;
-        if uses_tiles(&vectors) {
-            // The kernel takes them only from a thread that has used the unit before.
-            tables.refuse(pid, Place::Thread(tid), "tile registers (AMX) are not supported");
-        }
-        if ptrace::dispatches_calls(tid).map_err(failed("read the dispatch of calls of", tid))? {
-            let what = "dispatch of its system calls to itself (PR_SET_SYSCALL_USER_DISPATCH) is not supported";
-            tables.refuse(pid, Place::Thread(tid), what);
-        }
-        if ptrace::uses_ports(tid).map_err(failed("read the I/O permissions of", tid))? {
-            tables.refuse(pid, Place::Thread(tid), "use of I/O ports (ioperm) is not supported");
-        }
-        if scheduling.policy == SCHED_DEADLINE {
-            tables.refuse(pid, Place::Thread(tid), "SCHED_DEADLINE is not supported");
-        }
-        threads.push(AskedThread { scheduling, vectors });
-    }
-    Ok(threads)
-}
-
-/// What files in `/proc` tell of a thread.
+/// What anybody may ask of a thread.
 #[derive(Debug)]
-pub(crate) struct ThreadFiles {
+pub(crate) struct Told {
     status: proc::Status,
     label: Option<Bytes>,
     login_user: Option<u32>,
+    scheduling: sched::Attributes,
+    affinity: Vec<u32>,
+    robust_list: (u64, u64),
 }
 
-impl ThreadFiles {
-    pub(crate) fn read(tid: Pid, common: &Common) -> io::Result<ThreadFiles> {
-        Ok(ThreadFiles {
+impl Told {
+    pub(crate) fn of(tid: Pid, common: &Common) -> io::Result<Told> {
+        Ok(Told {
             status: proc::status(tid)?,
+            scheduling: sched::attributes(tid)?,
+            affinity: sched::affinity(tid)?,
+            robust_list: robust_list::get(tid)?,
             label: match common.labels {
                 true => labels::of_thread(tid)?.map(Bytes::from),
                 false => None,
@@ -200,37 +157,61 @@ impl Common {
 /// Notes what of a process itself can't be saved.
 pub(crate) fn examine(
     process: &mut Process,
-    asked: Vec<AskedThread>,
-    files: &mut BTreeMap<Pid, io::Result<ThreadFiles>>,
+    told: &mut BTreeMap<Pid, io::Result<Told>>,
     tables: &mut Tables<'_>,
 ) -> Result<Examined, CaptureError> {
     let pid = process.pid;
     let what = || read(format!("process {pid} in /proc"));
     let stat = proc::stat(pid).map_err(what())?;
-    let mut files = |tid: Pid, common: &Common| {
-        let found = files.remove(&tid).unwrap_or_else(|| ThreadFiles::read(tid, common));
-        found.map_err(read(format!("thread {tid} in /proc")))
+    let mut told = |tid: Pid, common: &Common| {
+        let found = told.remove(&tid).unwrap_or_else(|| Told::of(tid, common));
+        found
+            .map_err(|source| CaptureError::Read { what: format!("thread {tid} in /proc"), source })
     };
-    let mut leader = Some(files(pid, &tables.common)?);
-    let status = leader.as_ref().map(|files| files.status.clone()).unwrap_or_default();
+    let mut leader = Some(told(pid, &tables.common)?);
+    let status = leader.as_ref().map(|told| told.status.clone()).unwrap_or_default();
     process.set_signals(status.sigign, status.sigcgt);
     check(pid, &status, tables)?;
     let paths = paths(pid, &status, tables)?;
     let mut threads = Vec::with_capacity(process.threads.len());
-    for (thread, asked) in process.threads.iter().zip(asked) {
+    for thread in &mut process.threads {
+        /// Code segments of 64-bit programs (USER_CS of arch/x86/include/asm/segment.h).
+        const USER_CS: u64 = 0x33;
         let tid = thread.tid;
-        let ThreadFiles { status, label, login_user } = match leader.take() {
+        let told = match leader.take() {
             Some(leader) if tid == pid => leader,
             other => {
                 leader = other;
-                files(tid, &tables.common)?
+                told(tid, &tables.common)?
             }
         };
+        let own = match &mut thread.own {
+            Some(own) => own,
+            none => none.insert(OwnState::of(tid)?),
+        };
+        if thread.stop.cs != USER_CS {
+            tables.refuse(pid, Place::Thread(tid), "32-bit code is not supported");
+        }
+        if uses_tiles(&own.vectors) {
+            // The kernel takes them only from a thread that has used the unit before.
+            tables.refuse(pid, Place::Thread(tid), "tile registers (AMX) are not supported");
+        }
+        if own.dispatches_calls {
+            let what = "dispatch of its system calls to itself (PR_SET_SYSCALL_USER_DISPATCH) is not supported";
+            tables.refuse(pid, Place::Thread(tid), what);
+        }
+        if own.uses_ports {
+            tables.refuse(pid, Place::Thread(tid), "use of I/O ports (ioperm) is not supported");
+        }
+        if told.scheduling.policy == SCHED_DEADLINE {
+            tables.refuse(pid, Place::Thread(tid), "SCHED_DEADLINE is not supported");
+        }
+        let vectors = std::mem::take(&mut own.vectors);
         let own_directories = match tables.own_directories.contains(&tid) {
-            true => Some(directories(pid, tid, &status, tables)?.0),
+            true => Some(directories(pid, tid, &told.status, tables)?.0),
             false => None,
         };
-        threads.push(ExaminedThread { status, asked, own_directories, label, login_user });
+        threads.push(ExaminedThread { told, vectors, own_directories });
     }
     let timers = proc::attribute(pid, "timers").map_err(what())?;
     let timers = timers::parse_posix(
@@ -353,7 +334,8 @@ pub(crate) fn collect(
         false => Bytes::new(),
     };
     let timers = !answers.posix_timers.is_empty();
-    let one_label = looks.iter().all(|look| Some(&look.label) == looks.first().map(|it| &it.label));
+    let one_label =
+        looks.iter().all(|look| Some(&look.told.label) == looks.first().map(|it| &it.told.label));
     let mut seen: VecDeque<Seen> = restored
         .into_iter()
         .zip(registrations)
@@ -673,7 +655,7 @@ fn leave_critical_sections(process: &mut Process) -> Result<Vec<Option<Rseq>>, T
     for index in 0..process.threads.len() {
         let Some(thread) = process.threads.get(index) else { continue };
         let tid = thread.tid;
-        let rseq = ptrace::rseq(tid).map_err(failed("read the rseq registration of", tid))?;
+        let rseq = thread.own.as_ref().and_then(|own| own.rseq);
         registrations.push(rseq);
         let Some(rseq) = rseq else { continue };
         let Ok(section) = process.read(rseq.address + SECTION, 8) else { continue };
@@ -989,11 +971,10 @@ fn describe_thread(
     };
     let tid = thread.tid;
     let what = || read(format!("thread {tid} in /proc"));
-    let ExaminedThread { status, asked, own_directories, label, login_user } = look;
-    let AskedThread { scheduling, vectors } = asked;
+    let ExaminedThread { told, vectors, own_directories } = look;
+    let Told { status, label, login_user, scheduling, affinity, robust_list } = told;
     // Only a timer for the thread itself can have sent it a signal since; what comes from outside comes after the capture.
     let pends = status.sigpnd != 0 || timers;
-    let affinity = sched::affinity(tid).map_err(what())?;
     let nice = match sched::is_fair(scheduling.policy) {
         true => scheduling.nice,
         false => i32::try_from(proc::stat(tid).map_err(what())?.nice).unwrap_or(0),
@@ -1011,7 +992,7 @@ fn describe_thread(
         },
         alternate_stack: AlternateStack { address, flags: low_int(flags), bytes },
         clear_child_tid,
-        robust_list: samara_kernel::robust_list::get(tid).map_err(what())?,
+        robust_list,
         rseq: rseq.map(|rseq| record::Rseq {
             address: rseq.address,
             bytes: rseq.bytes,

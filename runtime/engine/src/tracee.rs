@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use samara_capsule::record::Restart;
 use samara_kernel::pidfd::PidFd;
-use samara_kernel::ptrace::{self, Registers};
+use samara_kernel::ptrace::{self, Registers, Rseq};
 use samara_kernel::tape::{
     self, CALL_BYTES, Call, End, ONCE_BYTES, ONCE_PREFIX, OPENING_BYTES, RETURN_BLOCK,
     RETURN_BLOCK_BYTES, SLOT_BYTES, SLOTS, TRAP_FLAG,
@@ -98,6 +98,33 @@ pub(crate) struct Thread {
     pub(crate) owed_signal: i32,
     /// No filter of its own meets the calls that it makes for the engine.
     pub(crate) unfiltered: bool,
+    /// What only it could change, where it was asked when it stopped.
+    pub(crate) own: Option<OwnState>,
+    /// It is in a stop from which it can go on, with the registers for it.
+    settled: bool,
+}
+
+/// State of a thread that no other thread can change, and that a tracer can ask for.
+#[derive(Clone, Debug)]
+pub(crate) struct OwnState {
+    /// The XSAVE area.
+    pub(crate) vectors: Vec<u8>,
+    pub(crate) dispatches_calls: bool,
+    pub(crate) uses_ports: bool,
+    pub(crate) rseq: Option<Rseq>,
+}
+
+impl OwnState {
+    pub(crate) fn of(tid: Pid) -> Result<OwnState, TraceeError> {
+        Ok(OwnState {
+            vectors: ptrace::xstate(tid).map_err(failed("read the vector registers of", tid))?,
+            dispatches_calls: ptrace::dispatches_calls(tid)
+                .map_err(failed("read the dispatch of calls of", tid))?,
+            uses_ports: ptrace::uses_ports(tid)
+                .map_err(failed("read the I/O permissions of", tid))?,
+            rseq: ptrace::rseq(tid).map_err(failed("read the rseq registration of", tid))?,
+        })
+    }
 }
 
 impl Thread {
@@ -105,7 +132,17 @@ impl Thread {
     pub(crate) fn at_stop(tid: Pid, group_stop: i32) -> Result<Thread, TraceeError> {
         let stop = ptrace::registers(tid).map_err(failed("read the registers of", tid))?;
         let mask = ptrace::signal_mask(tid).map_err(failed("read the signal mask of", tid))?;
-        Ok(Thread { tid, stop, mask, group_stop, expires: None, owed_signal: 0, unfiltered: false })
+        Ok(Thread {
+            tid,
+            stop,
+            mask,
+            group_stop,
+            expires: None,
+            owed_signal: 0,
+            unfiltered: false,
+            own: None,
+            settled: false,
+        })
     }
 
     /// Brings the thread to the stop from which it goes on with [`Thread::stop`].
@@ -116,6 +153,10 @@ impl Thread {
         let tid = self.tid;
         if self.expires.is_some_and(|end| end <= Instant::now()) {
             self.stop.rax = i64::from(-libc::EAGAIN).cast_unsigned();
+            self.settled = false;
+        }
+        if self.settled {
+            return Ok(());
         }
         if ptrace::registers(tid).map_err(failed("read the registers of", tid))? == self.stop {
             return Ok(());
@@ -910,8 +951,9 @@ impl Thread {
     }
 
     /// Lets the thread run from `start`.
-    fn set_off(&self, start: &Registers, until: Until) -> Result<(), TraceeError> {
+    fn set_off(&mut self, start: &Registers, until: Until) -> Result<(), TraceeError> {
         let tid = self.tid;
+        self.settled = false;
         let blocked = match until {
             Until::Signal(signal) => ALL_SIGNALS & !(1 << (signal - 1)),
             Until::Calls(_) | Until::Marker | Until::Breakpoint => ALL_SIGNALS,
@@ -994,8 +1036,8 @@ impl Thread {
         };
         ptrace::set_signal_mask(tid, self.mask).map_err(failed("set the signal mask of", tid))?;
         // In a signal stop the kernel still looks at the restart code ([`Thread::settle`]): the thread could go on from here.
-        let settled = matches!(until, Until::Signal(_));
-        ptrace::set_registers(tid, if settled { &self.stop } else { after })
+        self.settled = matches!(until, Until::Signal(_));
+        ptrace::set_registers(tid, if self.settled { &self.stop } else { after })
             .map_err(failed("set the registers of", tid))?;
         Ok(end)
     }
