@@ -8,8 +8,6 @@ use samara_capsule::record::{Alive, Bytes, ThreadAttributes};
 use samara_kernel::tape::{Call, End};
 use samara_kernel::{Pid, proc};
 
-use crate::capture::{CaptureError, attribute, read};
-use crate::labels;
 use crate::process::{low_int, prctl, words};
 use crate::restore::{RestoreError, make};
 use crate::tracee::{Output, Process, Tape, TraceeError};
@@ -42,6 +40,7 @@ pub(crate) struct Questions {
     speculation: usize,
     keyrings: usize,
     session_keyring: Output,
+    personality: usize,
 }
 
 impl Questions {
@@ -78,7 +77,18 @@ impl Questions {
         keys([READ, SESSION, 0, 0]);
         let bytes = DESCRIPTION_BYTES as u64;
         keys([DESCRIBE, SESSION, session_keyring.address, bytes]);
-        Questions { time_stamps, machine_check, cpuid, speculation, keyrings, session_keyring }
+        let personality = tape.len();
+        let ask = u64::from(u32::MAX);
+        tape.call("ask for its personality", libc::SYS_personality, [ask, 0, 0, 0, 0, 0]);
+        Questions {
+            time_stamps,
+            machine_check,
+            cpuid,
+            speculation,
+            keyrings,
+            session_keyring,
+            personality,
+        }
     }
 
     /// Which keys the thread keeps in the kernel, if it does. They can't be read, or not by everybody.
@@ -104,7 +114,7 @@ impl Questions {
         Ok((!users).then_some("keys in a session keyring are not supported"))
     }
 
-    /// What the calls of the tape have returned.
+    /// What the calls of the tape have returned. Label and login are told from outside.
     pub(crate) fn answers(
         &self,
         process: &Process,
@@ -120,7 +130,7 @@ impl Questions {
             Some((kind, state & !DECIDES))
         });
         Ok(ThreadAttributes {
-            personality: None,
+            personality: answer(self.personality),
             login_user: None,
             no_time_stamps: low_int(time_stamps) == libc::PR_TSC_SIGSEGV,
             no_cpuid: answer(self.cpuid) == Some(0),
@@ -131,19 +141,8 @@ impl Questions {
     }
 }
 
-/// Adds what is told from outside of a thread.
-pub(crate) fn complete(
-    tid: Pid,
-    answers: ThreadAttributes,
-) -> Result<ThreadAttributes, CaptureError> {
-    let personality = u32::from_str_radix(&attribute(tid, "personality")?, 16).ok();
-    let label = labels::of_thread(tid).map_err(read("the security label of a thread"))?;
-    let label = label.map(Bytes::from);
-    Ok(ThreadAttributes { personality, label, login_user: login_user(tid), ..answers })
-}
-
 /// Who has logged in, for the audit. `None`: nobody, or the kernel has no audit.
-fn login_user(tid: Pid) -> Option<u32> {
+pub(crate) fn login_user(tid: Pid) -> Option<u32> {
     let user = proc::attribute(tid, "loginuid").ok()?.trim_end().parse().ok()?;
     (user != u32::MAX).then_some(user)
 }
@@ -225,24 +224,24 @@ pub(crate) fn autogroup_nice(pid: Pid) -> i32 {
     group.rsplit(' ').next().and_then(|nice| nice.parse().ok()).unwrap_or(0)
 }
 
-/// The local descriptor table of a process, empty where it has none.
+const READ_TABLE: u64 = 0;
+
+/// Asks whether the process has a local descriptor table: how many of the bytes of a descriptor there are.
+pub(crate) fn ask_for_descriptor(tape: &mut Tape) {
+    let descriptor = tape.output(DESCRIPTOR_BYTES);
+    let arguments = [READ_TABLE, descriptor.address, DESCRIPTOR_BYTES as u64, 0, 0, 0];
+    // A kernel may have no such tables.
+    tape.try_call("read its descriptor table", libc::SYS_modify_ldt, arguments);
+}
+
+/// The local descriptor table of a process that has one.
 pub(crate) fn descriptor_table(process: &mut Process) -> Result<Bytes, TraceeError> {
-    const READ: u64 = 0;
-    let mut ask = |bytes: usize| {
-        let mut tape = process.tape()?;
-        let table = tape.output(bytes);
-        let arguments = [READ, table.address, bytes as u64, 0, 0, 0];
-        // A kernel may have no such tables.
-        tape.try_call("read its descriptor table", libc::SYS_modify_ldt, arguments);
-        let results = process.run_all(0, &tape, End::Call)?;
-        let result = results.first().copied().unwrap_or(0);
-        let present = Call::outcome(result).is_ok_and(|bytes| bytes > 0);
-        if present { process.output(table) } else { Ok(Vec::new()) }
-    };
-    if ask(DESCRIPTOR_BYTES)?.is_empty() {
-        return Ok(Bytes::new());
-    }
-    let mut table = ask(TABLE_BYTES)?;
+    let mut tape = process.tape()?;
+    let table = tape.output(TABLE_BYTES);
+    let arguments = [READ_TABLE, table.address, TABLE_BYTES as u64, 0, 0, 0];
+    tape.call("read its descriptor table", libc::SYS_modify_ldt, arguments);
+    process.run_all(0, &tape, End::Call)?;
+    let mut table = process.output(table)?;
     let used = table.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
     table.truncate(used.next_multiple_of(DESCRIPTOR_BYTES));
     Ok(Bytes::from(table))

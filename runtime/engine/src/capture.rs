@@ -4,7 +4,7 @@
 //! where it belongs.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -22,13 +22,15 @@ use crate::memory::PrivateMemory;
 use crate::names::{self, GivenNames};
 use crate::phase::{self, Phase};
 use crate::plan::{self, PlanError};
+use crate::prepared::{Awaited, Prepared};
+use crate::process::LookedAt;
 use crate::root::Root;
 use crate::tracee::TraceeError;
 use crate::tracking::Tracking;
 use crate::unsupported::{Place, Unsupported, UnsupportedList};
 use crate::{
-    aio, clocks, copy_on_write, datagrams, descriptors, epoll, file_names, inotify, internet,
-    memory, nameless, notices, posix_queues, process, system_v, tcp, terminals, unix_sockets, vdso,
+    aio, clocks, copy_on_write, datagrams, descriptors, epoll, file_names, inotify, memory,
+    nameless, notices, posix_queues, process, system_v, tcp, terminals, unix_sockets, vdso,
 };
 
 /// Why no capsule came of a capture. The container runs on in every case.
@@ -89,6 +91,8 @@ pub struct CaptureReport {
     pub unchanged_pages: u64,
     /// Processes that had joined from outside and were left out, by name.
     pub sessions: Vec<String>,
+    /// While the container ran.
+    pub prepare: Duration,
     pub freeze: Duration,
     pub collect: Duration,
     pub copy: Duration,
@@ -106,22 +110,30 @@ pub fn capture(
     sink: &mut dyn Sink,
 ) -> Result<Captured, CaptureError> {
     let begun = Instant::now();
+    let prepared = Prepared::look(request.init).map_err(read("the host and its namespaces"))?;
     let mut frozen = FrozenTree::stop(request.init, thaw)?;
-    let mut clocks = clocks::of_container(request.init).map_err(read("the container's clocks"))?;
+    let prepare = frozen.stopped_at.duration_since(begun);
+    let clocks = clocks::of_container(request.init, prepared.own_offsets);
+    let mut clocks = clocks.map_err(read("the container's clocks"))?;
     let clocks_read = Instant::now();
-    let names = names::changed(request.init, &request.names).map_err(read("the host's name"))?;
-    let freeze = begun.elapsed();
+    let (vdso, common, mut awaited) =
+        prepared.go(request.init, &frozen.processes).map_err(read("the container's namespaces"))?;
+    let freeze = frozen.stopped_at.elapsed();
     phase::reached(Phase::Stopped);
 
     let begun = Instant::now();
-    let mut tables = Tables::new(request, clocks_read)?;
-    let mut processes = collect(&mut frozen, &mut tables)?;
+    let mut tables = Tables::new(request, clocks_read, vdso, common)?;
+    let mut processes = collect(&mut frozen, &mut awaited, &mut tables)?;
+    let names = awaited.names().map_err(read("the host's name"))?;
+    let names = names::changed(names, &request.names);
+    let addresses = awaited.interfaces();
+    tables.addresses = addresses.map_err(read("the container's network interfaces"))?;
     let collect = begun.elapsed();
     clocks.reading_ns = u64::try_from(clocks_read.elapsed().as_nanos()).unwrap_or(u64::MAX);
     phase::reached(Phase::Collected);
 
     let begun = Instant::now();
-    let mut report = CaptureReport { freeze, collect, ..CaptureReport::default() };
+    let mut report = CaptureReport { prepare, freeze, collect, ..CaptureReport::default() };
     let mut members = Vec::new();
     let mut tracked = tracking.by_process();
     for (pid, record) in &mut processes {
@@ -172,6 +184,7 @@ pub fn capture(
 /// First everything is looked at, so that an error names all that can't be saved; then code runs in the processes.
 fn collect(
     frozen: &mut FrozenTree,
+    awaited: &mut Awaited,
     tables: &mut Tables<'_>,
 ) -> Result<Vec<(Pid, record::Process)>, CaptureError> {
     let elapsed = crate::restart::elapsed(&frozen.sleepers, frozen.stopped_at);
@@ -179,33 +192,41 @@ fn collect(
     for session in frozen.sessions.values_mut() {
         process::mend_for_thaw(session, &elapsed)?;
     }
-    descriptors::make_room().map_err(read("room for the container's descriptors"))?;
-    posix_queues::list(tables)?;
-    system_v::list(frozen, tables)?;
-    descriptors::make_room().map_err(read("room for the container's descriptors"))?;
     let sharing = process::sharing(&frozen.processes, tables);
     part_scratch(frozen, &sharing);
+    if let Some(view) = awaited.queues() {
+        posix_queues::list(view, tables)?;
+    }
+    // What is read beside comes last.
+    let mut all_descriptors = Vec::with_capacity(frozen.processes.len());
+    for pid in frozen.processes.keys() {
+        all_descriptors.push(match sharing.get(pid).and_then(|shares| shares.descriptors) {
+            None => descriptors::collect(*pid, tables)?,
+            Some(_) => descriptors::Descriptors::default(),
+        });
+    }
+    if let Some(record) = awaited.system_v().map_err(read("the container's System V objects"))? {
+        system_v::list(record, frozen, tables)?;
+    }
+    let mut threads = awaited.threads();
     let mut looked_at = Vec::new();
-    for (pid, process) in &mut frozen.processes {
-        // Before the engine maps anything, so that the list is the program's.
-        let mappings = memory::own_mappings(*pid).map_err(read("the mappings"))?;
+    // Before the engine maps anything, so that the lists are the programs'.
+    let mut all_mappings = awaited.mappings();
+    for ((pid, process), descriptors) in frozen.processes.iter_mut().zip(all_descriptors) {
+        let mappings = all_mappings.remove(pid).unwrap_or_else(|| memory::own_mappings(*pid));
+        let mappings = mappings.map_err(read("the mappings"))?;
         process.find_room(&mappings);
         let shares = sharing.get(pid).copied().unwrap_or_default();
         let described = match shares.memory {
             None => memory::describe(*pid, &mappings, tables)?,
             Some(_) => Vec::new(),
         };
-        let descriptors = match shares.descriptors {
-            None => descriptors::collect(*pid, tables)?,
-            Some(_) => descriptors::Descriptors::default(),
-        };
-        looked_at.push((described, descriptors, process::examine(process, tables)?));
+        let examined = process::examine(process, &mut threads, tables)?;
+        looked_at.push(LookedAt { mappings: described, descriptors, examined });
     }
     unix_sockets::collect(tables)?;
     epoll::resolve(tables)?;
     tcp::resolve(tables)?;
-    let interfaces = internet::interfaces(tables.request.init);
-    tables.addresses = interfaces.map_err(read("the container's network interfaces"))?;
     inotify::resolve(tables)?;
     frozen.watchers = std::mem::take(&mut tables.watchers);
     refuse_strange_processes(frozen, tables);
@@ -222,14 +243,12 @@ fn collect(
         return Err(CaptureError::Unsupported(UnsupportedList(unsupported)));
     }
     let mut records = Vec::new();
-    for ((pid, process), (mut mappings, descriptors, examined)) in
-        frozen.processes.iter_mut().zip(looked_at)
-    {
-        memory::read_behind_ends(*pid, &mut mappings, tables)?;
+    for ((pid, process), mut looked_at) in frozen.processes.iter_mut().zip(looked_at) {
+        memory::read_behind_ends(*pid, &mut looked_at.mappings, tables)?;
         let space = tables.new_space();
         let shares = sharing.get(pid).copied().unwrap_or_default();
-        let record =
-            process::collect(process, &examined, mappings, descriptors, space, shares, &elapsed)?;
+        let common = &tables.common;
+        let record = process::collect(process, looked_at, space, shares, &elapsed, common)?;
         records.push((*pid, record));
     }
     unix_sockets::ask(&mut frozen.processes, tables)?;
@@ -347,6 +366,14 @@ pub(crate) struct Tables<'a> {
     pub(crate) clocks_read: Instant,
     pub(crate) root: Root,
     pub(crate) vdso: vdso::Host,
+    pub(crate) common: process::Common,
+    /// Threads that do not share the directories of their process.
+    pub(crate) own_directories: BTreeSet<Pid>,
+    /// Types of file systems, by device.
+    pub(crate) file_systems: BTreeMap<u64, i64>,
+    /// What has been found at which path, and what is behind mappings of the same file. Files are mapped and open many times.
+    at_paths: BTreeMap<Vec<u8>, Option<(u64, u64)>>,
+    pub(crate) behind_mappings: BTreeMap<((u32, u32), u64, OsString), Metadata>,
     pub(crate) files: Vec<record::OpenFile>,
     pub(crate) pipes: Vec<record::Pipe>,
     pub(crate) shared_memory: Vec<record::SharedMemory>,
@@ -397,12 +424,22 @@ pub(crate) struct Tables<'a> {
 }
 
 impl<'a> Tables<'a> {
-    fn new(request: &'a CaptureRequest, clocks_read: Instant) -> Result<Tables<'a>, CaptureError> {
+    fn new(
+        request: &'a CaptureRequest,
+        clocks_read: Instant,
+        vdso: vdso::Host,
+        common: process::Common,
+    ) -> Result<Tables<'a>, CaptureError> {
         Ok(Tables {
             request,
             clocks_read,
             root: Root::of(request.init).map_err(read("the container's root directory"))?,
-            vdso: vdso::Host::look().map_err(read("this host's vdso"))?,
+            vdso,
+            common,
+            own_directories: BTreeSet::new(),
+            file_systems: BTreeMap::new(),
+            at_paths: BTreeMap::new(),
+            behind_mappings: BTreeMap::new(),
             files: Vec::new(),
             pipes: Vec::new(),
             shared_memory: Vec::new(),
@@ -492,7 +529,11 @@ impl<'a> Tables<'a> {
 
     /// Looks for names of files, by device and inode; [`Tables::name`] tells what was found.
     pub(crate) fn find_names(&mut self, wanted: &BTreeSet<(u64, u64)>) -> Result<(), CaptureError> {
-        let wanted = wanted.iter().filter(|one| !self.names.contains_key(one)).copied().collect();
+        let wanted: BTreeSet<(u64, u64)> =
+            wanted.iter().filter(|one| !self.names.contains_key(one)).copied().collect();
+        if wanted.is_empty() {
+            return Ok(());
+        }
         let found = file_names::find(&self.root, self.request.init, &wanted)
             .map_err(read("the container's files"))?;
         for identity in wanted {
@@ -511,7 +552,14 @@ impl<'a> Tables<'a> {
         identity: (u64, u64),
         target: &[u8],
     ) -> Result<Option<record::Path>, CaptureError> {
-        if self.root.identity(target).ok() == Some(identity) {
+        let found = match self.at_paths.get(target) {
+            Some(found) => *found,
+            None => {
+                let found = self.root.identity(target).ok();
+                *self.at_paths.entry(target.to_owned()).or_insert(found)
+            }
+        };
+        if found == Some(identity) {
             return Ok(Some(Bytes::from(target.to_vec())));
         }
         self.find_names(&BTreeSet::from([identity]))?;
@@ -598,7 +646,7 @@ pub(crate) fn name(pid: Pid) -> String {
 /// The number that a process or thread has in the innermost pid namespace.
 pub(crate) fn inner_pid(tid: Pid) -> io::Result<Pid> {
     let status = proc::status(tid)?;
-    Ok(status.nspid.and_then(|pids| pids.last().copied()).unwrap_or(tid))
+    Ok(status.nspid.last().copied().unwrap_or(tid))
 }
 
 pub(crate) fn read(what: impl Into<String>) -> impl FnOnce(io::Error) -> CaptureError {

@@ -16,12 +16,16 @@ pub struct TimeOffsets {
     pub boottime_ns: i64,
 }
 
-/// The clocks of a running or stopped process's time namespace, now.
-pub(crate) fn of_container(pid: Pid) -> io::Result<Clocks> {
-    let inside = offsets(&proc::attribute(pid, "timens_offsets").unwrap_or_default());
-    // The offsets in /proc are absolute, so those of our own namespace come off.
+/// The offsets of the engine's own time namespace, which nothing changes.
+pub(crate) fn own_offsets() -> TimeOffsets {
     let own = i32::try_from(std::process::id()).expect("pids are ints");
-    let ours = offsets(&proc::attribute(own, "timens_offsets").unwrap_or_default());
+    offsets(&proc::attribute(own, "timens_offsets").unwrap_or_default())
+}
+
+/// The clocks of a running or stopped process's time namespace, now. `ours` are [`own_offsets`].
+pub(crate) fn of_container(pid: Pid, ours: TimeOffsets) -> io::Result<Clocks> {
+    // The offsets in /proc are absolute, so those of our own namespace come off.
+    let inside = offsets(&proc::attribute(pid, "timens_offsets").unwrap_or_default());
     Ok(Clocks {
         monotonic_ns: now(ClockId::CLOCK_MONOTONIC)? + inside.monotonic_ns - ours.monotonic_ns,
         boottime_ns: now(ClockId::CLOCK_BOOTTIME)? + inside.boottime_ns - ours.boottime_ns,
@@ -33,7 +37,7 @@ pub(crate) fn of_container(pid: Pid) -> io::Result<Clocks> {
 /// The time that has passed on the clocks of a container since its capture, in nanoseconds: they go on while it is restored, so
 /// that what it waits for is due on them when it would have been. `pid` is a process of the restored container.
 pub(crate) fn passed(pid: Pid, then: &Clocks) -> io::Result<u64> {
-    let passed = of_container(pid)?.monotonic_ns.saturating_sub(then.monotonic_ns);
+    let passed = of_container(pid, own_offsets())?.monotonic_ns.saturating_sub(then.monotonic_ns);
     Ok(u64::try_from(passed).unwrap_or(0))
 }
 

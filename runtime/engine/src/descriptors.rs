@@ -98,9 +98,12 @@ fn register(
     let link = format!("/proc/{pid}/fd/{fd}");
     let metadata = fs::metadata(&link).map_err(read(link.clone()))?;
     let identity = (metadata.dev(), metadata.ino());
-    if let Ok(file) = known(pid, fd, identity, tables)? {
-        return Ok(Ok(file));
-    }
+    let holders = |tables: &Tables<'_>| tables.known_files.get(&identity).map_or(0, Vec::len);
+    let place = match known(pid, fd, identity, tables)? {
+        Ok(file) => return Ok(Ok(file)),
+        Err(place) => place,
+    };
+    let held = holders(tables);
     let target = fs::read_link(&link).map_err(read(link.clone()))?;
     let target = target.as_os_str().as_bytes();
     let metadata = &metadata;
@@ -114,8 +117,11 @@ fn register(
         Ok((kind, notices)) => {
             let file = index(tables.files.len());
             tables.files.push(OpenFile { flags: info.flags & !NOT_KEPT, kind, notices });
-            // Asked again: what was found on the way may be in the list too.
-            let place = known(pid, fd, identity, tables)?.err().unwrap_or(0);
+            // What was found on the way may be in the list too.
+            let place = match holders(tables) == held {
+                true => place,
+                false => known(pid, fd, identity, tables)?.err().unwrap_or(0),
+            };
             tables.known_files.entry(identity).or_default().insert(place, (pid, fd, file));
             Ok(Ok(file))
         }

@@ -14,7 +14,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::net::{AddressFamily, Protocol, SocketFlags, SocketType};
 use samara_capsule::record::{Bytes, Container, FileKind, InternetSocket, SocketAddress};
 use samara_kernel::Pid;
-use samara_kernel::setns::{Namespace, inside};
+use samara_kernel::setns::{Namespace, Visitor, inside};
 use samara_kernel::sock_diag::int_option;
 use samara_kernel::sockopt;
 
@@ -193,9 +193,12 @@ pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
 }
 
 /// The addresses of a network namespace's interfaces.
-pub(crate) fn interfaces(init: Pid) -> io::Result<Vec<(Bytes, Bytes)>> {
-    let all = inside(init, Namespace::Network, own_interfaces)?;
-    Ok(all.into_iter().map(|(name, ip)| (Bytes::from(name.into_bytes()), ip_bytes(ip))).collect())
+pub(crate) fn interfaces(init: Pid) -> io::Result<Visitor<Vec<(Bytes, Bytes)>>> {
+    let look = |()| {
+        let all = own_interfaces()?.into_iter();
+        Ok(all.map(|(name, ip)| (Bytes::from(name.into_bytes()), ip_bytes(ip))).collect())
+    };
+    Visitor::send(init, Namespace::Network, || Ok(()), look)
 }
 
 fn own_interfaces() -> io::Result<Vec<(String, IpAddr)>> {

@@ -28,6 +28,7 @@ pub mod phase;
 mod pipes;
 mod plan;
 mod posix_queues;
+mod prepared;
 mod process;
 mod procfiles;
 mod ranges;

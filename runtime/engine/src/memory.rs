@@ -43,7 +43,7 @@ use crate::descriptors::Channel;
 use crate::directories;
 use crate::restore::{RestoreError, Tree, is_filled, make, open_checked};
 use crate::root::Root;
-use crate::tracee::{ARENA_BYTES, Output, Process, TraceeError};
+use crate::tracee::{ARENA_BYTES, Output, Process, Tape, TraceeError};
 use crate::tracking::TrackedMemory;
 use crate::unsupported::Place;
 use crate::{aio, nameless, posix_queues, process, system_v, vdso};
@@ -221,8 +221,15 @@ fn backing(
         let segment = system_v::segment(tables, mapping.inode, &link)?;
         return Ok(segment.map(|segment| Backing::SystemV { segment, offset, may_write }));
     }
-    let metadata =
-        fs::metadata(&link).map_err(|source| CaptureError::Read { what: link.clone(), source })?;
+    // The kernel shows the same device and number of an inode for all mappings of a file, while it stands.
+    let file = (mapping.device, mapping.inode, mapping.name.clone());
+    let metadata = match tables.behind_mappings.get(&file) {
+        Some(metadata) => metadata.clone(),
+        None => {
+            let metadata = fs::metadata(&link).map_err(read(link.as_str()))?;
+            tables.behind_mappings.entry(file).or_insert(metadata).clone()
+        }
+    };
     let identity = (metadata.dev(), metadata.ino());
     let may_write = mapping.has_flag(b"mw");
     let offset = mapping.offset;
@@ -316,41 +323,33 @@ pub(crate) fn lock_future(process: &Process, before: &proc::Status) -> Result<u3
     Ok(if there.is_empty() { MCL_FUTURE | MCL_ONFAULT } else { MCL_FUTURE })
 }
 
-/// Asks a process for the memory policies of its mappings.
-pub(crate) fn ask_policies(
-    process: &mut Process,
-    mappings: &mut [record::Mapping],
-) -> Result<(), TraceeError> {
+/// Asks for the memory policies of mappings: where mode and nodes of each will be.
+pub(crate) fn ask_policies(tape: &mut Tape, mappings: &[record::Mapping]) -> Vec<(Output, Output)> {
     const MPOL_F_ADDR: u64 = 2;
-    const AT_ONCE: usize = 1024;
-    for group in mappings.chunks_mut(AT_ONCE) {
-        let mut tape = process.tape()?;
-        let modes: Vec<(Output, Output)> = group
-            .iter()
-            .map(|mapping| {
-                let (mode, nodes) = (tape.output(8), tape.output(process::NODE_WORDS * 8));
-                let arguments = [
-                    mode.address,
-                    nodes.address,
-                    process::NODES_MAX,
-                    mapping.start,
-                    MPOL_F_ADDR,
-                    0,
-                ];
-                // A kernel without NUMA has no such call.
-                tape.try_call("ask for a memory policy", libc::SYS_get_mempolicy, arguments);
-                (mode, nodes)
-            })
-            .collect();
-        process.run_all(0, &tape, End::Call)?;
-        for (mapping, (mode, nodes)) in group.iter_mut().zip(modes) {
-            let [mode] = process::words(&process.output(mode)?);
-            if let Ok(mode) = u32::try_from(mode)
-                && mode != 0
-            {
-                let nodes: [u64; process::NODE_WORDS] = process::words(&process.output(nodes)?);
-                mapping.memory_policy = Some((mode, nodes.to_vec()));
-            }
+    let ask = |mapping: &record::Mapping| {
+        let (mode, nodes) = (tape.output(8), tape.output(process::NODE_WORDS * 8));
+        let arguments =
+            [mode.address, nodes.address, process::NODES_MAX, mapping.start, MPOL_F_ADDR, 0];
+        // A kernel without NUMA has no such call.
+        tape.try_call("ask for a memory policy", libc::SYS_get_mempolicy, arguments);
+        (mode, nodes)
+    };
+    mappings.iter().map(ask).collect()
+}
+
+/// Takes the answers to [`ask_policies`].
+pub(crate) fn set_policies(
+    process: &Process,
+    mappings: &mut [record::Mapping],
+    policies: Vec<(Output, Output)>,
+) -> Result<(), TraceeError> {
+    for (mapping, (mode, nodes)) in mappings.iter_mut().zip(policies) {
+        let [mode] = process::words(&process.output(mode)?);
+        if let Ok(mode) = u32::try_from(mode)
+            && mode != 0
+        {
+            let nodes: [u64; process::NODE_WORDS] = process::words(&process.output(nodes)?);
+            mapping.memory_policy = Some((mode, nodes.to_vec()));
         }
     }
     Ok(())

@@ -6,27 +6,30 @@
 use std::io;
 
 use samara_capsule::record::{Bytes, Names};
-use samara_kernel::setns::{Namespace, inside};
+use samara_kernel::setns::{Namespace, Visitor, inside};
 use samara_kernel::{Pid, proc};
 
-/// The names in the UTS namespace of `init`; none where it is the engine's own, and the names the host's.
-pub(crate) fn of_container(init: Pid) -> io::Result<Option<Names>> {
+/// A thread that will read the names of the container; none where they are the host's.
+pub(crate) fn visit(init: Pid) -> io::Result<Option<Visitor<Names>>> {
     if is_ours(init)? {
         return Ok(None);
     }
-    inside(init, Namespace::Uts, || {
-        let names = rustix::system::uname();
-        Ok(Some(Names {
-            host: Bytes::from(names.nodename().to_bytes()),
-            domain: Bytes::from(names.domainname().to_bytes()),
-        }))
-    })
+    Visitor::send(init, Namespace::Uts, || Ok(()), |()| Ok(here())).map(Some)
 }
 
-/// The names that the program has set, if it has: `given` are those that the container was given.
-pub(crate) fn changed(init: Pid, given: &GivenNames) -> io::Result<Option<Names>> {
+/// The names in the calling thread's namespace.
+fn here() -> Names {
+    let names = rustix::system::uname();
+    Names {
+        host: Bytes::from(names.nodename().to_bytes()),
+        domain: Bytes::from(names.domainname().to_bytes()),
+    }
+}
+
+/// The names that the program has set, if it has: `names` are those that the container has, `given` those that it was given.
+pub(crate) fn changed(names: Option<Names>, given: &GivenNames) -> Option<Names> {
     let unset = |name: &Bytes| name.as_slice() == b"(none)" || name.is_empty();
-    Ok(of_container(init)?.filter(|names| {
+    names.filter(|names| {
         let host = given.host.as_ref().is_none_or(|host| host.as_bytes() == names.host.as_slice());
         let domain = match &given.domain {
             Some(domain) => domain.as_bytes() == names.domain.as_slice(),
@@ -34,7 +37,7 @@ pub(crate) fn changed(init: Pid, given: &GivenNames) -> io::Result<Option<Names>
             None => unset(&names.domain) || hosts_domain() == names.domain.as_slice(),
         };
         !(host && domain)
-    }))
+    })
 }
 
 /// Sets the names that the program had set.
@@ -52,7 +55,7 @@ fn hosts_domain() -> Vec<u8> {
     rustix::system::uname().domainname().to_bytes().to_vec()
 }
 
-fn is_ours(init: Pid) -> io::Result<bool> {
+pub(crate) fn is_ours(init: Pid) -> io::Result<bool> {
     let own = i32::try_from(std::process::id()).expect("pids are ints");
     Ok(proc::namespace(init, "uts")? == proc::namespace(own, "uts")?)
 }

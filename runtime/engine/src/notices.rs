@@ -114,7 +114,7 @@ pub(crate) fn is_lease(line: &str) -> bool {
 
 /// The number in the container of a process, thread or group.
 fn inner_owner(owner: fcntl::Owner) -> Option<i32> {
-    let levels = |pid: Pid| proc::status(pid).ok().and_then(|status| status.nspid);
+    let levels = |pid: Pid| proc::status(pid).ok().map(|status| status.nspid);
     if let Some(numbers) = levels(owner.id) {
         // A process of the engine's own namespace has one number.
         return (numbers.len() > 1).then(|| numbers.last().copied()).flatten();
@@ -125,7 +125,7 @@ fn inner_owner(owner: fcntl::Owner) -> Option<i32> {
     // Its leader has ended.
     proc::processes().ok()?.into_iter().find_map(|pid| {
         let stat = proc::stat(pid).ok().filter(|stat| stat.pgrp == owner.id)?;
-        proc::status(stat.pid).ok()?.nspgid?.last().copied()
+        proc::status(stat.pid).ok()?.nspgid.last().copied()
     })
 }
 

@@ -38,15 +38,18 @@ pub(crate) struct Known {
     queues: Vec<File>,
 }
 
-/// Lists the queues of the container's namespace, wherever they are mounted.
-pub(crate) fn list(tables: &mut Tables<'_>) -> Result<(), CaptureError> {
-    let what = || read("the container's message queues");
-    let init = tables.request.init;
-    if system_v::shares_namespace(init).map_err(what())? {
-        return Ok(());
+/// A view of the queues of the container's namespace, wherever they are mounted; none where it has none of its own.
+pub(crate) fn view(init: Pid) -> io::Result<Option<OwnedFd>> {
+    if system_v::shares_namespace(init)? {
+        return Ok(None);
     }
-    let folder = inside(init, Namespace::Ipc, mount).map_err(what())?;
-    let path = format!("/proc/self/fd/{}", folder.as_raw_fd());
+    inside(init, Namespace::Ipc, mount).map(Some)
+}
+
+/// Lists the queues that a view shows.
+pub(crate) fn list(view: &OwnedFd, tables: &mut Tables<'_>) -> Result<(), CaptureError> {
+    let what = || read("the container's message queues");
+    let path = format!("/proc/self/fd/{}", view.as_raw_fd());
     tables.posix_queues.device = Some(fs::metadata(&path).map_err(what())?.dev());
     for entry in fs::read_dir(&path).map_err(what())? {
         let entry = entry.map_err(what())?;

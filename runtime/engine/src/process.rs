@@ -1,6 +1,6 @@
 //! Processes and threads: ids, registers, signals, credentials, scheduling, limits.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ffi::OsStr;
 use std::fs::{File, Metadata};
 use std::io;
@@ -13,14 +13,14 @@ use std::time::Instant;
 use samara_capsule::record::{
     self, Alive, AlternateStack, Bytes, Clocks, Credentials, Directories, EndedDirectory,
     IntervalTimer, NamelessExecutable, PosixTimer, ProcessState, Restart, Scheduling, Seccomp,
-    SeccompFilter, Sharing, SignalAction,
+    SeccompFilter, Sharing, SignalAction, ThreadAttributes,
 };
 use samara_capsule::transfer::SpaceId;
 use samara_kernel::kcmp::{self, Resource};
-use samara_kernel::ptrace::{self, Queue, Registers};
+use samara_kernel::ptrace::{self, Queue, Registers, Rseq};
 use samara_kernel::tape::{Call, End};
 use samara_kernel::wait::{self, Status};
-use samara_kernel::{Pid, proc, process_vm, sched};
+use samara_kernel::{Pid, proc, process_vm, robust_list, sched};
 
 use crate::capture::{CaptureError, Tables, attribute, inner_pid, link, read, unsupported};
 use crate::descriptors::{Channel, Descriptors};
@@ -28,7 +28,7 @@ use crate::memory::Shared;
 use crate::restart::{self, Goal, Slept};
 use crate::restore::{RestoreError, make, open_below};
 use crate::root::Root;
-use crate::tracee::{Output, Process, Tape, Thread, TraceeError, failed};
+use crate::tracee::{Output, OwnState, Process, Tape, Thread, TraceeError, failed};
 use crate::unsupported::Place;
 use crate::{attributes, clocks, directories, labels, memory, procfiles, sockets, timers};
 
@@ -64,6 +64,14 @@ const IOPRIO_WHO_PROCESS: u64 = 1;
 pub(crate) const NODE_WORDS: usize = 16;
 pub(crate) const NODES_MAX: u64 = NODE_WORDS as u64 * 64;
 
+/// All that is seen of a stopped process without code that runs in it.
+#[derive(Debug)]
+pub(crate) struct LookedAt {
+    pub(crate) mappings: Vec<record::Mapping>,
+    pub(crate) descriptors: Descriptors,
+    pub(crate) examined: Examined,
+}
+
 /// What `/proc` says of a stopped process.
 #[derive(Debug)]
 pub(crate) struct Examined {
@@ -89,52 +97,121 @@ struct Paths {
 
 #[derive(Debug)]
 struct ExaminedThread {
-    stat: proc::Stat,
-    /// The XSAVE area.
+    told: Told,
     vectors: Vec<u8>,
     own_directories: Option<Directories>,
 }
 
+/// What anybody may ask of a thread.
+#[derive(Debug)]
+pub(crate) struct Told {
+    status: proc::Status,
+    label: Option<Bytes>,
+    login_user: Option<u32>,
+    scheduling: sched::Attributes,
+    affinity: Vec<u32>,
+    robust_list: (u64, u64),
+}
+
+impl Told {
+    pub(crate) fn of(tid: Pid, common: &Common) -> io::Result<Told> {
+        Ok(Told {
+            status: proc::status(tid)?,
+            scheduling: sched::attributes(tid)?,
+            affinity: sched::affinity(tid)?,
+            robust_list: robust_list::get(tid)?,
+            label: match common.labels {
+                true => labels::of_thread(tid)?.map(Bytes::from),
+                false => None,
+            },
+            login_user: common.audit.then(|| attributes::login_user(tid)).flatten(),
+        })
+    }
+}
+
+/// What is the same for all threads, and is asked once.
+#[derive(Clone, Debug)]
+pub(crate) struct Common {
+    /// Security modules give labels to threads.
+    labels: bool,
+    /// The kernel has an audit, and keeps for it who has logged in.
+    audit: bool,
+    /// The processors that the engine may run on: all, as a rule.
+    processors: Vec<u32>,
+    /// The time slice of who has asked for none.
+    slice_ns: u64,
+}
+
+impl Common {
+    pub(crate) fn look() -> io::Result<Common> {
+        let own = |file: &str| std::fs::read(format!("/proc/self/{file}")).is_ok();
+        Ok(Common {
+            labels: own("attr/current"),
+            audit: own("loginuid"),
+            processors: sched::affinity(0)?,
+            slice_ns: sched::attributes(0)?.slice_ns(),
+        })
+    }
+}
+
 /// Notes what of a process itself can't be saved.
 pub(crate) fn examine(
-    process: &Process,
+    process: &mut Process,
+    told: &mut BTreeMap<Pid, io::Result<Told>>,
     tables: &mut Tables<'_>,
 ) -> Result<Examined, CaptureError> {
     let pid = process.pid;
     let what = || read(format!("process {pid} in /proc"));
     let stat = proc::stat(pid).map_err(what())?;
-    let status = proc::status(pid).map_err(what())?;
+    let mut told = |tid: Pid, common: &Common| {
+        let found = told.remove(&tid).unwrap_or_else(|| Told::of(tid, common));
+        found
+            .map_err(|source| CaptureError::Read { what: format!("thread {tid} in /proc"), source })
+    };
+    let mut leader = Some(told(pid, &tables.common)?);
+    let status = leader.as_ref().map(|told| told.status.clone()).unwrap_or_default();
+    process.set_signals(status.sigign, status.sigcgt);
     check(pid, &status, tables)?;
-    let paths = paths(pid, tables)?;
+    let paths = paths(pid, &status, tables)?;
     let mut threads = Vec::with_capacity(process.threads.len());
-    for thread in &process.threads {
-        // Code segments of 64-bit programs (USER_CS of arch/x86/include/asm/segment.h).
+    for thread in &mut process.threads {
+        /// Code segments of 64-bit programs (USER_CS of arch/x86/include/asm/segment.h).
         const USER_CS: u64 = 0x33;
         let tid = thread.tid;
+        let told = match leader.take() {
+            Some(leader) if tid == pid => leader,
+            other => {
+                leader = other;
+                told(tid, &tables.common)?
+            }
+        };
+        let own = match &mut thread.own {
+            Some(own) => own,
+            none => none.insert(OwnState::of(tid)?),
+        };
         if thread.stop.cs != USER_CS {
             tables.refuse(pid, Place::Thread(tid), "32-bit code is not supported");
         }
-        let stat = proc::stat(tid).map_err(what())?;
-        let vectors = ptrace::xstate(tid).map_err(failed("read the vector registers of", tid))?;
-        if uses_tiles(&vectors) {
+        if uses_tiles(&own.vectors) {
             // The kernel takes them only from a thread that has used the unit before.
             tables.refuse(pid, Place::Thread(tid), "tile registers (AMX) are not supported");
         }
-        if ptrace::dispatches_calls(tid).map_err(failed("read the dispatch of calls of", tid))? {
+        if own.dispatches_calls {
             let what = "dispatch of its system calls to itself (PR_SET_SYSCALL_USER_DISPATCH) is not supported";
             tables.refuse(pid, Place::Thread(tid), what);
         }
-        if ptrace::uses_ports(tid).map_err(failed("read the I/O permissions of", tid))? {
+        if own.uses_ports {
             tables.refuse(pid, Place::Thread(tid), "use of I/O ports (ioperm) is not supported");
         }
-        if stat.policy == Some(SCHED_DEADLINE) {
+        if told.scheduling.policy == SCHED_DEADLINE {
             tables.refuse(pid, Place::Thread(tid), "SCHED_DEADLINE is not supported");
         }
-        let own_directories = match is_own(pid, tid, Resource::Fs) {
-            true => Some(directories(pid, tid, tables)?.0),
+        let vectors = std::mem::take(&mut own.vectors);
+        let own_directories = match tables.own_directories.contains(&tid) {
+            true => Some(directories(pid, tid, &told.status, tables)?.0),
             false => None,
         };
-        threads.push(ExaminedThread { stat, vectors, own_directories });
+        threads.push(ExaminedThread { told, vectors, own_directories });
     }
     let timers = proc::attribute(pid, "timers").map_err(what())?;
     let timers = timers::parse_posix(
@@ -199,7 +276,6 @@ pub(crate) fn sharing(
             }
         }
     }
-    let mut own_directories: Vec<Pid> = Vec::new();
     for process in processes.values() {
         for thread in process.threads.iter().skip(1) {
             let (pid, tid) = (process.pid, thread.tid);
@@ -208,12 +284,12 @@ pub(crate) fn sharing(
                 tables.refuse(pid, Place::Thread(tid), what);
             }
             if is_own(pid, tid, Resource::Fs) {
-                let others = processes.keys().chain(&own_directories);
+                let others = processes.keys().chain(&tables.own_directories);
                 if others.into_iter().any(|other| !is_own(*other, tid, Resource::Fs)) {
                     let what = "it shares a working directory with others than the threads of its process, which is not supported";
                     tables.refuse(pid, Place::Thread(tid), what);
                 }
-                own_directories.push(tid);
+                tables.own_directories.insert(tid);
             }
         }
     }
@@ -230,17 +306,18 @@ fn is_own(other: Pid, tid: Pid, kind: Resource) -> bool {
 /// Every thread is left with the engine's corrections of interrupted calls, ready to be thawed.
 pub(crate) fn collect(
     process: &mut Process,
-    examined: &Examined,
-    mut mappings: Vec<record::Mapping>,
-    descriptors: Descriptors,
+    looked_at: LookedAt,
     space: SpaceId,
     sharing: Sharing,
     elapsed: &BTreeMap<Pid, Slept>,
+    common: &Common,
 ) -> Result<record::Process, CaptureError> {
     let pid = process.pid;
     let what = || read(format!("process {pid} in /proc"));
+    let LookedAt { mut mappings, descriptors, examined } = looked_at;
     let Examined { stat, status, posix_timers, threads: looks, paths, clocks_read } = examined;
-    leave_critical_sections(process)?;
+    let (stat, status) = (&stat, &status);
+    let registrations = leave_critical_sections(process)?;
     // What the capsule gets is decided before the corrections for the thaw change the registers.
     let restored: Vec<(Registers, Restart)> = process
         .threads
@@ -248,19 +325,48 @@ pub(crate) fn collect(
         .map(|thread| corrected(process, thread, Goal::Restore, elapsed))
         .collect();
     mend_for_thaw(process, elapsed)?;
+    process.may_signal = (!common.labels).then_some(true);
     process.map_arena(None)?;
     let lock_future = memory::lock_future(process, status)?;
-    let answers = Answers::ask(process, posix_timers, *clocks_read)?;
-    memory::ask_policies(process, &mut mappings)?;
-    let descriptor_table = attributes::descriptor_table(process)?;
-    let mut threads = Vec::new();
-    for (index, ((registers, restart), look)) in restored.into_iter().zip(looks).enumerate() {
-        threads.push(collect_thread(process, index, registers, restart, look)?);
+    let answers = Answers::ask(process, &posix_timers, clocks_read, &mut mappings)?;
+    let descriptor_table = match answers.has_descriptor_table {
+        true => attributes::descriptor_table(process)?,
+        false => Bytes::new(),
+    };
+    let timers = !answers.posix_timers.is_empty();
+    let one_label =
+        looks.iter().all(|look| Some(&look.told.label) == looks.first().map(|it| &it.told.label));
+    let mut seen: VecDeque<Seen> = restored
+        .into_iter()
+        .zip(registrations)
+        .zip(looks)
+        .map(|(((registers, restart), rseq), look)| Seen { registers, restart, rseq, look })
+        .collect();
+    let count = seen.len();
+    let mut threads = Vec::with_capacity(count);
+    // Where labels differ, what one thread may do another one may not.
+    let at_once = if one_label { count } else { 1 };
+    for first in (0..count).step_by(at_once.max(1)) {
+        if !one_label {
+            process.may_signal = None;
+        }
+        process.run_each(
+            first..first + at_once,
+            ThreadQuestions::ask,
+            |process, index, questions, results| {
+                let Some(seen) = seen.pop_front() else { return Ok(()) };
+                let (questions, results) = (&questions, &results);
+                threads.push(describe_thread(
+                    process, index, questions, results, seen, timers, common,
+                )?);
+                Ok::<(), CaptureError>(())
+            },
+        )?;
     }
     process.unmap_arena()?;
 
     let layout = proc::layout(stat);
-    let identity = identity(pid, status)?;
+    let identity = identity(status)?;
     // A session from outside is not the container's to change.
     let own_session = identity.session != 0;
     let alive = Alive {
@@ -371,15 +477,14 @@ pub(crate) fn collect_zombie(pid: Pid) -> Result<record::Process, CaptureError> 
     let state = ProcessState::Zombie {
         exit_status: stat.exit_code.unwrap_or(0),
         exit_signal: stat.exit_signal.unwrap_or(libc::SIGCHLD),
-        uid: status.ruid,
+        uid: status.uids[0],
     };
-    Ok(record::Process { state, ..identity(pid, &status)? })
+    Ok(record::Process { state, ..identity(&status)? })
 }
 
 /// The ids of a process in the innermost namespace; the state is the caller's to set.
-fn identity(pid: Pid, status: &proc::Status) -> Result<record::Process, CaptureError> {
-    let last =
-        |list: &Option<Vec<i32>>| list.as_ref().and_then(|list| list.last().copied()).unwrap_or(0);
+fn identity(status: &proc::Status) -> Result<record::Process, CaptureError> {
+    let last = |list: &[i32]| list.last().copied().unwrap_or(0);
     let inner = last(&status.nspid);
     let parent =
         if inner == 1 { 0 } else { inner_pid(status.ppid).map_err(read("a parent process"))? };
@@ -388,7 +493,7 @@ fn identity(pid: Pid, status: &proc::Status) -> Result<record::Process, CaptureE
         parent,
         group: last(&status.nspgid),
         session: last(&status.nssid),
-        name: Bytes::from(proc::comm(pid).unwrap_or_default()),
+        name: Bytes::from(status.name.clone()),
         state: ProcessState::Zombie { exit_status: 0, exit_signal: 0, uid: 0 },
     })
 }
@@ -414,10 +519,12 @@ pub(crate) fn parents_first(mut processes: Vec<record::Process>) -> Vec<record::
 
 /// Notes what of a process can't be saved.
 fn check(pid: Pid, status: &proc::Status, tables: &mut Tables<'_>) -> Result<(), CaptureError> {
+    let init = tables.request.init;
     for kind in ["ipc", "mnt", "net", "uts", "user", "cgroup", "time"] {
-        let (Ok(own), Ok(init)) =
-            (proc::namespace(pid, kind), proc::namespace(tables.request.init, kind))
-        else {
+        if pid == init {
+            break;
+        }
+        let (Ok(own), Ok(init)) = (proc::namespace(pid, kind), proc::namespace(init, kind)) else {
             continue;
         };
         if own != init {
@@ -439,16 +546,12 @@ fn check(pid: Pid, status: &proc::Status, tables: &mut Tables<'_>) -> Result<(),
         }
     }
     let cgroups = |pid| proc::attribute(pid, "cgroup").ok();
-    if cgroups(pid) != cgroups(tables.request.init) {
+    if pid != init && cgroups(pid) != cgroups(init) {
         let what = "it is in another cgroup than the container's init, which is not supported";
         tables.refuse(pid, Place::Process, what);
     }
-    let layers = status.nspid.as_ref().map_or(0, Vec::len);
-    let inits = proc::status(tables.request.init)
-        .ok()
-        .and_then(|status| status.nspid)
-        .map_or(0, |pids| pids.len());
-    if layers != inits {
+    let layers = |pid: Pid| proc::status(pid).map_or(0, |status| status.nspid.len());
+    if pid != init && status.nspid.len() != layers(init) {
         tables.refuse(pid, Place::Process, "it is in a nested pid namespace");
     }
     Ok(())
@@ -458,7 +561,7 @@ fn check(pid: Pid, status: &proc::Status, tables: &mut Tables<'_>) -> Result<(),
 const REMOVED: &[u8] = b" (deleted)";
 
 /// Finds the program and the directories of a process, and notes which of them can't be found again.
-fn paths(pid: Pid, tables: &mut Tables<'_>) -> Result<Paths, CaptureError> {
+fn paths(pid: Pid, status: &proc::Status, tables: &mut Tables<'_>) -> Result<Paths, CaptureError> {
     let (mut executable, identity, metadata) = look(pid, "exe")?;
     let mut nameless_executable = None;
     if tables.root.identity(&executable).ok() != Some(identity) {
@@ -483,7 +586,7 @@ fn paths(pid: Pid, tables: &mut Tables<'_>) -> Result<Paths, CaptureError> {
             }
         }
     }
-    let (directories, ended_directory) = directories(pid, pid, tables)?;
+    let (directories, ended_directory) = directories(pid, pid, status, tables)?;
     Ok(Paths { executable, nameless_executable, directories, ended_directory })
 }
 
@@ -491,6 +594,7 @@ fn paths(pid: Pid, tables: &mut Tables<'_>) -> Result<Paths, CaptureError> {
 fn directories(
     pid: Pid,
     tid: Pid,
+    status: &proc::Status,
     tables: &mut Tables<'_>,
 ) -> Result<(Directories, Option<EndedDirectory>), CaptureError> {
     let place = if tid == pid { Place::Process } else { Place::Thread(tid) };
@@ -527,7 +631,6 @@ fn directories(
         let what = format!("its working directory {path} has no name in the container");
         tables.refuse(pid, place, what);
     }
-    let status = proc::status(tid).map_err(read(format!("thread {tid} in /proc")))?;
     let umask = status.umask.unwrap_or(0o022);
     let directories = Directories { root_directory, working_directory, removed_directory, umask };
     Ok((directories, ended_directory))
@@ -543,18 +646,18 @@ fn look(tid: Pid, file: &str) -> Result<(record::Path, (u64, u64), Metadata), Ca
 /// Lets threads that were stopped inside a restartable sequence start it anew, as the kernel does after a preemption.
 ///
 /// The kernel looks at the instruction pointer when a thread returns to user mode; it would see the engine's code there, and
-/// take the sequence for finished.
-fn leave_critical_sections(process: &mut Process) -> Result<(), TraceeError> {
+/// take the sequence for finished. Returns what each thread has registered.
+fn leave_critical_sections(process: &mut Process) -> Result<Vec<Option<Rseq>>, TraceeError> {
     /// Offset of `rseq_cs` in `struct rseq`, and the size of `struct rseq_cs` (linux/rseq.h).
     const SECTION: u64 = 8;
     const SECTION_BYTES: usize = 32;
+    let mut registrations = Vec::with_capacity(process.threads.len());
     for index in 0..process.threads.len() {
         let Some(thread) = process.threads.get(index) else { continue };
         let tid = thread.tid;
-        let Some(rseq) = ptrace::rseq(tid).map_err(failed("read the rseq registration of", tid))?
-        else {
-            continue;
-        };
+        let rseq = thread.own.as_ref().and_then(|own| own.rseq);
+        registrations.push(rseq);
+        let Some(rseq) = rseq else { continue };
         let Ok(section) = process.read(rseq.address + SECTION, 8) else { continue };
         let [section] = words(&section);
         if section == 0 {
@@ -570,7 +673,7 @@ fn leave_critical_sections(process: &mut Process) -> Result<(), TraceeError> {
                 .map_err(failed("set the registers of", tid))?;
         }
     }
-    Ok(())
+    Ok(registrations)
 }
 
 /// Corrects the interrupted calls of all threads of a process that will be thawed.
@@ -638,6 +741,7 @@ struct Answers {
     subreaper: bool,
     membarrier: u32,
     vector_features: u64,
+    has_descriptor_table: bool,
     /// Without what is locked.
     memory: record::MemoryAttributes,
 }
@@ -647,7 +751,10 @@ impl Answers {
         process: &mut Process,
         timers: &[PosixTimer],
         clocks_read: Instant,
+        mappings: &mut [record::Mapping],
     ) -> Result<Answers, TraceeError> {
+        /// Mappings that are asked for with all else; of others there are tapes of their own.
+        const MAPPINGS_MAX: usize = 512;
         let posix_timers = posix_timers(process, timers, clocks_read)?;
         let mut tape = process.tape()?;
         let actions: Vec<Output> = (1..=SIGNALS)
@@ -688,8 +795,13 @@ impl Answers {
         }
         let brk = tape.len();
         tape.call("ask for its break", libc::SYS_brk, [0; 6]);
+        let descriptor_table = tape.len();
+        attributes::ask_for_descriptor(&mut tape);
+        let (mappings, others) = mappings.split_at_mut(MAPPINGS_MAX.min(mappings.len()));
+        let policies = memory::ask_policies(&mut tape, mappings);
         let results = process.run_all(0, &tape, End::Call)?;
         let asked = clocks_read.elapsed();
+        memory::set_policies(process, mappings, policies)?;
         let result = |index: usize| results.get(index).copied().unwrap_or(0);
 
         let attribute = |index: usize| -> u32 {
@@ -720,6 +832,12 @@ impl Answers {
         real.rest_us = timers::left(real.rest_us, asked.as_micros());
         let [subreaper] = words(&process.output(subreaper)?);
         let [vector_features] = words(&process.output(features)?);
+        for mappings in others.chunks_mut(MAPPINGS_MAX) {
+            let mut tape = process.tape()?;
+            let policies = memory::ask_policies(&mut tape, mappings);
+            process.run_all(0, &tape, End::Call)?;
+            memory::set_policies(process, mappings, policies)?;
+        }
         Ok(Answers {
             actions: table,
             interval_timers,
@@ -733,6 +851,8 @@ impl Answers {
                 .and_then(|commands| u32::try_from(commands).ok())
                 .unwrap_or(0),
             vector_features,
+            has_descriptor_table: Call::outcome(result(descriptor_table))
+                .is_ok_and(|bytes| bytes > 0),
             memory,
         })
     }
@@ -768,53 +888,82 @@ fn posix_timers(
     Ok(timers)
 }
 
-fn collect_thread(
-    process: &mut Process,
-    index: usize,
+/// What a thread has been asked by a tape that is yet to run.
+struct ThreadQuestions {
+    stack: Output,
+    clear: Output,
+    death: Output,
+    slack: usize,
+    bits: usize,
+    io_priority: usize,
+    mode: Output,
+    nodes: Output,
+    attributes: attributes::Questions,
+}
+
+impl ThreadQuestions {
+    fn ask(tape: &mut Tape) -> ThreadQuestions {
+        let stack = tape.output(STACK_BYTES);
+        let arguments = [0, stack.address, 0, 0, 0, 0];
+        tape.call("ask for its alternate stack", libc::SYS_sigaltstack, arguments);
+        let clear = tape.output(8);
+        prctl(
+            tape,
+            libc::c_int::try_from(PR_GET_TID_ADDRESS).expect("a small number"),
+            clear.address,
+        );
+        let death = tape.output(8);
+        prctl(tape, libc::PR_GET_PDEATHSIG, death.address);
+        let slack = tape.len();
+        prctl(tape, libc::PR_GET_TIMERSLACK, 0);
+        let bits = tape.len();
+        prctl(tape, libc::PR_GET_SECUREBITS, 0);
+        let io_priority = tape.len();
+        let arguments = [IOPRIO_WHO_PROCESS, 0, 0, 0, 0, 0];
+        tape.call("ask for its I/O priority", libc::SYS_ioprio_get, arguments);
+        let mode = tape.output(8);
+        let nodes = tape.output(NODE_WORDS * 8);
+        let query = [mode.address, nodes.address, NODES_MAX, 0, 0, 0];
+        // A kernel without NUMA has no such call.
+        tape.try_call("ask for its memory policy", libc::SYS_get_mempolicy, query);
+        let attributes = attributes::Questions::ask(tape);
+        ThreadQuestions { stack, clear, death, slack, bits, io_priority, mode, nodes, attributes }
+    }
+}
+
+/// What a thread goes on with where it is restored, and what has been seen of it.
+struct Seen {
     registers: Registers,
     restart: Restart,
-    look: &ExaminedThread,
+    rseq: Option<Rseq>,
+    look: ExaminedThread,
+}
+
+/// Describes a thread that has answered.
+fn describe_thread(
+    process: &Process,
+    index: usize,
+    questions: &ThreadQuestions,
+    results: &[u64],
+    seen: Seen,
+    timers: bool,
+    common: &Common,
 ) -> Result<record::Thread, CaptureError> {
-    let mut tape = process.tape()?;
-    let stack = tape.output(STACK_BYTES);
-    tape.call("ask for its alternate stack", libc::SYS_sigaltstack, [0, stack.address, 0, 0, 0, 0]);
-    let clear = tape.output(8);
-    prctl(
-        &mut tape,
-        libc::c_int::try_from(PR_GET_TID_ADDRESS).expect("a small number"),
-        clear.address,
-    );
-    let death = tape.output(8);
-    prctl(&mut tape, libc::PR_GET_PDEATHSIG, death.address);
-    let slack = tape.len();
-    prctl(&mut tape, libc::PR_GET_TIMERSLACK, 0);
-    let bits = tape.len();
-    prctl(&mut tape, libc::PR_GET_SECUREBITS, 0);
-    let io_priority = tape.len();
-    tape.call(
-        "ask for its I/O priority",
-        libc::SYS_ioprio_get,
-        [IOPRIO_WHO_PROCESS, 0, 0, 0, 0, 0],
-    );
-    let mode = tape.output(8);
-    let nodes = tape.output(NODE_WORDS * 8);
-    let query = [mode.address, nodes.address, NODES_MAX, 0, 0, 0];
-    // A kernel without NUMA has no such call.
-    tape.try_call("ask for its memory policy", libc::SYS_get_mempolicy, query);
-    let questions = attributes::Questions::ask(&mut tape);
-    let results = process.run_all(index, &tape, End::Call)?;
+    let Seen { registers, restart, rseq, look } = seen;
+    let ThreadQuestions { stack, clear, death, slack, bits, io_priority, mode, nodes, attributes } =
+        questions;
     let result = |index: usize| results.get(index).copied().unwrap_or(0);
-    if let Some(what) = questions.kept_keys(process, &results)? {
+    if let Some(what) = attributes.kept_keys(process, results)? {
         let tid = process.threads.get(index).map_or(process.pid, |thread| thread.tid);
         return Err(unsupported(process.pid, Place::Thread(tid), what));
     }
-    let answers = questions.answers(process, &results)?;
-    let [address, flags, bytes] = words(&process.output(stack)?);
-    let [clear_child_tid] = words(&process.output(clear)?);
-    let [death] = words(&process.output(death)?);
-    let [mode] = words(&process.output(mode)?);
+    let answers = attributes.answers(process, results)?;
+    let [address, flags, bytes] = words(&process.output(*stack)?);
+    let [clear_child_tid] = words(&process.output(*clear)?);
+    let [death] = words(&process.output(*death)?);
+    let [mode] = words(&process.output(*mode)?);
     let mode = low_int(mode).cast_unsigned();
-    let nodes: [u64; NODE_WORDS] = words(&process.output(nodes)?);
+    let nodes: [u64; NODE_WORDS] = words(&process.output(*nodes)?);
 
     let pid = process.pid;
     let Some(thread) = process.threads.get(index) else {
@@ -822,73 +971,73 @@ fn collect_thread(
     };
     let tid = thread.tid;
     let what = || read(format!("thread {tid} in /proc"));
-    let status = proc::status(tid).map_err(what())?;
-    let stat = &look.stat;
-    let online = sched::affinity(0).map_err(what())?;
-    let affinity = sched::affinity(tid).map_err(what())?;
-    let policy = stat.policy.unwrap_or(0);
+    let ExaminedThread { told, vectors, own_directories } = look;
+    let Told { status, label, login_user, scheduling, affinity, robust_list } = told;
+    // Only a timer for the thread itself can have sent it a signal since; what comes from outside comes after the capture.
+    let pends = status.sigpnd != 0 || timers;
+    let nice = match sched::is_fair(scheduling.policy) {
+        true => scheduling.nice,
+        false => i32::try_from(proc::stat(tid).map_err(what())?.nice).unwrap_or(0),
+    };
+    let slice_ns = scheduling.slice_ns();
     Ok(record::Thread {
-        tid: inner_pid(tid).map_err(what())?,
-        name: Bytes::from(proc::comm(tid).map_err(what())?),
+        tid: status.nspid.last().copied().unwrap_or(tid),
+        name: Bytes::from(status.name),
         registers: to_record(&registers),
-        xstate: Bytes::from(look.vectors.clone()),
+        xstate: Bytes::from(vectors),
         signal_mask: thread.mask,
-        pending: pending(tid, Queue::Thread)?,
+        pending: match pends {
+            true => pending(tid, Queue::Thread)?,
+            false => Vec::new(),
+        },
         alternate_stack: AlternateStack { address, flags: low_int(flags), bytes },
         clear_child_tid,
-        robust_list: samara_kernel::robust_list::get(tid).map_err(what())?,
-        rseq: ptrace::rseq(tid).map_err(failed("read the rseq registration of", tid))?.map(
-            |rseq| record::Rseq {
-                address: rseq.address,
-                bytes: rseq.bytes,
-                signature: rseq.signature,
-            },
-        ),
+        robust_list,
+        rseq: rseq.map(|rseq| record::Rseq {
+            address: rseq.address,
+            bytes: rseq.bytes,
+            signature: rseq.signature,
+        }),
         credentials: Credentials {
-            uids: [status.ruid, status.euid, status.suid, status.fuid],
-            gids: [status.rgid, status.egid, status.sgid, status.fgid],
-            groups: status.groups.clone(),
+            uids: status.uids,
+            gids: status.gids,
+            groups: status.groups,
             inheritable: status.capinh,
             permitted: status.capprm,
             effective: status.capeff,
-            bounding: status.capbnd.unwrap_or(0),
-            ambient: status.capamb.unwrap_or(0),
-            secure_bits: u32::try_from(result(bits)).unwrap_or(0),
+            bounding: status.capbnd,
+            ambient: status.capamb,
+            secure_bits: u32::try_from(result(*bits)).unwrap_or(0),
         },
         scheduling: Scheduling {
-            policy,
-            priority: stat.rt_priority.unwrap_or(0),
-            nice: i32::try_from(stat.nice).unwrap_or(0),
-            reset_on_fork: sched::resets_on_fork(tid).map_err(what())?,
-            io_priority: u32::try_from(result(io_priority)).unwrap_or(0),
+            policy: scheduling.policy,
+            priority: scheduling.priority,
+            nice,
+            reset_on_fork: scheduling.resets_on_fork(),
+            io_priority: u32::try_from(result(*io_priority)).unwrap_or(0),
             memory_policy: (mode != 0).then(|| (mode, nodes.to_vec())),
-            affinity: if affinity == online { Vec::new() } else { affinity },
-            slice_ns: own_slice(tid).map_err(what())?,
+            affinity: if affinity == common.processors { Vec::new() } else { affinity },
+            // That of the engine is the one of who has asked for none.
+            slice_ns: if slice_ns == common.slice_ns { 0 } else { slice_ns },
         },
         parent_death_signal: low_int(death),
-        timer_slack_ns: result(slack),
-        seccomp: seccomp(tid, &status)?,
-        no_new_privileges: status.nonewprivs == Some(1),
+        timer_slack_ns: result(*slack),
+        seccomp: seccomp(tid, status.seccomp)?,
+        no_new_privileges: status.nonewprivs,
         restart,
-        own_directories: look.own_directories.clone(),
-        attributes: attributes::complete(tid, answers)?,
+        own_directories,
+        attributes: ThreadAttributes { label, login_user, ..answers },
     })
 }
 
-/// The time slice that a thread has asked for; 0 where it is the one that the engine has too, which has asked for none.
-fn own_slice(tid: Pid) -> io::Result<u64> {
-    let (slice_ns, default_ns) = (sched::slice_ns(tid)?, sched::slice_ns(0)?);
-    Ok(if slice_ns == default_ns { 0 } else { slice_ns })
-}
-
 /// All filters of a thread, oldest first.
-fn seccomp(tid: Pid, status: &proc::Status) -> Result<Seccomp, CaptureError> {
+fn seccomp(tid: Pid, mode: u32) -> Result<Seccomp, CaptureError> {
     /// The kernel bounds the sum of all filters to 32768 instructions (kernel/seccomp.c, MAX_INSNS_PER_PATH).
     const FILTERS_MAX: usize = 32 << 10;
-    match status.seccomp {
-        None | Some(0) => return Ok(Seccomp::Off),
-        Some(SECCOMP_STRICT) => return Ok(Seccomp::Strict),
-        Some(_) => {}
+    match mode {
+        0 => return Ok(Seccomp::Off),
+        SECCOMP_STRICT => return Ok(Seccomp::Strict),
+        _ => {}
     }
     let mut filters = Vec::new();
     // The kernel counts from the oldest one (kernel/seccomp.c, get_nth_filter).

@@ -38,8 +38,15 @@ pub(crate) fn classify(
     found: &Found<'_>,
     tables: &mut Tables<'_>,
 ) -> Result<Option<Result<FileKind, String>>, CaptureError> {
-    let magic = statfs(found.link).map_err(io::Error::from).map_err(read(found.link))?;
-    match magic.filesystem_type().0 {
+    let (device, _) = found.identity();
+    let magic = match tables.file_systems.get(&device) {
+        Some(magic) => *magic,
+        None => {
+            let it = statfs(found.link).map_err(io::Error::from).map_err(read(found.link))?;
+            *tables.file_systems.entry(device).or_insert(it.filesystem_type().0)
+        }
+    };
+    match magic {
         NSFS => Ok(Some(namespace(found, tables)?)),
         PROC | SYSFS | CGROUP | CGROUP2 => {
             let at_its_path = tables.root.identity(found.target).ok() == Some(found.identity());
@@ -159,7 +166,7 @@ pub(crate) fn process(found: &Found<'_>, tables: &mut Tables<'_>) -> Result<File
         && outermost > 0
     {
         // Those of the container are numbered in each of its namespaces.
-        let levels = proc::status(tables.request.init).ok().and_then(|status| status.nspid);
+        let levels = proc::status(tables.request.init).ok().map(|status| status.nspid);
         if levels.is_none_or(|levels| levels.len() != numbers.len()) || inner <= 0 {
             return Err("a descriptor of a process outside the container is open".to_owned());
         }

@@ -125,6 +125,8 @@ fn never_restarted(number: i64) -> bool {
 pub(crate) struct Sleeper {
     /// The scheduler's figure, in nanoseconds of the task clock of `processor`.
     since_ns: u64,
+    /// How often it had gone to sleep by then.
+    sleeps: u64,
     processor: i32,
     /// Where a sleep will write what is left when it is interrupted, and what stands there before.
     remainder: Option<(u64, [u8; 16])>,
@@ -149,12 +151,23 @@ impl Sleeper {
         let arguments: Vec<u64> = words
             .filter_map(|word| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok())
             .collect();
+        let argument = |which: Argument| arguments.get(which.position()).copied();
         let remainder = match timeout {
+            // Without an end there is nothing to correct, and most threads wait so.
+            Timeout::Milliseconds(which) if is_for_ever(argument(which)?) => return None,
+            Timeout::Timespec(which) if argument(which)? == 0 => return None,
             Timeout::Milliseconds(_) | Timeout::Timespec(_) | Timeout::Socket(_) => None,
             Timeout::Sleep { request, rest } => remainder(tid, &arguments, request, rest),
         };
-        let (since_ns, _) = proc::scheduled(tid)?;
-        Some(Sleeper { since_ns, processor: proc::stat(tid).ok()?.processor?, remainder })
+        let (since_ns, sleeps) = proc::scheduled(tid)?;
+        Some(Sleeper { since_ns, sleeps, processor: proc::stat(tid).ok()?.processor?, remainder })
+    }
+
+    /// Whether a thread that has stopped was asleep until then, and had not woken since it was observed: it has gone to sleep
+    /// once more, in its stop.
+    fn still_slept(&self, tid: Pid) -> bool {
+        let sleeps = proc::status(tid).ok().and_then(|status| status.voluntary_switches);
+        sleeps == Some(self.sleeps + 1)
     }
 }
 
@@ -410,7 +423,11 @@ pub(crate) fn shorten_in_memory(bytes: [u8; 16], unit_ns: u64, passed_ns: u64) -
     Some(shorter)
 }
 
-/// The kernel takes an int, of which a negative one is no timeout.
+/// The kernel takes an int of milliseconds, of which a negative one is no timeout.
+fn is_for_ever(register: u64) -> bool {
+    ((register & 0xffff_ffff) as u32).cast_signed() < 0
+}
+
 fn shorten_milliseconds(register: &mut u64, passed_ns: u64) {
     const MS: u64 = 1_000_000;
     let whole_ms = (*register & 0xffff_ffff) as u32;
@@ -445,7 +462,8 @@ fn time_ns(bytes: [u8; 16], unit_ns: u64) -> Option<u64> {
     seconds.checked_mul(SECOND_NS)?.checked_add(rest.checked_mul(unit_ns)?)
 }
 
-/// How long sleepers had been asleep at `stopped_at`, in nanoseconds.
+/// How long sleepers had been asleep at `stopped_at`, in nanoseconds. Those that have woken since they were observed are left
+/// out: their waits begin anew, and have hardly begun.
 ///
 /// The scheduler's clock differs from processor to processor by the time that the host has stolen, so it is read on each in
 /// turn; the container is stopped, so the visit is short.
@@ -454,7 +472,7 @@ pub(crate) fn elapsed(
     stopped_at: Instant,
 ) -> BTreeMap<Pid, Slept> {
     let mut by_processor: BTreeMap<i32, Vec<(Pid, Sleeper)>> = BTreeMap::new();
-    for (tid, sleeper) in sleepers {
+    for (tid, sleeper) in sleepers.iter().filter(|(tid, sleeper)| sleeper.still_slept(**tid)) {
         by_processor.entry(sleeper.processor).or_default().push((*tid, *sleeper));
     }
     let mut elapsed = BTreeMap::new();

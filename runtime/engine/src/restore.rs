@@ -335,7 +335,7 @@ impl Tree {
         let init = self.process(1)?.pid;
         let leads = proc::status(init)
             .ok()
-            .and_then(|status| status.nssid?.last().copied())
+            .and_then(|status| status.nssid.last().copied())
             .is_some_and(|session| session == 1);
         if leads {
             terminals.take_control_of_init(container, self)?;
@@ -526,7 +526,7 @@ impl Tree {
     ) -> Result<(), RestoreError> {
         let process = self.process(pid)?;
         let mut tape = process.tape()?;
-        tape.call(what, number, arguments);
+        tape.call(what.to_owned(), number, arguments);
         process.run_all(0, &tape, End::Breakpoint)?;
         Ok(())
     }

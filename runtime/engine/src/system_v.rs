@@ -11,6 +11,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Read as _};
+use std::os::unix::fs::FileExt as _;
 
 use samara_capsule::record::{
     Bytes, Container, IpcIdentity, MessageQueue, Segment, Semaphore, SemaphoreSet, SemaphoreUndo,
@@ -18,7 +19,7 @@ use samara_capsule::record::{
 };
 use samara_capsule::transfer::{PAGE_BYTES, Source, SpaceId};
 use samara_kernel::kcmp::{self, Resource};
-use samara_kernel::setns::{Namespace, inside};
+use samara_kernel::setns::{Namespace, Visitor, inside};
 use samara_kernel::tape::{Call, End};
 use samara_kernel::{Pid, proc, sysvipc};
 
@@ -60,20 +61,47 @@ pub(crate) fn shares_namespace(init: Pid) -> io::Result<bool> {
     Ok(proc::namespace(init, "ipc")? == proc::namespace(own, "ipc")?)
 }
 
-/// Lists the objects of the container's namespace.
-pub(crate) fn list(frozen: &FrozenTree, tables: &mut Tables<'_>) -> Result<(), CaptureError> {
-    let what = || read("the container's System V objects");
-    let init = tables.request.init;
-    if shares_namespace(init).map_err(what())? {
-        return Ok(());
+/// A thread that will list the objects of the container's namespace; none where it has none of its own.
+pub(crate) fn visit(init: Pid) -> io::Result<Option<Visitor<SystemV>>> {
+    if shares_namespace(init)? {
+        return Ok(None);
     }
-    // The dead can do nothing, and what they have done nobody can do again.
-    let numbers: BTreeMap<Pid, i32> =
-        frozen.processes.keys().filter_map(|pid| Some((*pid, inner_pid(*pid).ok()?))).collect();
-    let number = |pid: u64| -> i32 {
-        i32::try_from(pid).ok().and_then(|pid| numbers.get(&pid).copied()).unwrap_or(0)
+    // What is open belongs to the namespace that it was opened in.
+    let prepare = || {
+        let table = |name: &str| File::open(format!("/proc/sysvipc/{name}"));
+        Ok(Open {
+            limits: open_settings(&LIMITS),
+            next_ids: open_settings(&NEXT_IDS),
+            tables: [table("shm")?, table("sem")?, table("msg")?],
+        })
     };
-    let mut record = inside(init, Namespace::Ipc, || list_here(&number)).map_err(what())?;
+    Visitor::send(init, Namespace::Ipc, prepare, list_here).map(Some)
+}
+
+/// Takes the objects of the container's namespace, whose processes have the engine's numbers yet.
+pub(crate) fn list(
+    mut record: SystemV,
+    frozen: &FrozenTree,
+    tables: &mut Tables<'_>,
+) -> Result<(), CaptureError> {
+    let init = tables.request.init;
+    if !record.segments.is_empty() || !record.semaphores.is_empty() || !record.queues.is_empty() {
+        // The dead can do nothing, and what they have done nobody can do again.
+        let numbers: BTreeMap<Pid, i32> =
+            frozen.processes.keys().filter_map(|pid| Some((*pid, inner_pid(*pid).ok()?))).collect();
+        let translate = |pid: &mut i32| *pid = numbers.get(pid).copied().unwrap_or(0);
+        for segment in &mut record.segments {
+            translate(&mut segment.creator_pid);
+            translate(&mut segment.last_pid);
+        }
+        for semaphore in record.semaphores.iter_mut().flat_map(|set| &mut set.semaphores) {
+            translate(&mut semaphore.last_pid);
+        }
+        for queue in &mut record.queues {
+            translate(&mut queue.last_sender);
+            translate(&mut queue.last_receiver);
+        }
+    }
     for segment in &mut record.segments {
         segment.space = tables.new_space().0;
     }
@@ -113,20 +141,37 @@ const LIMITS: [&str; 13] = [
 /// What the next objects are to be called, for once; -1 as long as nobody asks for anything.
 const NEXT_IDS: [&str; 3] = ["kernel/msg_next_id", "kernel/sem_next_id", "kernel/shm_next_id"];
 
+/// Files that show the objects of a namespace.
+struct Open {
+    limits: Vec<(&'static str, File)>,
+    next_ids: Vec<(&'static str, File)>,
+    /// `/proc/sysvipc/shm`, `sem`, `msg`.
+    tables: [File; 3],
+}
+
 /// Settings of the namespace that the calling thread is in, as far as the kernel has them.
-fn settings_here(names: &[&str]) -> Vec<(String, String)> {
-    let read = |name: &str| {
+fn settings_here(names: &[&'static str]) -> Vec<(String, String)> {
+    settings_in(&open_settings(names))
+}
+
+fn open_settings(names: &[&'static str]) -> Vec<(&'static str, File)> {
+    let open = |name: &&'static str| Some((*name, File::open(format!("/proc/sys/{name}")).ok()?));
+    names.iter().filter_map(open).collect()
+}
+
+fn settings_in(files: &[(&str, File)]) -> Vec<(String, String)> {
+    let setting = |(name, file): &(&str, File)| {
         // At once: the second read of such a file finds its end, wherever the first has stopped.
         let mut text = [0; 4096];
-        let count = File::open(format!("/proc/sys/{name}")).ok()?.read(&mut text).ok()?;
-        String::from_utf8(text.get(..count)?.to_vec()).ok()
+        let count = file.read_at(&mut text, 0).ok()?;
+        let text = String::from_utf8(text.get(..count)?.to_vec()).ok()?;
+        Some(((*name).to_owned(), text.trim_end().to_owned()))
     };
-    let setting = |name: &&str| Some(((*name).to_owned(), read(name)?.trim_end().to_owned()));
-    names.iter().filter_map(setting).collect()
+    files.iter().filter_map(setting).collect()
 }
 
 /// Sets what differs. What the engine may not set stays the new container's.
-fn set_here(names: &[&str], settings: &[(String, String)]) {
+fn set_here(names: &[&'static str], settings: &[(String, String)]) {
     let here = settings_here(names);
     for setting in settings.iter().filter(|setting| !here.contains(setting)) {
         let (name, value) = setting;
@@ -138,11 +183,14 @@ fn set_here(names: &[&str], settings: &[(String, String)]) {
     }
 }
 
-fn list_here(number: &dyn Fn(u64) -> i32) -> io::Result<SystemV> {
-    let mut next_ids = settings_here(&NEXT_IDS);
+/// Lists the objects of the calling thread's namespace, with the numbers that processes have in its pid namespace.
+fn list_here(open: Open) -> io::Result<SystemV> {
+    let number = |pid: u64| i32::try_from(pid).unwrap_or(0);
+    let mut next_ids = settings_in(&open.next_ids);
     next_ids.retain(|(_, id)| id != "-1");
-    let mut found = SystemV { limits: settings_here(&LIMITS), next_ids, ..SystemV::default() };
-    for row in table("shm")? {
+    let mut found = SystemV { limits: settings_in(&open.limits), next_ids, ..SystemV::default() };
+    let [segments, semaphores, queues] = &open.tables;
+    for row in table(segments)? {
         let identity = row.identity("shmid")?;
         let mode = row.mode()?;
         found.segments.push(Segment {
@@ -156,7 +204,7 @@ fn list_here(number: &dyn Fn(u64) -> i32) -> io::Result<SystemV> {
             last_pid: number(row.field("lpid")?),
         });
     }
-    for row in table("sem")? {
+    for row in table(semaphores)? {
         let identity = row.identity("semid")?;
         let count = usize::try_from(row.field("nsems")?).unwrap_or(0);
         let values = sysvipc::semaphore_values(identity.id, count)?;
@@ -170,7 +218,7 @@ fn list_here(number: &dyn Fn(u64) -> i32) -> io::Result<SystemV> {
         let operated = row.field("otime")? != 0;
         found.semaphores.push(SemaphoreSet { identity, semaphores, operated, undo: Vec::new() });
     }
-    for row in table("msg")? {
+    for row in table(queues)? {
         let identity = row.identity("msqid")?;
         let bytes = usize::try_from(row.field("cbytes")?).unwrap_or(0);
         let mut messages = Vec::new();
@@ -191,8 +239,9 @@ fn list_here(number: &dyn Fn(u64) -> i32) -> io::Result<SystemV> {
 /// A line of a table in `/proc/sysvipc`, by the headings of its columns.
 struct Row(BTreeMap<String, String>);
 
-fn table(name: &str) -> io::Result<Vec<Row>> {
-    let text = fs::read_to_string(format!("/proc/sysvipc/{name}"))?;
+fn table(mut file: &File) -> io::Result<Vec<Row>> {
+    let mut text = String::new();
+    file.read_to_string(&mut text)?;
     let mut lines = text.lines().map(str::split_ascii_whitespace);
     let headings: Vec<&str> = lines.next().into_iter().flatten().collect();
     let row = |line: std::str::SplitAsciiWhitespace<'_>| {
@@ -558,7 +607,7 @@ pub(crate) fn restore_next_ids(init: Pid, system_v: &SystemV) -> Result<(), Rest
 
 fn set_settings(
     init: Pid,
-    names: &[&str],
+    names: &[&'static str],
     settings: &[(String, String)],
 ) -> Result<(), RestoreError> {
     let what = || make("settings for IPC");

@@ -261,7 +261,7 @@ fn control(
     tables: &mut Tables<'_>,
 ) -> Result<Control, CaptureError> {
     let mut control = Control { groups: BTreeMap::new(), terminals: BTreeMap::new() };
-    let last = |list: Option<Vec<i32>>| list.and_then(|list| list.last().copied()).unwrap_or(0);
+    let last = |list: Vec<i32>| list.last().copied().unwrap_or(0);
     for pid in pids.iter().chain(zombies) {
         let what = || read(format!("process {pid} in /proc"));
         let stat = proc::stat(*pid).map_err(what())?;
@@ -810,7 +810,7 @@ fn call(
         libc::TIOCSPGRP => tape.words(&[u64::from(argument.unsigned_abs())]),
         _ => u64::from(argument.unsigned_abs()),
     };
-    tape.call(what, libc::SYS_ioctl, [fd, request, argument, 0, 0, 0]);
+    tape.call(what.to_owned(), libc::SYS_ioctl, [fd, request, argument, 0, 0, 0]);
     tape.call("close a terminal", libc::SYS_close, [fd, 0, 0, 0, 0, 0]);
     process.run_all(0, &tape, End::Breakpoint)?;
     Ok(())

@@ -10,6 +10,7 @@
 //!
 //! What this module does not do: decide what to call.
 
+use std::borrow::Cow;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -17,9 +18,10 @@ use std::time::{Duration, Instant};
 
 use samara_capsule::record::Restart;
 use samara_kernel::pidfd::PidFd;
-use samara_kernel::ptrace::{self, Options, Registers};
+use samara_kernel::ptrace::{self, Options, Registers, Rseq};
 use samara_kernel::tape::{
-    self, CALL_BYTES, Call, End, ONCE_BYTES, ONCE_PREFIX, RETURN_BLOCK, TRAP_FLAG,
+    self, CALL_BYTES, Call, End, ONCE_BYTES, ONCE_PREFIX, OPENING_BYTES, RETURN_BLOCK,
+    RETURN_BLOCK_BYTES, SLOT_BYTES, SLOTS, TRAP_FLAG,
 };
 use samara_kernel::userfaultfd::{self, WriteTracker};
 use samara_kernel::wait::{self, Status};
@@ -45,17 +47,21 @@ pub enum TraceeError {
     Call { pid: Pid, what: String, source: io::Error },
 }
 
-/// Where the parts of the arena are, from its start.
-const TAPE: u64 = RETURN_BLOCK + 4096;
 /// Calls that one run takes.
 pub(crate) const CALLS_MAX: usize = 2048;
-const DATA: u64 = TAPE + (CALLS_MAX * CALL_BYTES) as u64;
+/// From a copy of the interpreter to the data of its tape, which begins behind the block and ends with the calls, so that a short
+/// run touches a single page.
+const DATA: u64 = RETURN_BLOCK + RETURN_BLOCK_BYTES.next_multiple_of(CALL_BYTES) as u64;
 /// Bytes of data that the calls of one run may refer to.
 pub(crate) const DATA_BYTES: u64 = 256 << 10;
+/// The part of the arena that is code: a copy of the interpreter in each slot.
+const CODE_BYTES: u64 = SLOTS as u64 * SLOT_BYTES;
+/// The slot of tapes that are run alone: behind its block there is room for the longest.
+const LAST_SLOT: usize = SLOTS - 1;
 /// Size of the mapping that the engine makes in a tracee.
-pub(crate) const ARENA_BYTES: u64 = DATA + DATA_BYTES;
-/// The part of the arena that is code.
-const CODE_BYTES: u64 = 4096;
+pub(crate) const ARENA_BYTES: u64 =
+    (LAST_SLOT as u64 * SLOT_BYTES + DATA + DATA_BYTES + (CALLS_MAX * CALL_BYTES) as u64)
+        .next_multiple_of(4096);
 
 /// The part at the end of the vdso's last page that the engine uses. Kernels leave more than a kilobyte there.
 pub(crate) const PADDING_BYTES: usize = 1024;
@@ -92,6 +98,35 @@ pub(crate) struct Thread {
     pub(crate) expires: Option<Instant>,
     /// A stop signal came while the thread was ours; it gets it back when it goes on.
     pub(crate) owed_signal: i32,
+    /// No filter of its own meets the calls that it makes for the engine.
+    pub(crate) unfiltered: bool,
+    /// What only it could change, where it was asked when it stopped.
+    pub(crate) own: Option<OwnState>,
+    /// It is in a stop from which it can go on, with the registers for it.
+    settled: bool,
+}
+
+/// State of a thread that no other thread can change, and that a tracer can ask for.
+#[derive(Clone, Debug)]
+pub(crate) struct OwnState {
+    /// The XSAVE area.
+    pub(crate) vectors: Vec<u8>,
+    pub(crate) dispatches_calls: bool,
+    pub(crate) uses_ports: bool,
+    pub(crate) rseq: Option<Rseq>,
+}
+
+impl OwnState {
+    pub(crate) fn of(tid: Pid) -> Result<OwnState, TraceeError> {
+        Ok(OwnState {
+            vectors: ptrace::xstate(tid).map_err(failed("read the vector registers of", tid))?,
+            dispatches_calls: ptrace::dispatches_calls(tid)
+                .map_err(failed("read the dispatch of calls of", tid))?,
+            uses_ports: ptrace::uses_ports(tid)
+                .map_err(failed("read the I/O permissions of", tid))?,
+            rseq: ptrace::rseq(tid).map_err(failed("read the rseq registration of", tid))?,
+        })
+    }
 }
 
 impl Thread {
@@ -99,7 +134,17 @@ impl Thread {
     pub(crate) fn at_stop(tid: Pid, group_stop: i32) -> Result<Thread, TraceeError> {
         let stop = ptrace::registers(tid).map_err(failed("read the registers of", tid))?;
         let mask = ptrace::signal_mask(tid).map_err(failed("read the signal mask of", tid))?;
-        Ok(Thread { tid, stop, mask, group_stop, expires: None, owed_signal: 0 })
+        Ok(Thread {
+            tid,
+            stop,
+            mask,
+            group_stop,
+            expires: None,
+            owed_signal: 0,
+            unfiltered: false,
+            own: None,
+            settled: false,
+        })
     }
 
     /// Brings the thread to the stop from which it goes on with [`Thread::stop`].
@@ -110,6 +155,10 @@ impl Thread {
         let tid = self.tid;
         if self.expires.is_some_and(|end| end <= Instant::now()) {
             self.stop.rax = i64::from(-libc::EAGAIN).cast_unsigned();
+            self.settled = false;
+        }
+        if self.settled {
+            return Ok(());
         }
         if ptrace::registers(tid).map_err(failed("read the registers of", tid))? == self.stop {
             return Ok(());
@@ -174,7 +223,7 @@ impl Thread {
 
     /// Whether no filter stands between the thread and a call that its program may not make.
     fn can_call_anything(&self, pid: Pid) -> bool {
-        let filtered = proc::status(pid).map_or(true, |status| status.seccomp.unwrap_or(0) != 0);
+        let filtered = proc::status(pid).map_or(true, |status| status.seccomp != 0);
         !filtered || ptrace::set_options(self.tid, TRACED.and(Options::SUSPEND_SECCOMP)).is_ok()
     }
 
@@ -275,6 +324,14 @@ pub(crate) struct Process {
     pub(crate) born: Vec<Pid>,
     /// Places for timespecs that processes with the same memory use.
     pub(crate) scratch_taken: usize,
+    /// Signals that the process is known to ignore, by which a tape may end ([`End::Signal`]): bit 0 is signal 1.
+    ignored: u64,
+    /// Whether a thread may send them to itself, which a security module can forbid. `None`: it has to turn out.
+    pub(crate) may_signal: Option<bool>,
+    /// Slots whose copy of the interpreter has been written, a bit each.
+    slots: u32,
+    /// The data of the last tape that asked for something, and where it was.
+    answers: (u64, Vec<u8>),
 }
 
 impl Process {
@@ -294,7 +351,43 @@ impl Process {
             arena: None,
             born: Vec::new(),
             scratch_taken: 0,
+            ignored: 0,
+            may_signal: None,
+            slots: 0,
+            answers: (0, Vec::new()),
         })
+    }
+
+    /// Tells which signals the process ignores (`SigIgn`) and for which it has handlers (`SigCgt`).
+    pub(crate) fn set_signals(&mut self, ignored: u64, caught: u64) {
+        let set =
+            |signals: &[i32]| signals.iter().fold(0u64, |set, signal| set | 1 << (signal - 1));
+        let by_default = set(&[libc::SIGCHLD, libc::SIGURG, libc::SIGWINCH]) & !caught;
+        // Sending one of these has effects of its own.
+        let never = [libc::SIGCONT, libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU];
+        self.ignored = (ignored | by_default) & !set(&never);
+    }
+
+    fn usable_signal(&self, index: usize) -> Option<i32> {
+        let thread = self.threads.get(index).filter(|thread| thread.unfiltered)?;
+        let usable = self.ignored & !thread.mask;
+        (usable != 0).then(|| i32::try_from(usable.trailing_zeros() + 1).expect("64 signals"))
+    }
+
+    /// As [`Process::usable_signal`], where it is known that a thread may send it to itself.
+    fn sure_signal(&self, index: usize) -> Option<i32> {
+        self.usable_signal(index).filter(|_| self.may_signal == Some(true))
+    }
+
+    /// The signal by which a tape of this thread may end. `None`: there is none, and a tape stops at each of its calls.
+    fn end_signal(&mut self, index: usize) -> Result<Option<i32>, TraceeError> {
+        let Some(signal) = self.usable_signal(index) else { return Ok(None) };
+        if self.may_signal.is_none() {
+            let empty = self.tape()?;
+            let told = self.run_until(index, &empty, End::Signal(signal), Until::Marker)?;
+            self.may_signal = Some(told == 0);
+        }
+        Ok(self.may_signal.filter(|may| *may).map(|_| signal))
     }
 
     /// Stops a process as a signal does, until SIGCONT comes. Its threads stay in ptrace stops, and calls can be made.
@@ -422,24 +515,75 @@ impl Process {
         const FIXED: u64 = libc::MAP_FIXED_NOREPLACE as u64;
         let flags = if address.is_some() { PRIVATE | FIXED } else { PRIVATE };
         let arguments = [address.unwrap_or(0), ARENA_BYTES, RW, flags, u64::MAX, 0];
-        let base = self.once(libc::SYS_mmap, arguments, "map the engine's memory")?;
-        self.arena = Some(base);
+        self.slots = 0;
         // Mapped anew: a process may have denied itself to make writable memory executable (PR_SET_MDWE).
-        let arguments = [base, CODE_BYTES, RX, PRIVATE | REPLACE, u64::MAX, 0];
-        self.once(libc::SYS_mmap, arguments, "map the engine's code")?;
-        self.write(base, tape::interpreter())
+        let make = |after: &Registers, mask, signal| {
+            tape::opening(after, mask, signal, u32::try_from(CODE_BYTES).expect("some KiB"))
+        };
+        match self.by_signal(libc::SYS_mmap, arguments, make)? {
+            Some(end) => {
+                let base = self.outcome(end.r8, "map the engine's memory")?;
+                self.arena = Some(base);
+                self.outcome(end.r9, "map the engine's code")?;
+            }
+            None => {
+                let base = self.once(libc::SYS_mmap, arguments, "map the engine's memory")?;
+                self.arena = Some(base);
+                let arguments = [base, CODE_BYTES, RX, PRIVATE | REPLACE, u64::MAX, 0];
+                self.once(libc::SYS_mmap, arguments, "map the engine's code")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs code from the start of the vdso's padding in the first thread, up to the signal by which it ends. `None`: that can't be
+    /// done here.
+    fn by_signal(
+        &mut self,
+        number: libc::c_long,
+        [rdi, rsi, rdx, r10, r8, r9]: [u64; 6],
+        make: impl FnOnce(&Registers, u64, i32) -> (Vec<u8>, u64),
+    ) -> Result<Option<Registers>, TraceeError> {
+        let whole = self.room.filter(|room| room.bytes == PADDING_BYTES);
+        let (Some(room), Some(signal)) = (whole, self.sure_signal(0)) else { return Ok(None) };
+        let stub = self.stub_address()?;
+        // Shows that the padding is ours.
+        self.write(stub, &ONCE_PREFIX)?;
+        let Some(thread) = self.threads.first_mut() else { return Ok(None) };
+        let after = restart::explicit(&thread.stop);
+        let (code, stop) = make(&after, thread.mask, signal);
+        let address = room.end - room.bytes as u64;
+        self.memory.write_all_at(&code, address).map_err(|source| TraceeError::Memory {
+            what: "write",
+            pid: self.pid,
+            address,
+            source,
+        })?;
+        let (rax, orig_rax) = (number.unsigned_abs(), u64::MAX);
+        let (rip, eflags) = (address, after.eflags & !TRAP_FLAG);
+        let start = Registers { rip, rax, rdi, rsi, rdx, r10, r8, r9, orig_rax, eflags, ..after };
+        let until = Until::Signal(signal);
+        thread.run(&start, &after, until, address + stop, &mut Vec::new()).map(Some)
+    }
+
+    /// What a call has returned, or that it has failed.
+    fn outcome(&self, result: u64, what: &str) -> Result<u64, TraceeError> {
+        Call::outcome(result).map_err(|errno| TraceeError::Call {
+            pid: self.pid,
+            what: what.to_owned(),
+            source: io::Error::from_raw_os_error(errno),
+        })
     }
 
     /// Removes what [`Process::map_arena`] made. Does nothing where there is nothing.
     pub(crate) fn unmap_arena(&mut self) -> Result<(), TraceeError> {
-        if let Some(base) = self.arena.take() {
-            self.once(
-                libc::SYS_munmap,
-                [base, ARENA_BYTES, 0, 0, 0, 0],
-                "unmap the engine's memory",
-            )?;
+        let Some(base) = self.arena.take() else { return Ok(()) };
+        let (arguments, what) = ([base, ARENA_BYTES, 0, 0, 0, 0], "unmap the engine's memory");
+        match self.by_signal(libc::SYS_munmap, arguments, tape::closing)? {
+            Some(end) => self.outcome(end.r8, what),
+            None => self.once(libc::SYS_munmap, arguments, what),
         }
-        Ok(())
+        .map(drop)
     }
 
     /// Lets the process end with an exit code. Its threads have to be waited for.
@@ -482,12 +626,8 @@ impl Process {
             address: stub,
             source,
         })?;
-        let result = thread.run(&start, &after, Until::Calls(1), &mut Vec::new(), &mut |_| {})?;
-        Call::outcome(result.rax).map_err(|errno| TraceeError::Call {
-            pid,
-            what: what.to_owned(),
-            source: io::Error::from_raw_os_error(errno),
-        })
+        let result = thread.run(&start, &after, Until::Calls(1), 0, &mut Vec::new())?;
+        self.outcome(result.rax, what)
     }
 
     /// Where [`tape::once`]'s code goes: at the end of the room's last page, if nothing but padding is there.
@@ -529,7 +669,9 @@ impl Process {
             };
             let Room { end, bytes } =
                 self.room.ok_or(TraceeError::NoRoom { pid: self.pid, why: "it has no code" })?;
-            if address < end - bytes as u64 {
+            // What lies there runs where there is a whole padding.
+            let reserved = if bytes == PADDING_BYTES { OPENING_BYTES } else { 0 };
+            if address < end - (bytes - reserved) as u64 {
                 places.push(None);
                 continue;
             }
@@ -551,61 +693,175 @@ impl Process {
     /// Runs the calls of a tape in one thread and returns what they returned, in order; [`tape::NOT_RUN`] for those after a
     /// required call that failed.
     ///
-    /// Data that the calls wrote is read with [`Tape::output`] afterwards.
+    /// Data that the calls wrote is read with [`Process::output`] afterwards.
     pub(crate) fn run(
         &mut self,
         index: usize,
         tape: &Tape,
         end: End,
     ) -> Result<Vec<u64>, TraceeError> {
-        self.run_and_look(index, tape, end, &mut |_| {})
+        let (end, until) = match end {
+            End::Call => match self.end_signal(index)? {
+                Some(signal) => (End::Signal(signal), Until::Signal(signal)),
+                None => (End::Call, Until::Marker),
+            },
+            End::Signal(signal) => (end, Until::Signal(signal)),
+            End::Breakpoint => (end, Until::Breakpoint),
+        };
+        self.run_until(index, tape, end, until)?;
+        match until {
+            Until::Breakpoint => {
+                Ok(results(&self.read(tape.table(), tape.calls.len() * CALL_BYTES)?))
+            }
+            Until::Calls(_) | Until::Marker | Until::Signal(_) => self.take_answers(tape),
+        }
     }
 
-    /// As [`Process::run`], for a tape that ends with a call; after each of its calls `look` is told how many there were.
-    fn run_and_look(
+    /// What the calls of a tape have returned. What they have written is read with it, at once, for [`Process::output`].
+    fn take_answers(&mut self, tape: &Tape) -> Result<Vec<u64>, TraceeError> {
+        let start = tape.base + DATA;
+        let room = usize::try_from(tape.table() - start).expect("at most an arena");
+        let mut data = self.read(start, room + tape.calls.len() * CALL_BYTES)?;
+        let table = data.split_off(room);
+        self.answers = (start, data);
+        Ok(results(&table))
+    }
+
+    /// Runs a tape in each of some threads, at the same time as far as it can be done: `make` appends the calls, the same ones
+    /// for all of them, and `take` is told of each thread what they have returned, and may read what they have written.
+    pub(crate) fn run_each<Q, E: From<TraceeError>>(
+        &mut self,
+        indices: std::ops::Range<usize>,
+        make: impl Fn(&mut Tape) -> Q,
+        mut take: impl FnMut(&mut Process, usize, Q, Vec<u64>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let indices: Vec<usize> = indices.collect();
+        for group in indices.chunks(SLOTS) {
+            let mut begun = Vec::with_capacity(group.len());
+            let mut outcome = Ok(());
+            for (slot, index) in group.iter().enumerate() {
+                match self.begin_in(slot, *index, &make) {
+                    Ok(run) => begun.push((*index, run)),
+                    Err(error) => outcome = outcome.and(Err(error)),
+                }
+                if outcome.is_err() {
+                    break;
+                }
+            }
+            // Whatever has happened, all that were let run are brought to a stop.
+            let mut ended = Vec::with_capacity(begun.len());
+            for (index, run) in begun {
+                let end = match run.signal {
+                    Some((signal, marker)) => self.end_run(index, signal, marker),
+                    None => Ok(()),
+                };
+                outcome = outcome.and(end);
+                ended.push((index, run));
+            }
+            outcome?;
+            for (index, run) in ended {
+                let results = match run.signal {
+                    Some(_) => self.take_answers(&run.tape)?,
+                    // One that can't be let run is run alone.
+                    None => self.run(index, &run.tape, End::Call)?,
+                };
+                self.check(&run.tape, &results)?;
+                take(self, index, run.questions, results)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets a thread run a tape, without waiting for it.
+    fn begin_in<Q>(
+        &mut self,
+        slot: usize,
+        index: usize,
+        make: &impl Fn(&mut Tape) -> Q,
+    ) -> Result<Run<Q>, TraceeError> {
+        let signal = self.sure_signal(index);
+        let mut tape = self.tape_in(if signal.is_some() { slot } else { LAST_SLOT })?;
+        let questions = make(&mut tape);
+        let Some(signal) = signal else { return Ok(Run { tape, questions, signal: None }) };
+        assert!(
+            slot == LAST_SLOT
+                || tape.table_end() <= tape.base + RETURN_BLOCK.next_multiple_of(SLOT_BYTES),
+            "a tape for many threads is a short one"
+        );
+        let (start, _, marker) = self.load(index, &tape, End::Signal(signal))?;
+        let pid = self.pid;
+        let no_thread = TraceeError::NoRoom { pid, why: "it has no such thread" };
+        let thread = self.threads.get_mut(index).ok_or(no_thread)?;
+        thread.set_off(&start, Until::Signal(signal))?;
+        Ok(Run { tape, questions, signal: Some((signal, marker)) })
+    }
+
+    fn end_run(&mut self, index: usize, signal: i32, marker: u64) -> Result<(), TraceeError> {
+        let Some(thread) = self.threads.get_mut(index) else { return Ok(()) };
+        let after = thread.stop;
+        let mut born = Vec::new();
+        thread.await_end(&after, Until::Signal(signal), marker, &mut born, &mut |_| {})?;
+        self.born.extend(born);
+        Ok(())
+    }
+
+    /// Runs a tape, and returns what its last call has returned that the tracer has stopped at.
+    fn run_until(
         &mut self,
         index: usize,
         tape: &Tape,
         end: End,
-        look: &mut dyn FnMut(usize),
-    ) -> Result<Vec<u64>, TraceeError> {
+        until: Until,
+    ) -> Result<u64, TraceeError> {
         let pid = self.pid;
-        let base = self.arena.ok_or(TraceeError::NoRoom { pid, why: "the arena is not mapped" })?;
-        assert_eq!(base, tape.base, "a tape is made for one arena");
-        let table: Vec<u8> = tape.calls.iter().flat_map(|call| call.to_bytes()).collect();
-        self.write(base + TAPE, &table)?;
-        if !tape.data.is_empty() {
-            self.write(base + DATA, &tape.data)?;
-        }
+        let (start, after, marker) = self.load(index, tape, end)?;
         let thread = self
             .threads
             .get_mut(index)
             .ok_or(TraceeError::NoRoom { pid, why: "it has no such thread" })?;
-        let after = restart::explicit(&thread.stop);
-        let block = tape::return_block(&after, thread.mask);
-        let address = base + RETURN_BLOCK;
-        self.memory.write_all_at(&block, address).map_err(|source| TraceeError::Memory {
-            what: "write",
-            pid,
-            address,
-            source,
-        })?;
-        let start = tape::start(base, base + TAPE, tape.calls.len() as u64, end, &after);
-        let until = match end {
-            End::Call => Until::Marker(base + tape::interpreter_marker()),
-            End::Breakpoint => Until::Breakpoint,
-        };
         let mut born = Vec::new();
-        thread.run(&start, &after, until, &mut born, look)?;
+        let last = thread.run(&start, &after, until, marker, &mut born)?;
         self.born.extend(born);
-        let table = self.read(base + TAPE, tape.calls.len() * CALL_BYTES)?;
-        Ok(table
-            .chunks_exact(CALL_BYTES)
-            .map(|call| {
-                let result = call.last_chunk().expect("a call has 64 bytes");
-                u64::from_le_bytes(*result)
-            })
-            .collect())
+        Ok(last.rax)
+    }
+
+    /// Writes a tape for a thread. Returns with what registers it starts, those after it, and where it ends.
+    fn load(
+        &mut self,
+        index: usize,
+        tape: &Tape,
+        end: End,
+    ) -> Result<(Registers, Registers, u64), TraceeError> {
+        let pid = self.pid;
+        let arena =
+            self.arena.ok_or(TraceeError::NoRoom { pid, why: "the arena is not mapped" })?;
+        let base = tape.base;
+        let slot = base.checked_sub(arena).map(|offset| offset / SLOT_BYTES);
+        let slot = slot.filter(|slot| *slot < SLOTS as u64).expect("a tape is made for one arena");
+        if self.slots >> slot & 1 == 0 {
+            self.write(base, tape::interpreter())?;
+            self.slots |= 1 << slot;
+        }
+        let thread = self
+            .threads
+            .get(index)
+            .ok_or(TraceeError::NoRoom { pid, why: "it has no such thread" })?;
+        let after = restart::explicit(&thread.stop);
+        let mut bytes = Vec::with_capacity(tape.bytes());
+        bytes.extend(tape::return_block(&after, thread.mask));
+        bytes.resize(usize::try_from(DATA - RETURN_BLOCK).expect("less than a page"), 0);
+        bytes.extend(&tape.data);
+        bytes.resize(usize::try_from(tape.table() - base - RETURN_BLOCK).expect("an arena"), 0);
+        for call in &tape.calls {
+            bytes.extend(call.to_bytes());
+        }
+        self.write(base + RETURN_BLOCK, &bytes)?;
+        let start = tape::start(base, tape.table(), tape.calls.len() as u64, end, &after);
+        let marker = match end {
+            End::Signal(_) => tape::interpreter_signal(),
+            End::Call | End::Breakpoint => tape::interpreter_marker(),
+        };
+        Ok((start, after, base + marker))
     }
 
     /// As [`Process::run`], and the first required call that failed is the error.
@@ -616,11 +872,17 @@ impl Process {
         end: End,
     ) -> Result<Vec<u64>, TraceeError> {
         let results = self.run(index, tape, end)?;
-        for (position, (call, result)) in tape.calls.iter().zip(&results).enumerate() {
+        self.check(tape, &results)?;
+        Ok(results)
+    }
+
+    /// The first required call that failed, as an error.
+    fn check(&self, tape: &Tape, results: &[u64]) -> Result<(), TraceeError> {
+        for (position, (call, result)) in tape.calls.iter().zip(results).enumerate() {
             if call.is_required()
                 && let Err(errno) = Call::outcome(*result)
             {
-                let what = tape.names.get(position).cloned().unwrap_or_default();
+                let what = tape.names.get(position).cloned().unwrap_or_default().into_owned();
                 return Err(TraceeError::Call {
                     pid: self.pid,
                     what,
@@ -628,7 +890,7 @@ impl Process {
                 });
             }
         }
-        Ok(results)
+        Ok(())
     }
 
     /// Makes a tracker of writes for the process's memory, by two calls in its first thread, between which the descriptor is taken out:
@@ -658,11 +920,17 @@ impl Process {
         tape.try_call("close the tracker", libc::SYS_close, close);
         let mut taken = None;
         let handle = PidFd::open(pid).map_err(failed)?;
-        let results = self.run_and_look(0, &tape, End::Call, &mut |calls| {
+        let (start, after, marker) = self.load(0, &tape, End::Call)?;
+        let no_thread = TraceeError::NoRoom { pid, why: "it has no thread" };
+        let thread = self.threads.first_mut().ok_or(no_thread)?;
+        let until = Until::Marker;
+        thread.set_off(&start, until)?;
+        thread.await_end(&after, until, marker, &mut Vec::new(), &mut |calls| {
             if calls == 1 {
                 taken = Some(handle.get_fd(expected));
             }
         })?;
+        let results = self.take_answers(&tape)?;
         let made = results.first().copied().map(Call::outcome);
         match (made, taken) {
             (Some(Ok(number)), Some(Ok(fd))) if number == u64::from(expected.unsigned_abs()) => {
@@ -680,70 +948,140 @@ impl Process {
 
     /// A new tape for this process.
     pub(crate) fn tape(&self) -> Result<Tape, TraceeError> {
-        let base = self
+        self.tape_in(LAST_SLOT)
+    }
+
+    fn tape_in(&self, slot: usize) -> Result<Tape, TraceeError> {
+        let arena = self
             .arena
             .ok_or(TraceeError::NoRoom { pid: self.pid, why: "the arena is not mapped" })?;
+        let base = arena + slot as u64 * SLOT_BYTES;
         Ok(Tape { base, calls: Vec::new(), names: Vec::new(), data: Vec::new() })
     }
 
     /// Reads what a call of the last tape wrote.
     pub(crate) fn output(&self, output: Output) -> Result<Vec<u8>, TraceeError> {
-        self.read(output.address, output.bytes)
+        let (start, data) = &self.answers;
+        let from = output.address.checked_sub(*start).and_then(|from| usize::try_from(from).ok());
+        match from.and_then(|from| data.get(from..from.checked_add(output.bytes)?)) {
+            Some(answer) => Ok(answer.to_vec()),
+            None => self.read(output.address, output.bytes),
+        }
     }
 }
 
+/// A tape that a thread runs.
+struct Run<Q> {
+    tape: Tape,
+    questions: Q,
+    /// With which signal it ends, and where. None: it has not been begun.
+    signal: Option<(i32, u64)>,
+}
+
+/// What the calls of a table have returned.
+fn results(table: &[u8]) -> Vec<u64> {
+    let result = |call: &[u8]| u64::from_le_bytes(*call.last_chunk().expect("64 bytes"));
+    table.chunks_exact(CALL_BYTES).map(result).collect()
+}
+
+#[derive(Clone, Copy)]
 enum Until {
     /// This many calls have returned.
     Calls(usize),
-    /// The call that ends at this address has returned.
-    Marker(u64),
+    /// The call that ends at the marker has returned.
+    Marker,
+    /// The thread takes this signal at the marker.
+    Signal(i32),
     /// A breakpoint instruction.
     Breakpoint,
 }
 
 impl Thread {
-    /// Runs from `start` with all signals blocked, then has the registers `after` and its own mask again.
+    /// Runs from `start` with all signals blocked but the one that is waited for, then has the registers `after` and its own mask
+    /// again.
     fn run(
         &mut self,
         start: &Registers,
         after: &Registers,
         until: Until,
+        marker: u64,
+        born: &mut Vec<Pid>,
+    ) -> Result<Registers, TraceeError> {
+        self.set_off(start, until)?;
+        self.await_end(after, until, marker, born, &mut |_| {})
+    }
+
+    /// Lets the thread run from `start`.
+    fn set_off(&mut self, start: &Registers, until: Until) -> Result<(), TraceeError> {
+        let tid = self.tid;
+        self.settled = false;
+        let blocked = match until {
+            Until::Signal(signal) => ALL_SIGNALS & !(1 << (signal - 1)),
+            Until::Calls(_) | Until::Marker | Until::Breakpoint => ALL_SIGNALS,
+        };
+        // In this order: see the module's invariants.
+        ptrace::set_registers(tid, start).map_err(failed("set the registers of", tid))?;
+        ptrace::set_signal_mask(tid, blocked).map_err(failed("block the signals of", tid))?;
+        self.go_on(until)
+    }
+
+    fn go_on(&self, until: Until) -> Result<(), TraceeError> {
+        match until {
+            Until::Breakpoint | Until::Signal(_) => ptrace::cont(self.tid, 0),
+            Until::Calls(_) | Until::Marker => ptrace::cont_to_syscall(self.tid, 0),
+        }
+        .map_err(failed("resume", self.tid))
+    }
+
+    /// Waits for the end of what [`Thread::set_off`] has begun. Where it stops at calls, `look` is told of each how many have returned.
+    fn await_end(
+        &mut self,
+        after: &Registers,
+        until: Until,
+        marker: u64,
         born: &mut Vec<Pid>,
         look: &mut dyn FnMut(usize),
     ) -> Result<Registers, TraceeError> {
         let tid = self.tid;
-        // In this order: see the module's invariants.
-        ptrace::set_registers(tid, start).map_err(failed("set the registers of", tid))?;
-        ptrace::set_signal_mask(tid, ALL_SIGNALS).map_err(failed("block the signals of", tid))?;
+        let registers = || ptrace::registers(tid).map_err(failed("read the registers of", tid));
         let mut stops = 0usize;
         let end = loop {
-            match until {
-                Until::Breakpoint => ptrace::cont(tid, 0),
-                Until::Calls(_) | Until::Marker(_) => ptrace::cont_to_syscall(tid, 0),
-            }
-            .map_err(failed("resume", tid))?;
-            match wait::one(tid).map_err(failed("wait for", tid))? {
+            let status = match until {
+                Until::Signal(_) => soon(tid)?,
+                Until::Calls(_) | Until::Marker | Until::Breakpoint => {
+                    wait::one(tid).map_err(failed("wait for", tid))?
+                }
+            };
+            match status {
                 Status::SyscallStop => {
                     stops += 1;
-                    if stops % 2 == 1 {
-                        continue;
-                    }
-                    look(stops / 2);
-                    let now =
-                        ptrace::registers(tid).map_err(failed("read the registers of", tid))?;
-                    match until {
-                        Until::Calls(count) if stops == 2 * count => break now,
-                        Until::Marker(address) if now.rip == address => break now,
-                        Until::Calls(_) | Until::Marker(_) | Until::Breakpoint => {}
+                    if stops.is_multiple_of(2) {
+                        look(stops / 2);
+                        let now = registers()?;
+                        match until {
+                            Until::Calls(count) if stops == 2 * count => break now,
+                            Until::Marker if now.rip == marker => break now,
+                            Until::Calls(_)
+                            | Until::Marker
+                            | Until::Signal(_)
+                            | Until::Breakpoint => {}
+                        }
                     }
                 }
                 Status::SignalStop(libc::SIGTRAP) if matches!(until, Until::Breakpoint) => {
-                    break ptrace::registers(tid).map_err(failed("read the registers of", tid))?;
+                    break registers()?;
+                }
+                Status::SignalStop(signal) if matches!(until, Until::Signal(it) if it == signal) => {
+                    let now = registers()?;
+                    if now.rip == marker {
+                        break now;
+                    }
+                    // One that came from elsewhere; the program ignores it too.
                 }
                 // All signals are blocked but these two: a fault of the code in the tracee can't be delivered either, it kills.
                 Status::SignalStop(signal) if signal == libc::SIGSTOP => self.owed_signal = signal,
                 status @ Status::SignalStop(_) => {
-                    let rip = ptrace::registers(tid).map_or(0, |registers| registers.rip);
+                    let rip = registers().map_or(0, |registers| registers.rip);
                     return Err(TraceeError::Astray { tid, rip, status });
                 }
                 Status::Event(_) => {
@@ -757,10 +1095,36 @@ impl Thread {
                     return Err(TraceeError::Ended { tid, status });
                 }
             }
+            self.go_on(until)?;
         };
         ptrace::set_signal_mask(tid, self.mask).map_err(failed("set the signal mask of", tid))?;
-        ptrace::set_registers(tid, after).map_err(failed("set the registers of", tid))?;
+        // In a signal stop the kernel still looks at the restart code ([`Thread::settle`]): the thread could go on from here.
+        self.settled = matches!(until, Until::Signal(_));
+        ptrace::set_registers(tid, if self.settled { &self.stop } else { after })
+            .map_err(failed("set the registers of", tid))?;
         Ok(end)
+    }
+}
+
+/// Waits for the next stop of a thread that runs a few calls. Looking for it again and again is faster than being woken, and lets
+/// others run too.
+fn soon(tid: Pid) -> Result<Status, TraceeError> {
+    const BUSY: Duration = Duration::from_millis(1);
+    /// Calls that ask take microseconds; a machine that is this busy is out of order.
+    const RUN_MAX: Duration = Duration::from_secs(10);
+    let begun = Instant::now();
+    loop {
+        if let Some(status) = wait::poll_one(tid).map_err(failed("wait for", tid))? {
+            return Ok(status);
+        }
+        match begun.elapsed() {
+            waited if waited < BUSY => std::thread::yield_now(),
+            waited if waited < RUN_MAX => std::thread::sleep(Duration::from_micros(50)),
+            _ => {
+                let source = io::ErrorKind::TimedOut.into();
+                return Err(failed("stop", tid)(source));
+            }
+        }
     }
 }
 
@@ -769,7 +1133,7 @@ impl Thread {
 pub(crate) struct Tape {
     base: u64,
     calls: Vec<Call>,
-    names: Vec<String>,
+    names: Vec<Cow<'static, str>>,
     data: Vec<u8>,
 }
 
@@ -784,7 +1148,7 @@ impl Tape {
     /// Appends a call; after one that fails the tape ends. `what` completes "process N could not …".
     pub(crate) fn call(
         &mut self,
-        what: impl Into<String>,
+        what: impl Into<Cow<'static, str>>,
         number: libc::c_long,
         arguments: [u64; 6],
     ) {
@@ -796,7 +1160,7 @@ impl Tape {
     /// Appends a call that may fail.
     pub(crate) fn try_call(
         &mut self,
-        what: impl Into<String>,
+        what: impl Into<Cow<'static, str>>,
         number: libc::c_long,
         arguments: [u64; 6],
     ) {
@@ -825,7 +1189,24 @@ impl Tape {
 
     /// Reserves room for a call to write to.
     pub(crate) fn output(&mut self, bytes: usize) -> Output {
-        Output { address: self.data(&vec![0; bytes]), bytes }
+        let offset = self.data.len().next_multiple_of(16);
+        assert!((offset + bytes) as u64 <= DATA_BYTES, "callers split tapes before they are full");
+        self.data.resize(offset + bytes, 0);
+        Output { address: self.base + DATA + offset as u64, bytes }
+    }
+
+    /// Where the calls are, behind the data.
+    fn table(&self) -> u64 {
+        self.base + DATA + self.data.len().next_multiple_of(CALL_BYTES) as u64
+    }
+
+    fn table_end(&self) -> u64 {
+        self.table() + (self.calls.len() * CALL_BYTES) as u64
+    }
+
+    /// Room for all that is written before it runs.
+    fn bytes(&self) -> usize {
+        RETURN_BLOCK_BYTES + self.data.len() + (self.calls.len() + 2) * CALL_BYTES
     }
 
     /// Whether another `calls` calls with `bytes` bytes of data fit.
@@ -841,4 +1222,75 @@ impl Tape {
 
 pub(crate) fn failed(what: &'static str, tid: Pid) -> impl FnOnce(io::Error) -> TraceeError {
     move |source| TraceeError::Ptrace { what, tid, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::{Child, Command};
+
+    /// Stops a child of this process that has one thread.
+    fn stopped(child: &Child) -> Process {
+        let pid = Pid::try_from(child.id()).expect("a pid");
+        ptrace::seize(pid, ptrace::Options::SYSGOOD).expect("seize");
+        ptrace::interrupt(pid).expect("interrupt");
+        assert!(matches!(wait::one(pid).expect("a stop"), Status::EventStop(_)));
+        let mut thread = Thread::at_stop(pid, 0).expect("registers");
+        thread.unfiltered = true;
+        let mut process = Process::new(pid, vec![thread]).expect("a process");
+        let status = proc::status(pid).expect("status");
+        process.set_signals(status.sigign, status.sigcgt);
+        process.may_signal = Some(true);
+        process.find_room(&proc::mappings(pid).expect("mappings"));
+        process
+    }
+
+    fn shell() -> Child {
+        let child = Command::new("sh").args(["-c", "sleep 0.6; exit 7"]).spawn().expect("sh");
+        // Until it has become the shell and waits.
+        std::thread::sleep(Duration::from_millis(200));
+        child
+    }
+
+    /// A tape that ends by a signal gives back what it was asked for, and the thread could go on from its end.
+    #[test]
+    fn a_tape_runs_to_its_signal_without_a_stop() {
+        let mut child = shell();
+        let pid = u64::from(child.id());
+        let mut process = stopped(&child);
+        process.map_arena(None).expect("an arena");
+        for _ in 0..3 {
+            let mut tape = process.tape().expect("a tape");
+            tape.call("ask for its number", libc::SYS_getpid, [0; 6]);
+            assert_eq!(process.run_all(0, &tape, End::Call).expect("a run"), [pid]);
+        }
+        process.unmap_arena().expect("no arena");
+        let [thread] = process.threads.as_mut_slice() else { panic!("one thread") };
+        assert_eq!(ptrace::registers(thread.tid).expect("registers"), thread.stop);
+        thread.settle().expect("settled");
+        assert!(thread.release().expect("released"));
+        assert_eq!(child.wait().expect("its end").code(), Some(7));
+    }
+
+    /// An engine that dies while a thread runs calls for it must cost the program nothing.
+    #[test]
+    fn a_tracer_that_ends_in_the_middle_of_a_tape_costs_nothing() {
+        for alive_ms in [0, 40, 160] {
+            let mut child = shell();
+            std::thread::scope(|scope| {
+                // With the thread that has seized it ends the tracing, as with a process that is killed.
+                scope.spawn(|| {
+                    let mut process = stopped(&child);
+                    process.map_arena(None).expect("an arena");
+                    let run = process.begin_in(0, 0, &|tape: &mut Tape| {
+                        let time = tape.words(&[0, 80_000_000]);
+                        tape.call("sleep", libc::SYS_nanosleep, [time, 0, 0, 0, 0, 0]);
+                    });
+                    assert!(run.expect("a run").signal.is_some());
+                    std::thread::sleep(Duration::from_millis(alive_ms));
+                });
+            });
+            assert_eq!(child.wait().expect("its end").code(), Some(7), "after {alive_ms} ms");
+        }
+    }
 }

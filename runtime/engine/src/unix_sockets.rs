@@ -411,8 +411,9 @@ impl Sockets {
 
 fn holder_credentials(pid: Pid) -> io::Result<PeerCredentials> {
     let status = proc::status(pid)?;
-    let pid = status.nspid.as_ref().and_then(|pids| pids.last().copied()).unwrap_or(0);
-    let ids = MessageCredentials { pid, uid: status.euid, gid: status.egid };
+    let pid = status.nspid.last().copied().unwrap_or(0);
+    let ([_, uid, ..], [_, gid, ..]) = (status.uids, status.gids);
+    let ids = MessageCredentials { pid, uid, gid };
     Ok(PeerCredentials { ids, groups: status.groups })
 }
 

@@ -38,6 +38,7 @@ pub(crate) struct Host {
     parts: Vec<(OsString, u64)>,
     /// Of the vdso, without the padding.
     code: Vec<u8>,
+    sha256: [u8; 32],
 }
 
 impl Host {
@@ -49,11 +50,13 @@ impl Host {
         let mut code = vec![0; code_bytes(vdso)];
         File::open("/proc/self/mem")?.read_exact_at(&mut code, vdso.start)?;
         let parts = own.iter().filter(|mapping| is_part(mapping));
-        Ok(Host { parts: parts.map(|part| (part.name.clone(), part.bytes())).collect(), code })
+        let parts = parts.map(|part| (part.name.clone(), part.bytes())).collect();
+        let sha256 = Sha256::digest(&code).into();
+        Ok(Host { parts, code, sha256 })
     }
 
     pub(crate) fn sha256(&self) -> [u8; 32] {
-        Sha256::digest(&self.code).into()
+        self.sha256
     }
 }
 

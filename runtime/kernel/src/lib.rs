@@ -18,6 +18,7 @@ pub mod mq_overview;
 pub mod netdevice;
 pub mod packet;
 pub mod pagemap;
+pub mod pid_namespaces;
 pub mod pidfd;
 pub mod proc;
 pub mod process_vm;

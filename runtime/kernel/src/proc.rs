@@ -1,18 +1,18 @@
 //! `proc(5)`: what the kernel tells of processes in text.
 //!
-//! Status and stat come from the `procfs` crate. Mappings are parsed here, because names must survive byte by byte and unknown
-//! flags must be seen: an unknown flag is a state that nobody would restore.
+//! Stat comes from the `procfs` crate. Mappings are parsed here, because names must survive byte by byte and unknown flags must be
+//! seen: an unknown flag is a state that nobody would restore. Status is, because it is read of each thread that stands still,
+//! and a table of all its lines takes longer than the kernel needs to write them.
 
 use std::ffi::OsString;
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use procfs::FromBufRead;
-use procfs::process::Process;
-pub use procfs::process::{Stat, Status};
+use procfs::FromRead;
+pub use procfs::process::Stat;
 
 use crate::Pid;
 
@@ -131,23 +131,156 @@ fn parse_header(line: &[u8]) -> Option<Mapping> {
 
 /// `/proc/PID/stat`.
 pub fn stat(pid: Pid) -> io::Result<Stat> {
-    Process::new(pid).and_then(|process| process.stat()).map_err(into_io)
+    Stat::from_read(single(pid, "stat")?.as_slice()).map_err(into_io)
+}
+
+/// A file of `/proc/PID` that the kernel writes at once (`proc_single_operations` of fs/proc/base.c): what leaves room in the
+/// buffer is all. A process that is not there is ESRCH.
+fn single(pid: Pid, name: &str) -> io::Result<Vec<u8>> {
+    read_small(pid, name, true).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => io::Error::from_raw_os_error(libc::ESRCH),
+        _ => error,
+    })
+}
+
+/// A file of `/proc/PID` that is mostly short. The end is where nothing more comes: the kernel may write a list in parts.
+fn small(pid: Pid, name: &str) -> io::Result<Vec<u8>> {
+    read_small(pid, name, false)
+}
+
+fn read_small(pid: Pid, name: &str, at_once: bool) -> io::Result<Vec<u8>> {
+    const AT_ONCE: usize = 4096;
+    let mut file = File::open(format!("/proc/{pid}/{name}"))?;
+    let mut text = vec![0; AT_ONCE];
+    let mut filled = 0;
+    loop {
+        match file.read(text.get_mut(filled..).unwrap_or_default())? {
+            0 => break,
+            count => filled += count,
+        }
+        if filled == text.len() {
+            text.resize(2 * filled, 0);
+        } else if at_once {
+            break;
+        }
+    }
+    text.truncate(filled);
+    Ok(text)
+}
+
+/// What Samara needs of `/proc/PID/status`, as `proc_pid_status(5)` names it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Status {
+    /// Up to 15 bytes of any kind.
+    pub name: Vec<u8>,
+    pub umask: Option<u32>,
+    pub state: char,
+    pub tgid: Pid,
+    pub ppid: Pid,
+    pub tracerpid: Pid,
+    /// Real, effective, saved, of file systems.
+    pub uids: [u32; 4],
+    pub gids: [u32; 4],
+    pub groups: Vec<u32>,
+    /// In each namespace from the one of this `/proc` on; empty on kernels without pid namespaces.
+    pub nspid: Vec<Pid>,
+    pub nspgid: Vec<Pid>,
+    pub nssid: Vec<Pid>,
+    /// In kibibytes.
+    pub vmlck: Option<u64>,
+    /// Signals that are pending for the thread, and for the process.
+    pub sigpnd: u64,
+    pub shdpnd: u64,
+    pub sigign: u64,
+    pub sigcgt: u64,
+    pub capinh: u64,
+    pub capprm: u64,
+    pub capeff: u64,
+    pub capbnd: u64,
+    pub capamb: u64,
+    pub nonewprivs: bool,
+    pub seccomp: u32,
+    pub voluntary_switches: Option<u64>,
 }
 
 /// `/proc/PID/status`; for a thread pass its own id.
 pub fn status(tid: Pid) -> io::Result<Status> {
-    let text = fs::read(format!("/proc/{tid}/status")).map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => io::Error::from_raw_os_error(libc::ESRCH),
-        _ => error,
-    })?;
-    // A name may hold any bytes; nothing but the name does.
-    let text = String::from_utf8_lossy(&text);
-    Status::from_buf_read(text.as_bytes()).map_err(into_io)
+    parse_status(&single(tid, "status")?)
+}
+
+fn parse_status(text: &[u8]) -> io::Result<Status> {
+    fn number<T: std::str::FromStr>(value: &str) -> Option<T> {
+        value.parse().ok()
+    }
+    fn list<T: std::str::FromStr>(value: &str) -> Option<Vec<T>> {
+        value.split_ascii_whitespace().map(|word| word.parse().ok()).collect()
+    }
+    let four = |value: &str| list(value)?.try_into().ok();
+    let hex = |value: &str| u64::from_str_radix(value, 16).ok();
+    let mut status = Status::default();
+    for line in text.split(|&byte| byte == b'\n') {
+        let Some(colon) = line.iter().position(|&byte| byte == b':') else { continue };
+        let (key, value) = line.split_at(colon);
+        if key == b"Name" {
+            status.name = unescape_name(value.strip_prefix(b":\t").unwrap_or_default());
+            continue;
+        }
+        let value = value.get(1..).and_then(|value| std::str::from_utf8(value).ok());
+        let value = value.ok_or_else(|| malformed(line))?.trim();
+        let known = match key {
+            b"Umask" => u32::from_str_radix(value, 8).ok().map(|umask| status.umask = Some(umask)),
+            b"State" => value.chars().next().map(|state| status.state = state),
+            b"Tgid" => number(value).map(|tgid| status.tgid = tgid),
+            b"PPid" => number(value).map(|ppid| status.ppid = ppid),
+            b"TracerPid" => number(value).map(|tracer| status.tracerpid = tracer),
+            b"Uid" => four(value).map(|uids| status.uids = uids),
+            b"Gid" => four(value).map(|gids| status.gids = gids),
+            b"Groups" => list(value).map(|groups| status.groups = groups),
+            b"NSpid" => list(value).map(|numbers| status.nspid = numbers),
+            b"NSpgid" => list(value).map(|numbers| status.nspgid = numbers),
+            b"NSsid" => list(value).map(|numbers| status.nssid = numbers),
+            b"VmLck" => number(value.trim_end_matches(" kB")).map(|kib| status.vmlck = Some(kib)),
+            b"SigPnd" => hex(value).map(|set| status.sigpnd = set),
+            b"ShdPnd" => hex(value).map(|set| status.shdpnd = set),
+            b"SigIgn" => hex(value).map(|set| status.sigign = set),
+            b"SigCgt" => hex(value).map(|set| status.sigcgt = set),
+            b"CapInh" => hex(value).map(|set| status.capinh = set),
+            b"CapPrm" => hex(value).map(|set| status.capprm = set),
+            b"CapEff" => hex(value).map(|set| status.capeff = set),
+            b"CapBnd" => hex(value).map(|set| status.capbnd = set),
+            b"CapAmb" => hex(value).map(|set| status.capamb = set),
+            b"NoNewPrivs" => number(value).map(|set: u8| status.nonewprivs = set == 1),
+            b"Seccomp" => number(value).map(|mode| status.seccomp = mode),
+            b"voluntary_ctxt_switches" => {
+                number(value).map(|count| status.voluntary_switches = Some(count))
+            }
+            _ => Some(()),
+        };
+        known.ok_or_else(|| malformed(line))?;
+    }
+    Ok(status)
+}
+
+/// Undoes what the kernel does to the name in a status: `\n` and `\\` stand for a line feed and a backslash.
+fn unescape_name(escaped: &[u8]) -> Vec<u8> {
+    let mut name = Vec::with_capacity(escaped.len());
+    let mut rest = escaped.iter();
+    while let Some(&byte) = rest.next() {
+        name.push(match byte {
+            b'\\' => match rest.next() {
+                Some(b'n') => b'\n',
+                Some(&other) => other,
+                None => byte,
+            },
+            _ => byte,
+        });
+    }
+    name
 }
 
 /// The name of a thread: up to 15 bytes of any kind.
 pub fn comm(tid: Pid) -> io::Result<Vec<u8>> {
-    let mut name = fs::read(format!("/proc/{tid}/comm"))?;
+    let mut name = small(tid, "comm")?;
     name.pop_if(|last| *last == b'\n');
     Ok(name)
 }
@@ -202,7 +335,8 @@ pub struct DescriptorInfo {
 
 /// Reads `/proc/PID/fdinfo/FD`.
 pub fn descriptor_info(pid: Pid, fd: i32) -> io::Result<DescriptorInfo> {
-    let text = fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}"))?;
+    let text = String::from_utf8(small(pid, &format!("fdinfo/{fd}"))?);
+    let text = text.map_err(|_| malformed(b"fdinfo"))?;
     let mut info = DescriptorInfo { position: 0, flags: 0, mount: 0, others: Vec::new() };
     for line in text.lines() {
         let (name, value) = line.split_once(':').ok_or_else(|| malformed(line.as_bytes()))?;
@@ -307,8 +441,8 @@ pub fn layout(stat: &Stat) -> Layout {
     }
 }
 
-/// When the scheduler last accounted for a thread, in nanoseconds of its processor's task clock, and how often the thread was
-/// switched: for a sleeping thread, when it went to sleep. `None` where the kernel does not tell (`CONFIG_SCHED_DEBUG`).
+/// When the scheduler last accounted for a thread, in nanoseconds of its processor's task clock, and how often the thread has gone
+/// to sleep: for a sleeping thread, when it did so. `None` where the kernel does not tell (`CONFIG_SCHED_DEBUG`).
 #[must_use]
 pub fn scheduled(tid: Pid) -> Option<(u64, u64)> {
     let text = fs::read_to_string(format!("/proc/{tid}/sched")).ok()?;
@@ -319,13 +453,16 @@ pub fn scheduled(tid: Pid) -> Option<(u64, u64)> {
     };
     let (ms, fraction) = field("se.exec_start")?.split_once('.')?;
     let ns = ms.parse::<u64>().ok()?.checked_mul(1_000_000)?.checked_add(fraction.parse().ok()?)?;
-    Some((ns, field("nr_switches")?.parse().ok()?))
+    Some((ns, field("nr_voluntary_switches")?.parse().ok()?))
 }
 
 /// A small file of `/proc/PID` as text without its final newline.
 pub fn attribute(pid: Pid, name: &str) -> io::Result<String> {
-    let text = fs::read_to_string(format!("/proc/{pid}/{name}"))?;
-    Ok(text.strip_suffix('\n').map(str::to_owned).unwrap_or(text))
+    let mut text = String::from_utf8(small(pid, name)?).map_err(|_| malformed(name.as_bytes()))?;
+    if text.ends_with('\n') {
+        text.pop();
+    }
+    Ok(text)
 }
 
 /// Undoes the escaping that `/proc` applies to newlines and backslashes in the names of mappings.
@@ -393,6 +530,26 @@ mod tests {
             assert_eq!(unsafe { libc::getrlimit(resource, &raw mut limit) }, 0);
             assert_eq!((soft, hard), (limit.rlim_cur, limit.rlim_max), "limit {resource}");
         }
+    }
+
+    #[test]
+    fn own_status_is_what_its_owner_knows() {
+        let own = status(i32::try_from(std::process::id()).expect("a pid")).expect("own status");
+        // SAFETY: the calls take nothing and always succeed.
+        let uid = unsafe { libc::geteuid() };
+        assert_eq!(own.uids[1], uid);
+        assert_eq!(own.nspid.first(), Some(&own.tgid));
+        assert!(own.umask.is_some() && own.vmlck.is_some() && own.voluntary_switches.is_some());
+    }
+
+    /// A name that was read wrongly is another one after a restore.
+    #[test]
+    fn names_survive_the_escapes_of_a_status() {
+        let text = b"Name:\ta\\nb\\\\n: c\xff\nUid:\t1\t2\t3\t4\nGroups:\t \n";
+        let status = parse_status(text).expect("well formed");
+        assert_eq!(status.name, b"a\nb\\n: c\xff");
+        assert_eq!((status.uids, status.groups), ([1, 2, 3, 4], Vec::new()));
+        assert!(parse_status(b"Uid:\t1\t2\n").is_err());
     }
 
     #[test]

@@ -150,11 +150,19 @@ const NT_X86_XSTATE: usize = 0x202;
 
 /// The XSAVE area of a stopped thread in the standard (uncompacted) layout.
 pub fn xstate(tid: Pid) -> io::Result<Vec<u8>> {
-    let mut bytes = vec![0u8; XSTATE_BYTES_MAX];
-    let mut vector = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
-    request(libc::PTRACE_GETREGSET, tid, NT_X86_XSTATE, (&raw mut vector).addr())?;
-    bytes.truncate(vector.iov_len);
-    Ok(bytes)
+    // In most cases enough, and far sooner zeroed than the most that there may be.
+    const USUAL_BYTES: usize = 12 << 10;
+    let mut bytes = vec![0u8; USUAL_BYTES];
+    loop {
+        let mut vector = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+        request(libc::PTRACE_GETREGSET, tid, NT_X86_XSTATE, (&raw mut vector).addr())?;
+        // The kernel cuts off what does not fit.
+        if vector.iov_len < bytes.len() || bytes.len() == XSTATE_BYTES_MAX {
+            bytes.truncate(vector.iov_len);
+            return Ok(bytes);
+        }
+        bytes.resize(XSTATE_BYTES_MAX, 0);
+    }
 }
 
 /// Sets the XSAVE area of a stopped thread.
@@ -198,7 +206,7 @@ pub enum Queue {
 
 /// Copies the pending signals of a stopped thread, or of its process, oldest first, without taking them.
 pub fn pending(tid: Pid, queue: Queue) -> io::Result<Vec<[u8; SIGINFO_BYTES]>> {
-    const AT_ONCE: usize = 32;
+    const AT_ONCE: usize = 8;
     let mut all = Vec::new();
     loop {
         let mut batch = [[0u8; SIGINFO_BYTES]; AT_ONCE];
@@ -208,7 +216,7 @@ pub fn pending(tid: Pid, queue: Queue) -> io::Result<Vec<[u8; SIGINFO_BYTES]>> {
                 Queue::Thread => 0,
                 Queue::Process => libc::PTRACE_PEEKSIGINFO_SHARED,
             },
-            nr: 32,
+            nr: 8,
         };
         let address = (&raw mut arguments).addr();
         let count =
@@ -256,8 +264,9 @@ pub fn dispatches_calls(tid: Pid) -> io::Result<bool> {
 /// Whether a stopped thread may use I/O ports (`ioperm`).
 pub fn uses_ports(tid: Pid) -> io::Result<bool> {
     const NT_386_IOPERM: usize = 0x201;
-    let mut bytes = vec![0u8; XSTATE_BYTES_MAX];
-    let mut vector = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+    // Any part of the map tells that there is one.
+    let mut word = [0u8; 8];
+    let mut vector = libc::iovec { iov_base: word.as_mut_ptr().cast(), iov_len: word.len() };
     let data = (&raw mut vector).addr();
     match request(libc::PTRACE_GETREGSET, tid, NT_386_IOPERM, data) {
         // ENXIO: it has none. EINVAL: this kernel gives them to nobody.

@@ -14,28 +14,22 @@ pub fn affinity(tid: Pid) -> io::Result<Vec<u32>> {
     };
     check(result)?;
     let mut processors = Vec::new();
-    for (index, word) in (0u32..).zip(words) {
+    for (index, word) in (0u32..).zip(words).filter(|(_, word)| *word != 0) {
         processors.extend((0..64).filter(|bit| word >> bit & 1 == 1).map(|bit| index * 64 + bit));
     }
     Ok(processors)
 }
 
-/// Whether children of a thread begin with the default scheduling policy (`SCHED_RESET_ON_FORK`).
-pub fn resets_on_fork(tid: Pid) -> io::Result<bool> {
-    // SAFETY: the call takes a number only.
-    let policy = check(unsafe { libc::syscall(libc::SYS_sched_getscheduler, tid) })?;
-    Ok(policy & libc::c_long::from(libc::SCHED_RESET_ON_FORK) != 0)
-}
-
 /// `struct sched_attr` of linux/sched/types.h, as far as its first version goes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
-struct Attributes {
+pub struct Attributes {
     size: u32,
-    policy: u32,
+    pub policy: u32,
     flags: u64,
-    nice: i32,
-    priority: u32,
+    /// 0 for real-time policies, of which the call does not tell it.
+    pub nice: i32,
+    pub priority: u32,
     runtime_ns: u64,
     deadline_ns: u64,
     period_ns: u64,
@@ -43,12 +37,29 @@ struct Attributes {
 const ATTRIBUTES_BYTES: u32 = 48;
 const _: () = assert!(size_of::<Attributes>() == ATTRIBUTES_BYTES as usize);
 
-/// The time slice of a thread of `SCHED_OTHER` or `SCHED_BATCH`, in nanoseconds: the kernel's own, or what it has asked for. 0 for
-/// other policies, and of kernels before 6.12, where none can be asked for.
+impl Attributes {
+    /// Whether children begin with the default scheduling policy (`SCHED_RESET_ON_FORK`).
+    #[must_use]
+    pub fn resets_on_fork(&self) -> bool {
+        self.flags & RESET_ON_FORK != 0
+    }
+
+    /// The time slice of a thread of `SCHED_OTHER` or `SCHED_BATCH`, in nanoseconds: the kernel's own, or what it has asked for. 0
+    /// for other policies, and of kernels before 6.12, where none can be asked for.
+    #[must_use]
+    pub fn slice_ns(&self) -> u64 {
+        if is_fair(self.policy) { self.runtime_ns } else { 0 }
+    }
+}
+
+/// `SCHED_FLAG_RESET_ON_FORK`
+const RESET_ON_FORK: u64 = 1;
+
+/// How a thread is scheduled.
 ///
 /// # Errors
 /// ESRCH: no such thread.
-pub fn slice_ns(tid: Pid) -> io::Result<u64> {
+pub fn attributes(tid: Pid) -> io::Result<Attributes> {
     let mut attributes = Attributes::default();
     // SAFETY: the kernel writes no more than the size that is passed along, which is that of `attributes`.
     let result = unsafe {
@@ -61,7 +72,7 @@ pub fn slice_ns(tid: Pid) -> io::Result<u64> {
         )
     };
     check(result)?;
-    Ok(if is_fair(attributes.policy) { attributes.runtime_ns } else { 0 })
+    Ok(attributes)
 }
 
 /// Whether threads of this policy can ask for a slice.
@@ -75,8 +86,6 @@ pub fn is_fair(policy: u32) -> bool {
 /// What `sched_setattr` takes to give a thread a slice, and, so that they stay, its policy and nice value.
 #[must_use]
 pub fn slice_words(policy: u32, reset_on_fork: bool, nice: i32, slice_ns: u64) -> [u64; 6] {
-    /// `SCHED_FLAG_RESET_ON_FORK`
-    const RESET_ON_FORK: u64 = 1;
     let first = u64::from(ATTRIBUTES_BYTES) | u64::from(policy) << 32;
     let flags = if reset_on_fork { RESET_ON_FORK } else { 0 };
     [first, flags, u64::from(nice.cast_unsigned()), slice_ns, 0, 0]

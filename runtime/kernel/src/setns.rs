@@ -3,8 +3,10 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::MetadataExt;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
-use crate::{Pid, check};
+use crate::{Pid, check, proc};
 
 /// A kind of namespace that a single thread can enter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +19,89 @@ pub enum Namespace {
     Uts,
 }
 
+impl Namespace {
+    /// Its name in `/proc/PID/ns`, and what `setns` calls it.
+    fn names(self) -> (&'static str, libc::c_int) {
+        match self {
+            Namespace::Network => ("net", libc::CLONE_NEWNET),
+            Namespace::Ipc => ("ipc", libc::CLONE_NEWIPC),
+            Namespace::Uts => ("uts", libc::CLONE_NEWUTS),
+        }
+    }
+}
+
+/// A thread that stands in a namespace and waits for when to look around there: to make and to place one takes longer than many a
+/// look.
+#[derive(Debug)]
+pub struct Visitor<T> {
+    namespace: Namespace,
+    identity: (u64, u64),
+    go: SyncSender<()>,
+    found: Receiver<io::Result<T>>,
+}
+
+impl<T: Send + 'static> Visitor<T> {
+    /// Enters a namespace of process `pid`, and does there what can be done before: `look` gets what `prepare` has returned. A
+    /// visitor that is dropped goes home.
+    ///
+    /// # Errors
+    /// Of entering the namespace, and of `prepare`.
+    pub fn send<P>(
+        pid: Pid,
+        namespace: Namespace,
+        prepare: impl FnOnce() -> io::Result<P> + Send + 'static,
+        look: impl FnOnce(P) -> io::Result<T> + Send + 'static,
+    ) -> io::Result<Visitor<T>> {
+        let (name, kind) = namespace.names();
+        let place = File::open(format!("/proc/{pid}/ns/{name}"))?;
+        let metadata = place.metadata()?;
+        let identity = (metadata.dev(), metadata.ino());
+        let (go, wait) = sync_channel(1);
+        let (tell, found) = sync_channel(1);
+        let (arrived, arrival) = sync_channel(1);
+        std::thread::Builder::new().spawn(move || {
+            // SAFETY: the call takes a descriptor that lives, and changes this thread only.
+            let entered = check(unsafe { libc::setns(place.as_raw_fd(), kind) }.into());
+            match entered.and_then(|_| prepare()) {
+                Err(error) => drop(arrived.send(Err(error))),
+                Ok(prepared) => {
+                    let _ = arrived.send(Ok(()));
+                    if wait.recv().is_ok() {
+                        let _ = tell.send(look(prepared));
+                    }
+                }
+            }
+        })?;
+        arrival.recv().unwrap_or_else(|_| Err(lost()))?;
+        Ok(Visitor { namespace, identity, go, found })
+    }
+
+    /// Whether process `pid` is still in the namespace.
+    #[must_use]
+    pub fn is_with(&self, pid: Pid) -> bool {
+        let (name, _) = self.namespace.names();
+        proc::namespace(pid, name).is_ok_and(|identity| identity == self.identity)
+    }
+
+    /// Lets it look, and does not wait for it.
+    pub fn go(&self) {
+        // A visitor that is not there any more is told of when its answer is asked for.
+        let _ = self.go.try_send(());
+    }
+
+    /// What it has found.
+    ///
+    /// # Errors
+    /// Of the look.
+    pub fn found(self) -> io::Result<T> {
+        self.found.recv().unwrap_or_else(|_| Err(lost()))
+    }
+}
+
+fn lost() -> io::Error {
+    io::Error::other("the thread in another namespace panicked")
+}
+
 /// Runs `act` in a namespace of process `pid`.
 ///
 /// # Errors
@@ -26,11 +111,7 @@ pub fn inside<T: Send>(
     namespace: Namespace,
     act: impl FnOnce() -> io::Result<T> + Send,
 ) -> io::Result<T> {
-    let (name, kind) = match namespace {
-        Namespace::Network => ("net", libc::CLONE_NEWNET),
-        Namespace::Ipc => ("ipc", libc::CLONE_NEWIPC),
-        Namespace::Uts => ("uts", libc::CLONE_NEWUTS),
-    };
+    let (name, kind) = namespace.names();
     enter(&File::open(format!("/proc/{pid}/ns/{name}"))?, kind, act)
 }
 

@@ -6,7 +6,7 @@
 //! registers over a system call but `rax`, `rcx` and `r11`.
 //!
 //! - [`once`] makes a single system call, and holds everything it restores as immediate operands. It fits into the padding at
-//!   the end of the vdso, and makes the first mapping.
+//!   the end of the vdso, and makes the first mapping. [`opening`] and [`closing`] do with a single stop what takes several.
 //! - [`interpreter`] lives in a mapping of its own and makes the calls of a table, the *tape*.
 
 use std::arch::global_asm;
@@ -34,7 +34,13 @@ pub const CALL_BYTES: usize = 64;
 ///
 /// The interpreter addresses it relative to itself, and uses it as a stack for one `popfq`. The memory from the code's page up
 /// to the block is writable and no longer needed by then, so that a signal in that very instruction finds room for its frame.
-pub const RETURN_BLOCK: u64 = 32 << 10;
+pub const RETURN_BLOCK: u64 = SLOTS as u64 * SLOT_BYTES + BELOW_BLOCK;
+/// Copies of the interpreter that there is room for, each with a block of its own, so that as many threads can run tapes at once.
+pub const SLOTS: usize = 8;
+/// From one copy to the next, and from one block to the next.
+pub const SLOT_BYTES: u64 = 16 << 10;
+/// Of a slot, what lies below its block. A frame with the largest vector state (AMX) takes 11 KiB.
+const BELOW_BLOCK: u64 = 12 << 10;
 /// Size of the return block.
 pub const RETURN_BLOCK_BYTES: usize = 19 * 8;
 
@@ -83,6 +89,10 @@ pub enum End {
     Call,
     /// With a breakpoint, so that the tape runs without a stop up to there. Without a tracer it is deadly.
     Breakpoint,
+    /// With a signal that the thread sends to itself, so that the tape runs without a stop up to there. It has to be one that the
+    /// process ignores and the thread has not blocked: the kernel drops it at once where there is no tracer, and tells a tracer
+    /// of it (kernel/signal.c, sig_ignored).
+    Signal(i32),
 }
 
 /// The bit of the flags with which the processor sends SIGTRAP after every instruction. A program may have set it for itself; code
@@ -93,11 +103,16 @@ pub const TRAP_FLAG: u64 = 1 << 8;
 #[must_use]
 pub fn start(interpreter: u64, tape: u64, calls: u64, end: End, from: &Registers) -> Registers {
     let breakpoint = u64::from(end == End::Breakpoint);
+    let signal = match end {
+        End::Signal(signal) => u64::from(signal.unsigned_abs()),
+        End::Call | End::Breakpoint => 0,
+    };
     Registers {
         rip: interpreter,
         rbx: tape,
         rbp: calls,
         r12: breakpoint,
+        r13: signal,
         orig_rax: u64::MAX,
         eflags: from.eflags & !TRAP_FLAG,
         ..*from
@@ -152,6 +167,61 @@ pub fn once(to: &Registers, mask: u64) -> [u8; ONCE_BYTES] {
     code.try_into().expect("the parts add up to ONCE_BYTES")
 }
 
+/// Offset in [`opening`]'s and [`closing`]'s code of the instruction after the call that sends the signal.
+const fn signal_offset(first: usize) -> u64 {
+    (first + 21) as u64
+}
+
+/// Code that maps memory with the call in the registers with which the thread starts, and over its first `code_bytes` a second
+/// mapping that can be run; then it sends `signal` to its own thread ([`End::Signal`]) and ends as [`once`] does, in all without a
+/// stop but that for the signal. There `r8` is what the first call has returned, `r9` what the second has. The second number is
+/// the offset of that stop.
+#[must_use]
+pub fn opening(to: &Registers, mask: u64, signal: i32, code_bytes: u32) -> (Vec<u8>, u64) {
+    const FLAGS: u32 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED).unsigned_abs();
+    const PROTECTION: u32 = (libc::PROT_READ | libc::PROT_EXEC).unsigned_abs();
+    let mut code = vec![0x0f, 0x05]; // syscall
+    // Where the first has failed, the second does too: no page begins at the number of an error.
+    code.extend([0x48, 0x89, 0xc7]); // mov %rax, %rdi
+    code.push(0xbe); // mov $code_bytes, %esi
+    code.extend(code_bytes.to_le_bytes());
+    code.push(0xba); // mov $PROTECTION, %edx
+    code.extend(PROTECTION.to_le_bytes());
+    code.extend([0x41, 0xba]); // mov $FLAGS, %r10d
+    code.extend(FLAGS.to_le_bytes());
+    code.extend([0x49, 0xc7, 0xc0, 0xff, 0xff, 0xff, 0xff]); // mov $-1, %r8
+    code.extend([0x41, 0xb9, 0, 0, 0, 0]); // mov $0, %r9d
+    code.extend([0xb8, 9, 0, 0, 0, 0x0f, 0x05]); // mmap
+    code.extend([0x49, 0x89, 0xf8]); // mov %rdi, %r8
+    code.extend([0x49, 0x89, 0xc1]); // mov %rax, %r9
+    by_signal(code, to, mask, signal)
+}
+
+/// As [`opening`], with the one call alone, whose result is in `r8`.
+#[must_use]
+pub fn closing(to: &Registers, mask: u64, signal: i32) -> (Vec<u8>, u64) {
+    let mut code = vec![0x0f, 0x05]; // syscall
+    code.extend([0x49, 0x89, 0xc0]); // mov %rax, %r8
+    by_signal(code, to, mask, signal)
+}
+
+fn by_signal(mut code: Vec<u8>, to: &Registers, mask: u64, signal: i32) -> (Vec<u8>, u64) {
+    let offset = signal_offset(code.len());
+    code.extend([0xb8, 186, 0, 0, 0, 0x0f, 0x05]); // gettid
+    code.extend([0x89, 0xc7]); // mov %eax, %edi
+    code.push(0xbe); // mov $signal, %esi
+    code.extend(signal.to_le_bytes());
+    code.extend([0xb8, 200, 0, 0, 0, 0x0f, 0x05]); // tkill
+    assert_eq!(code.len() as u64, offset, "the instructions add up");
+    // All of `once` but its first call.
+    code.extend(once(to, mask).iter().skip(2));
+    assert!(code.len() <= OPENING_BYTES, "the largest is the one that opens");
+    (code, offset)
+}
+
+/// Bytes of the code that [`opening`] makes.
+pub const OPENING_BYTES: usize = 224;
+
 /// How [`once`]'s code begins: the call, and `rt_sigprocmask(SIG_SETMASK, &mask, NULL, 8)`.
 pub const ONCE_PREFIX: [u8; 32] = [
     0x0f, 0x05, // syscall
@@ -197,6 +267,15 @@ global_asm!(
     "syscall",
     ".globl samara_tape_marker",
     "samara_tape_marker:",
+    "test r13d, r13d",
+    "jz 6f",
+    "mov edi, eax",
+    "mov esi, r13d",
+    "mov eax, 200", // tkill
+    "syscall",
+    ".globl samara_tape_signal",
+    "samara_tape_signal:",
+    "6:",
     // From here on there is no tracer: the signal mask was its doing.
     "mov eax, 14", // rt_sigprocmask
     "mov edi, 2",  // SIG_SETMASK
@@ -241,6 +320,16 @@ pub fn interpreter_marker() -> u64 {
         static samara_tape_marker: u8;
     }
     ((&raw const samara_tape_marker).addr() - (&raw const samara_tape_begin).addr()) as u64
+}
+
+/// Offset of the instruction after the call by which a tape that ends with [`End::Signal`] sends it.
+#[must_use]
+pub fn interpreter_signal() -> u64 {
+    unsafe extern "C" {
+        static samara_tape_begin: u8;
+        static samara_tape_signal: u8;
+    }
+    ((&raw const samara_tape_signal).addr() - (&raw const samara_tape_begin).addr()) as u64
 }
 
 /// The interpreter's code.

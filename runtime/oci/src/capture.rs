@@ -458,7 +458,8 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
         outside: outside(&record),
         names: GivenNames { host: spec.hostname().clone(), domain: spec.domainname().clone() },
     };
-    refuse_own_mounts(record.init.pid, &spec)?;
+    let mounts = mount_text(record.init.pid)?;
+    refuse_own_mounts(record.init.pid, &spec, &mounts)?;
     let mut thaw = || match paused {
         true => record.cgroup.thaw().map_err(io::Error::other),
         false => Ok(()),
@@ -497,19 +498,27 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
         }
     };
     // An error from here on drops `frozen`, which lets the container go on.
-    refuse_own_mounts(record.init.pid, &spec)?;
+    let mounts_now = mount_text(record.init.pid)?;
+    // The same mounts are still no others than the specification's.
+    if mounts_now != mounts {
+        refuse_own_mounts(record.init.pid, &spec, &mounts_now)?;
+    }
     progress("copying files");
     files::capture_root(&root, &leased, &mut StreamWriter::new(&mut writer, ROOT_STREAM))?;
-    let trees = capture_trees(record.init.pid, &spec, &leased, &mut writer)?;
+    let trees = capture_trees(record.init.pid, &spec, &mounts_now, &leased, &mut writer)?;
     let travelling: Vec<String> = trees.iter().map(|tree| tree.path.clone()).collect();
     let saved =
         Saved { container, origin: Origin::of(&spec, record.seccomp_filters), trees, root: true };
-    let records = encode_record(&saved)?;
-    let facts = CapsuleFacts {
-        created: SystemTime::now(),
-        parent: continued,
-        provenance: provenance(&saved, &record),
-        requirements: requirements(&base, &saved.container.vdso_sha256),
+    let created = SystemTime::now();
+    // Where the container stays, it does not wait for this.
+    let describe = || -> Result<_, CheckpointError> {
+        let facts = CapsuleFacts {
+            created,
+            parent: continued,
+            provenance: provenance(&saved, &record),
+            requirements: requirements(&base, &saved.container.vdso_sha256),
+        };
+        Ok((encode_record(&saved)?, facts))
     };
     // The capsule is there by then, and an older lease finds the way to the newest slot by itself: no reason to call it a failure.
     let keep = |held: &Held| {
@@ -522,16 +531,19 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
         }
     };
     phase::reached(Phase::FilesCopied);
+    // Before it is looked at whether anything runs.
+    let stood_since = frozen.stopped_at();
     let (committed, pause) = if order.leave_running {
         match paused {
             true => frozen.thaw_into(&mut || refreeze()),
             false => frozen.thaw(),
         }
         .map_err(CheckpointError::Release)?;
-        let pause = stopped.elapsed();
+        let pause = stood_since.elapsed();
         drop(urgent);
         phase::reached(Phase::Thawed);
         progress("storing");
+        let (records, facts) = describe()?;
         let committed = writer.commit(&mut held.lease, &records, facts)?;
         lineage.committed(&order.target, committed.capsule.digest);
         keep(&held);
@@ -542,6 +554,7 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
         (committed, pause)
     } else {
         progress("storing");
+        let (records, facts) = describe()?;
         let committed = writer.commit(&mut held.lease, &records, facts)?;
         keep(&held);
         phase::reached(Phase::Committed);
@@ -551,7 +564,7 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
             ending::take_back(&dir);
             CheckpointError::Release(error)
         })?;
-        (committed, stopped.elapsed())
+        (committed, stood_since.elapsed())
     };
     Ok(Summary {
         target: order.target,
@@ -679,11 +692,12 @@ fn outside(record: &Record) -> Vec<OutsideStream> {
 fn capture_trees(
     init: i32,
     spec: &oci_spec::runtime::Spec,
+    mounts: &[u8],
     leased: &LeasedFiles,
     writer: &mut CapsuleWriter,
 ) -> Result<Vec<SavedTree>, CheckpointError> {
     let mut trees = Vec::new();
-    for path in travelling_mounts(init, spec)? {
+    for path in travelling_mounts(spec, mounts)? {
         let stream = format!("tree-{}", trees.len());
         let folder =
             open_folder_inside(init, &path).map_err(io("open a mount of the container"))?;
@@ -694,17 +708,24 @@ fn capture_trees(
     Ok(trees)
 }
 
-/// What is mounted in the container, whatever root its init has by now.
-fn mounts_of(init: i32) -> Result<MountInfos, CheckpointError> {
-    let what = || io("read the container's mounts");
-    let text = mount_namespace::mountinfo(init).map_err(what())?;
-    MountInfos::from_buf_read(text.as_slice()).map_err(io::Error::other).map_err(what())
+/// What is mounted in the container, whatever root its init has by now, as the kernel writes it.
+fn mount_text(init: i32) -> Result<Vec<u8>, CheckpointError> {
+    mount_namespace::mountinfo(init).map_err(io("read the container's mounts"))
+}
+
+fn parse_mounts(text: &[u8]) -> Result<MountInfos, CheckpointError> {
+    let what = io("read the container's mounts");
+    MountInfos::from_buf_read(text).map_err(io::Error::other).map_err(what)
 }
 
 /// Refuses mounts that the specification does not have, and the want of those that it has: the program has made them, or removed
 /// them, and a new container would have what the specification says.
-fn refuse_own_mounts(init: i32, spec: &oci_spec::runtime::Spec) -> Result<(), CheckpointError> {
-    let mounts = mounts_of(init)?;
+fn refuse_own_mounts(
+    init: i32,
+    spec: &oci_spec::runtime::Spec,
+    mounts: &[u8],
+) -> Result<(), CheckpointError> {
+    let mounts = parse_mounts(mounts)?;
     let root = mount_namespace::root(init).map_err(io("open the container's root"))?;
     // A mount point is where the links on its path lead to.
     let place = |path: &Path| {
@@ -755,8 +776,8 @@ pub const VOLUMES_ANNOTATION: &str = "dev.samara.volumes";
 
 /// Mount points whose content travels: file systems in memory that can be written to, and volumes for which it is asked.
 fn travelling_mounts(
-    init: i32,
     spec: &oci_spec::runtime::Spec,
+    mounts: &[u8],
 ) -> Result<Vec<String>, CheckpointError> {
     let wish = spec
         .annotations()
@@ -770,7 +791,7 @@ fn travelling_mounts(
             (of == path).then_some(policy == "include")
         })
     };
-    let mounts = mounts_of(init)?;
+    let mounts = parse_mounts(mounts)?;
     let specified: Vec<&Path> =
         spec.mounts().iter().flatten().map(|mount| mount.destination().as_path()).collect();
     let mut paths = Vec::new();

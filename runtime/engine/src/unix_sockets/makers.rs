@@ -23,8 +23,8 @@ pub(crate) fn inside_number(pid: Pid, init: Pid) -> Option<i32> {
     if pid == 0 {
         return Some(0);
     }
-    let numbers = proc::status(pid).ok()?.nspid?;
-    let depth = proc::status(init).ok()?.nspid?.len();
+    let numbers = proc::status(pid).ok()?.nspid;
+    let depth = proc::status(init).ok()?.nspid.len();
     // Of a zombie the namespace can't be asked for.
     let strange = match (proc::namespace(pid, "pid"), proc::namespace(init, "pid")) {
         (Ok(its), Ok(own)) => its != own,

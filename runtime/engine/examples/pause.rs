@@ -1,0 +1,190 @@
+//! How long a container stands still, by phase, beside the copying of its memory.
+//!
+//! `cargo build --workspace --example pause`, then as root `pause [--runs N] [CASE…]`: each case is a program as the init of a pid
+//! namespace, captured again and again with a sink that keeps nothing. Printed are medians in microseconds. What counts is the
+//! build with optimisation, on a machine that does nothing else; counts of system calls (`strace -f -c pause --runs 1 small`) do
+//! not depend on that.
+
+#![expect(clippy::print_stdout, reason = "figures are what this program is for")]
+
+use std::fs;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use samara_capsule::transfer::{BaseId, PageBatch, PageRun, Sink, SpaceId, StreamName};
+use samara_engine::capture::{CaptureRequest, capture};
+use samara_engine::names::GivenNames;
+use samara_engine::tracking::Tracking;
+
+/// Name, threads, descriptors. The program is this one, which has some forty mappings.
+const CASES: [(&str, usize, usize); 5] = [
+    ("small", 1, 12),
+    ("threads-8", 8, 12),
+    ("threads-64", 64, 12),
+    ("threads-256", 256, 12),
+    ("descriptors-50", 1, 50),
+];
+
+/// Takes everything and keeps nothing.
+struct Nothing(Vec<u8>);
+
+impl Sink for Nothing {
+    fn buffer(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.0)
+    }
+
+    fn pages(&mut self, batch: PageBatch) -> io::Result<()> {
+        self.0 = batch.bytes;
+        self.0.clear();
+        Ok(())
+    }
+
+    fn exact_pages(&mut self, batch: PageBatch) -> io::Result<()> {
+        self.pages(batch)
+    }
+
+    fn base(&mut self, _: Option<SpaceId>) -> io::Result<BaseId> {
+        unreachable!("nothing is tracked here")
+    }
+
+    fn draft(&mut self, _: BaseId, _: bool, _: Vec<PageRun>, _: Vec<u8>) -> io::Result<()> {
+        unreachable!("nothing is tracked here")
+    }
+
+    fn unchanged(&mut self, _: &Arc<[SpaceId]>, _: BaseId, _: PageRun, _: bool) -> io::Result<()> {
+        unreachable!("nothing is tracked here")
+    }
+
+    fn settle(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn append(&mut self, _: &StreamName, _: &[u8]) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A program that is init of its own namespaces.
+struct Namespace {
+    unshare: Child,
+    init: i32,
+}
+
+impl Namespace {
+    fn start(case: &str) -> Namespace {
+        let own = std::env::current_exe().expect("this program has a path");
+        let mut unshare = Command::new("unshare");
+        unshare
+            .args(["--pid", "--ipc", "--net", "--uts", "--fork", "--mount-proc", "--kill-child"])
+            .arg(own)
+            .args(["--program", case])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .process_group(0);
+        let unshare = unshare.spawn().expect("unshare of util-linux is installed");
+        let mut namespace = Namespace { unshare, init: 0 };
+        let children = format!("/proc/{0}/task/{0}/children", namespace.unshare.id());
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            let init = fs::read_to_string(&children).ok();
+            let init = init.and_then(|text| text.split_whitespace().next()?.parse::<i32>().ok());
+            // The program's name says that it has made everything.
+            if let Some(init) = init
+                && fs::read_to_string(format!("/proc/{init}/comm")).is_ok_and(|it| it == "ready\n")
+            {
+                std::thread::sleep(Duration::from_millis(20));
+                namespace.init = init;
+                return namespace;
+            }
+            assert!(Instant::now() < deadline, "the program does not become ready");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = self.unshare.kill();
+        let _ = self.unshare.wait();
+    }
+}
+
+/// What is captured.
+fn program(case: &str) {
+    let (_, threads, descriptors) =
+        CASES.into_iter().find(|(name, ..)| *name == case).expect("a case");
+    for _ in 1..threads {
+        let thread = std::thread::Builder::new().stack_size(64 << 10);
+        thread
+            .spawn(|| {
+                loop {
+                    std::thread::park();
+                }
+            })
+            .expect("a thread");
+    }
+    let file = || fs::File::open("/proc/self/exe").expect("a file");
+    let open: Vec<fs::File> = (3..descriptors).map(|_| file()).collect();
+    fs::write("/proc/self/comm", "ready").expect("a name");
+    loop {
+        std::thread::park();
+        std::hint::black_box(&open);
+    }
+}
+
+/// One line of figures.
+fn measure(case: &str, runs: usize) {
+    let namespace = Namespace::start(case);
+    let names = GivenNames::default();
+    let request = CaptureRequest { init: namespace.init, outside: Vec::new(), names };
+    let mut sink = Nothing(Vec::with_capacity(8 << 20));
+    let mut rows: Vec<[u128; 6]> = Vec::new();
+    for _ in 0..runs {
+        let begun = Instant::now();
+        let captured = capture(&request, &mut Tracking::default(), &mut || Ok(()), &mut sink);
+        let captured = captured.unwrap_or_else(|error| panic!("{error}: {error:?}"));
+        let all = begun.elapsed();
+        let report = captured.report;
+        let begun = Instant::now();
+        captured.frozen.thaw().expect("a thaw");
+        let thaw = begun.elapsed();
+        let rest =
+            all.saturating_sub(report.prepare + report.freeze + report.collect + report.copy);
+        let pause = all.saturating_sub(report.prepare) + thaw;
+        let row = [report.freeze, report.collect, report.copy, rest, thaw, pause];
+        rows.push(row.map(|time| time.as_micros()));
+        // So that the program is asleep again.
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let median = |column: usize| {
+        let mut times: Vec<u128> = rows.iter().map(|row| row[column]).collect();
+        times.sort_unstable();
+        times[times.len() / 2]
+    };
+    let [freeze, collect, copy, rest, thaw, all] = std::array::from_fn(median);
+    println!(
+        "{case:16} freeze={freeze:6} collect={collect:6} copy={copy:6} rest={rest:6} thaw={thaw:6} pause={all:6} pause-copy={}",
+        all.saturating_sub(copy)
+    );
+}
+
+fn main() {
+    let mut runs = 101;
+    let mut cases = Vec::new();
+    let mut words = std::env::args().skip(1);
+    while let Some(word) = words.next() {
+        match word.as_str() {
+            "--program" => return program(&words.next().expect("a case")),
+            "--runs" => runs = words.next().and_then(|it| it.parse().ok()).expect("a number"),
+            _ => cases.push(word),
+        }
+    }
+    for (case, ..) in CASES {
+        if cases.is_empty() || cases.iter().any(|wanted| wanted == case) {
+            measure(case, runs);
+        }
+    }
+}
