@@ -180,13 +180,13 @@ static void one_map(char *line)
 		snprintf(now->protection, sizeof now->protection, "%s", protection);
 		snprintf(now->name, sizeof now->name, "%s", name);
 	} else if (begins(line, "VmFlags:")) {
-		/* `sd` is for trackers, `ac` follows from what has been paid for, and `gu` says that there may once have been guard pages. */
+		/* `sd` and `uw` are for trackers, `ac` follows from what has been paid for, and `gu` says that there may once have been guard pages. */
 		struct map *now = &room->map, *last = &room->last;
 		size_t length = 0;
 		char *save = NULL;
 		now->flags[0] = 0;
 		for (char *flag = strtok_r(line + 8, " ", &save); flag; flag = strtok_r(NULL, " ", &save))
-			if (strcmp(flag, "sd") && strcmp(flag, "ac") && strcmp(flag, "gu") && length + 4 < sizeof now->flags)
+			if (strcmp(flag, "sd") && strcmp(flag, "uw") && strcmp(flag, "ac") && strcmp(flag, "gu") && length + 4 < sizeof now->flags)
 				length += (size_t)sprintf(now->flags + length, " %s", flag);
 		/* The kernel may keep neighbours apart that could be one, or not: that is no difference. */
 		bool follows = last->end == now->start && !strcmp(last->name, now->name) &&

@@ -945,10 +945,10 @@ mod tests {
             for (index, (first, count, zeros)) in sets.into_iter().enumerate() {
                 let place = BasePlace { frame: 1000 + number(index), page: 7 };
                 base.set(PageRun { first, count }, (!zeros).then_some(place));
-                for page in 0..count {
+                for (number, page) in (first..first + count).zip(place.page..) {
                     match zeros {
-                        true => table.remove(&(first + page)),
-                        false => table.insert(first + page, (place.frame, 7 + page as u16)),
+                        true => table.remove(&number),
+                        false => table.insert(number, (place.frame, page)),
                     };
                 }
             }

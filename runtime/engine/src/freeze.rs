@@ -62,7 +62,7 @@ const POLL: Duration = Duration::from_micros(50);
 const BUSY: Duration = Duration::from_micros(400);
 
 /// How threads are traced that still run.
-pub(crate) const TRACED: Options = Options::SYSGOOD.and(Options::FOLLOW).and(Options::EXEC);
+const TRACED: Options = Options::SYSGOOD.and(Options::FOLLOW).and(Options::EXEC);
 
 /// A process that has ended and that its parent has not waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

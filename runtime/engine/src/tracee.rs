@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use samara_capsule::record::Restart;
 use samara_kernel::pidfd::PidFd;
-use samara_kernel::ptrace::{self, Options, Registers, Rseq};
+use samara_kernel::ptrace::{self, Registers, Rseq};
 use samara_kernel::tape::{
     self, CALL_BYTES, Call, End, ONCE_BYTES, ONCE_PREFIX, OPENING_BYTES, RETURN_BLOCK,
     RETURN_BLOCK_BYTES, SLOT_BYTES, SLOTS, TRAP_FLAG,
@@ -27,7 +27,6 @@ use samara_kernel::userfaultfd::{self, WriteTracker};
 use samara_kernel::wait::{self, Status};
 use samara_kernel::{Pid, proc};
 
-use crate::freeze::TRACED;
 use crate::restart;
 
 /// Why something could not be done in a tracee.
@@ -219,12 +218,6 @@ impl Thread {
         }
         ptrace::set_signal_mask(tid, self.mask).map_err(failed("set the signal mask of", tid))?;
         Ok(self.group_stop != 0)
-    }
-
-    /// Whether no filter stands between the thread and a call that its program may not make.
-    fn can_call_anything(&self, pid: Pid) -> bool {
-        let filtered = proc::status(pid).map_or(true, |status| status.seccomp != 0);
-        !filtered || ptrace::set_options(self.tid, TRACED.and(Options::SUSPEND_SECCOMP)).is_ok()
     }
 
     /// Takes part in the group stop that another thread of its process has begun.
@@ -898,7 +891,8 @@ impl Process {
     ///
     /// The arena comes and goes with it.
     pub(crate) fn make_tracker(&mut self) -> Result<Option<WriteTracker>, TraceeError> {
-        if self.threads.first().is_none_or(|thread| !thread.can_call_anything(self.pid)) {
+        let filtered = proc::status(self.pid).map_or(true, |status| status.seccomp != 0);
+        if filtered && !self.threads.first().is_some_and(|thread| thread.unfiltered) {
             return Ok(None);
         }
         self.map_arena(None)?;

@@ -11,7 +11,7 @@
 //! the same reason: a page may be armed while a device fills it.
 //!
 //! Pages that forks have left in common are copied while the container stands, where they can be told
-//! ([`crate::copy_on_write`]).
+//! (`copy_on_write`).
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
