@@ -83,44 +83,49 @@ impl Ranges {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
+
+    const ADDRESSES: u64 = 64;
+
+    /// A set, and what is in it.
+    fn draw(random: &mut fastrand::Rng, additions: usize) -> (Ranges, BTreeSet<u64>) {
+        let (mut ranges, mut addresses) = (Ranges::default(), BTreeSet::new());
+        for _ in 0..random.usize(0..additions) {
+            let start = random.u64(0..ADDRESSES);
+            let end = random.u64(start..=ADDRESSES);
+            ranges.add(start, end);
+            addresses.extend(start..end);
+        }
+        (ranges, addresses)
+    }
 
     /// Without this, a page that was written could count as stored.
     #[test]
     fn a_set_holds_what_was_added_and_nothing_else() {
         let mut random = fastrand::Rng::with_seed(7);
         for _ in 0..500 {
-            let mut ranges = Ranges::default();
-            let mut table = [false; 64];
-            for _ in 0..random.usize(0..20) {
-                let start = random.usize(0..64);
-                let end = random.usize(start..=64);
-                ranges.add(start as u64, end as u64);
-                table[start..end].fill(true);
-            }
-            let (mut others, mut other_table) = (Ranges::default(), [false; 64]);
-            for _ in 0..random.usize(0..5) {
-                let start = random.usize(0..64);
-                let end = random.usize(start..=64);
-                others.add(start as u64, end as u64);
-                other_table[start..end].fill(true);
-            }
-            for page in 0..64u64 {
-                let is_in = |set: &Ranges| set.divide(page, page + 1) == [(page, page + 1, true)];
-                let (this, other) = (table[page as usize], other_table[page as usize]);
+            let (ranges, addresses) = draw(&mut random, 20);
+            let (others, other_addresses) = draw(&mut random, 5);
+            for address in 0..ADDRESSES {
+                let part = (address, address + 1, true);
+                let is_in = |set: &Ranges| set.divide(address, address + 1) == [part];
+                let this = addresses.contains(&address);
+                let other = other_addresses.contains(&address);
                 assert_eq!(is_in(&ranges.union(&others)), this || other);
                 assert_eq!(is_in(&ranges.without(&others)), this && !other);
             }
             for window in ranges.0.windows(2) {
                 assert!(window[0].1 < window[1].0, "{ranges:?}");
             }
-            let start = random.usize(0..64);
-            let end = random.usize(start..=64);
+            let start = random.u64(0..ADDRESSES);
+            let end = random.u64(start..=ADDRESSES);
             let mut next = start;
-            for (low, high, inside) in ranges.divide(start as u64, end as u64) {
-                assert_eq!(low as usize, next);
-                next = high as usize;
-                assert!(table[low as usize..next].iter().all(|is| *is == inside), "{ranges:?}");
+            for (low, high, inside) in ranges.divide(start, end) {
+                assert_eq!(low, next);
+                next = high;
+                assert!((low..high).all(|one| addresses.contains(&one) == inside), "{ranges:?}");
             }
             assert_eq!(next, end);
         }
