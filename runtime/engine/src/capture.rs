@@ -134,6 +134,7 @@ pub fn capture(
 
     let begun = Instant::now();
     let mut report = CaptureReport { prepare, freeze, collect, ..CaptureReport::default() };
+    tracking.attach(&mut frozen)?;
     let mut members = Vec::new();
     let mut tracked = tracking.by_process();
     for (pid, record) in &mut processes {

@@ -6,7 +6,7 @@
 //! or by a round of copying since.
 //!
 //! What never counts as clean, and so is copied while the container stands: memory of processes that were born, or have replaced their
-//! program, since the trackers were made; mappings made or moved since; shared memory; huge pages of hugetlbfs; all of a process with
+//! program, since the last capsule; mappings made or moved since; shared memory; huge pages of hugetlbfs; all of a process with
 //! a context of asynchronous I/O, where devices write without the processor's seeing it. An open file with `O_DIRECT` makes rounds pointless for
 //! the same reason: a page may be armed while a device fills it.
 //!
@@ -52,6 +52,7 @@ const RUNS_AT_ONCE: usize = 2048;
 #[derive(Debug, Default)]
 pub struct Tracking {
     memories: BTreeMap<Pid, TrackedMemory>,
+    stays: bool,
 }
 
 /// The memory of one process.
@@ -118,8 +119,6 @@ pub struct PreCopy {
     pub rounds: Vec<(u64, Duration)>,
     /// Why there were none, or no more.
     pub ended: &'static str,
-    /// How long the container stood for it.
-    pub stopped: Duration,
 }
 
 impl Tracking {
@@ -143,11 +142,13 @@ impl Tracking {
             };
             memories.insert(pid, tracked);
         }
-        Tracking { memories }
+        Tracking { memories, stays: true }
     }
 
-    /// A new capsule begins. `continues`: the one that the notes speak of is the one before it.
-    pub fn begin(&mut self, continues: bool) {
+    /// A new capsule begins. `continues`: the one that the notes speak of is the one before it. `stays`: the container runs on, and there
+    /// may be another one.
+    pub fn begin(&mut self, continues: bool, stays: bool) {
+        self.stays = stays;
         for tracked in self.memories.values_mut().filter(|_| !continues) {
             tracked.parent = None;
         }
@@ -193,20 +194,15 @@ impl Tracking {
         self.memories.iter_mut().map(|(pid, tracked)| (*pid, tracked)).collect()
     }
 
-    /// Copies what was written, in rounds, while the container runs; it stands for a moment where processes came that are not
-    /// tracked yet.
+    /// Copies what was written, in rounds, while the container runs.
     ///
     /// # Errors
-    /// Those of stopping, and of the sink. What can't be tracked or read is left for the pause.
-    pub fn copy_ahead(&mut self, init: Pid, sink: &mut dyn Sink) -> Result<PreCopy, CaptureError> {
+    /// Those of the sink. What is not tracked yet or can't be read is left for the pause.
+    pub fn copy_ahead(&mut self, sink: &mut dyn Sink) -> Result<PreCopy, CaptureError> {
         let mut done = PreCopy::default();
-        if self.is_incomplete(init) {
-            let begun = Instant::now();
-            let mut frozen = FrozenTree::stop(init, &mut || Ok(()))?;
-            let attached = self.attach(&mut frozen);
-            frozen.thaw()?;
-            attached?;
-            done.stopped = begun.elapsed();
+        if self.memories.is_empty() {
+            done.ended = "nothing is tracked yet";
+            return Ok(done);
         }
         for (pid, tracked) in &mut self.memories {
             tracked.mappings = proc::mappings(*pid).unwrap_or_default();
@@ -293,25 +289,11 @@ impl Tracking {
         });
     }
 
-    /// Whether there is memory of some size that is not tracked and could be.
-    fn is_incomplete(&self, init: Pid) -> bool {
-        let Ok(namespace) = proc::namespace(init, "pid") else { return false };
-        let processes = proc::processes().unwrap_or_default();
-        processes.into_iter().any(|pid| match self.memories.get(&pid) {
-            Some(_) => uncovered_bytes(pid) >= TRACKED_PAGES_MIN * PAGE,
-            None => {
-                proc::namespace(pid, "pid").is_ok_and(|other| other == namespace)
-                    && own_pages(pid) >= TRACKED_PAGES_MIN
-                    && !aio::has_context(pid)
-                    && !self.memories.keys().any(|other| same_memory(*other, pid))
-            }
-        })
-    }
-
-    /// Makes trackers for the memories that have none, and has them cover all that can be tracked.
-    ///
-    /// Everything stands: a mapping has to be covered as a whole, or calls of the program could fail that take it for one (mremap(2)).
+    /// Makes trackers for the memories that have none, if the container stays. Their mappings are covered by the scan that follows.
     pub(crate) fn attach(&mut self, frozen: &mut FrozenTree) -> Result<(), CaptureError> {
+        if !self.stays {
+            return Ok(());
+        }
         let mut owners: BTreeMap<Pid, Pid> = BTreeMap::new();
         for pid in frozen.processes.keys().copied() {
             let numbers = |pid: Pid| (inner_pid(pid).unwrap_or(pid), pid);
@@ -341,16 +323,7 @@ impl Tracking {
                 Err(error) => tracing::info!(%error, pid, "its memory is not tracked"),
             }
         }
-        self.memories.retain(|pid, tracked| {
-            let is_there = frozen.processes.contains_key(pid) && tracked.is_of(*pid);
-            if is_there {
-                let mappings = proc::mappings(*pid).unwrap_or_default();
-                let new = mappings.iter().filter(|mapping| is_uncovered(mapping));
-                // What can't be covered is copied every time.
-                new.for_each(|mapping| drop(tracked.tracker.cover(mapping.start, mapping.end)));
-            }
-            is_there && !aio::has_context(*pid)
-        });
+        self.memories.retain(|pid, _| !aio::has_context(*pid));
         Ok(())
     }
 }
@@ -361,13 +334,6 @@ const COVERED: &[u8; 2] = b"uw";
 /// Whether a mapping could be tracked, and is not.
 fn is_uncovered(mapping: &Mapping) -> bool {
     !mapping.has_flag(COVERED) && mapping.anonymous_bytes > 0 && exact(mapping).is_some()
-}
-
-/// Memory of a process that could be tracked and is not.
-fn uncovered_bytes(pid: Pid) -> u64 {
-    let mappings = proc::mappings(pid).unwrap_or_default();
-    let uncovered = mappings.iter().filter(|mapping| is_uncovered(mapping));
-    uncovered.map(|mapping| mapping.anonymous_bytes).sum()
 }
 
 /// Whether pages of zeros count in a mapping that can be tracked; none in one that can't.

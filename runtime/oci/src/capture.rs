@@ -449,7 +449,7 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
         continued = None;
         writer = CapsuleWriter::new(&store)?;
     }
-    lineage.tracking.begin(continued.is_some());
+    lineage.tracking.begin(continued.is_some(), order.leave_running);
     phase::reached(Phase::Prepared);
 
     let paused = record.cgroup.is_frozen();
@@ -466,7 +466,7 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
     };
     if !paused {
         progress("copying memory");
-        let ahead = lineage.tracking.copy_ahead(record.init.pid, &mut writer)?;
+        let ahead = lineage.tracking.copy_ahead(&mut writer)?;
         tracing::info!(?ahead, "memory was copied while the container ran");
     }
     progress("stopping");

@@ -204,7 +204,7 @@ impl Saving<'_> {
         // As it comes from the process that keeps it.
         let (notes, trackers) = std::mem::take(&mut self.tracking).into_parts();
         self.tracking = Tracking::from_parts(notes, trackers);
-        self.tracking.begin(self.last.is_some());
+        self.tracking.begin(self.last.is_some(), true);
         let mut writer = match self.last {
             Some(last) => {
                 CapsuleWriter::after(CapsuleReader::open_digest(&self.store, last).unwrap())
@@ -223,7 +223,7 @@ impl Saving<'_> {
         };
         let init = self.program.init;
         if ahead {
-            self.tracking.copy_ahead(init, &mut writer).map_err(|error| said(&error))?;
+            self.tracking.copy_ahead(&mut writer).map_err(|error| said(&error))?;
         }
         let request = CaptureRequest { init, outside: Vec::new(), names: GivenNames::default() };
         let captured = match capture(&request, &mut self.tracking, &mut || Ok(()), &mut writer) {
