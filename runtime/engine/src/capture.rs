@@ -101,7 +101,8 @@ pub struct CaptureReport {
 /// Stops a container and passes all it consists of to `sink`; files of its root are the caller's business, while it is stopped.
 /// Memory that `tracking` knows to be stored is not copied again.
 ///
-/// Success: the container is stopped, and `sink` has taken everything. Failure: the container runs, unharmed.
+/// Success: the container is stopped, and `sink` has taken everything. Failure: the container runs, unharmed, and
+/// `tracking` still knows all that no capsule has.
 /// `thaw` is called as [`FrozenTree::stop`] says.
 pub fn capture(
     request: &CaptureRequest,

@@ -290,6 +290,10 @@ impl Tracking {
     }
 
     /// Makes trackers for the memories that have none, if the container stays. Their mappings are covered by the scan that follows.
+    /// The processes have been looked at, and room for code was found in them.
+    ///
+    /// # Errors
+    /// A process can't be read. One that can't have a tracker is no error: it is copied in full each time.
     pub(crate) fn attach(&mut self, frozen: &mut FrozenTree) -> Result<(), CaptureError> {
         if !self.stays {
             return Ok(());
@@ -310,8 +314,6 @@ impl Tracking {
                 continue;
             }
             let Some(process) = frozen.processes.get_mut(&pid) else { continue };
-            let mappings = proc::mappings(pid).map_err(read("the mappings"))?;
-            process.find_room(&mappings);
             match process.make_tracker() {
                 Ok(Some(tracker)) => {
                     let what = read(format!("process {pid} in /proc"));
