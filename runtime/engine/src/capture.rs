@@ -31,7 +31,7 @@ use crate::tracking::Tracking;
 use crate::unsupported::{Place, Unsupported, UnsupportedList};
 use crate::{
     aio, clocks, copy_on_write, datagrams, descriptors, epoll, file_names, inotify, mappings,
-    memory,     nameless, notices, posix_queues, process, system_v, tcp, terminals, unix_sockets, vdso,
+    memory, nameless, notices, posix_queues, process, system_v, tcp, terminals, unix_sockets, vdso,
 };
 
 /// Why no capsule came of a capture. The container runs on in every case.

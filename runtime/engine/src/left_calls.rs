@@ -75,20 +75,23 @@ impl LeftCalls {
                 let Some(stop) = restart::in_restarted_call(&thread.stop, &is_call) else {
                     continue;
                 };
-                let known = self
-                    .calls
-                    .iter()
-                    .find(|known| known.tid == tid && known.place == place(&stop));
+                let known =
+                    self.calls.iter().find(|known| known.tid == tid && known.place == place(&stop));
                 let code = || process.read(stop.rip - CODE_BYTES as u64, CODE_BYTES).ok();
                 let number = known
                     .map(|known| known.number)
                     .or_else(|| frozen.sleepers.get(&tid).map(restart::Sleeper::number))
                     .or_else(|| number_in_code(&code()?));
                 let Some(number) = number else {
-                    tracing::warn!(tid, "which call a thread goes on with is not known: after a restore it fails with EINTR");
+                    tracing::warn!(
+                        tid,
+                        "which call a thread goes on with is not known: after a restore it fails with EINTR"
+                    );
                     continue;
                 };
-                if let Some(since) = known.and_then(|known| self.since(known, slept.get(&tid), stopped_at)) {
+                if let Some(since) =
+                    known.and_then(|known| self.since(known, slept.get(&tid), stopped_at))
+                {
                     let elapsed = stopped_at.saturating_duration_since(since);
                     let slept = slept.entry(tid).or_default();
                     slept.since = Some(since);
@@ -102,7 +105,12 @@ impl LeftCalls {
     }
 
     /// When a call began, if it is sure to be the one that was noted.
-    fn since(&self, known: &LeftCall, slept: Option<&Slept>, stopped_at: Instant) -> Option<Instant> {
+    fn since(
+        &self,
+        known: &LeftCall,
+        slept: Option<&Slept>,
+        stopped_at: Instant,
+    ) -> Option<Instant> {
         let asleep_since = slept.and_then(|slept| slept.since).unwrap_or(stopped_at);
         let released = clocks::instant(self.released_ns?)?;
         (asleep_since <= released + BACK_ASLEEP_MAX).then_some(())?;
@@ -142,10 +150,8 @@ mod tests {
             clocks::monotonic_ns(now - Duration::from_secs(ago)).expect("the machine is older")
         };
         let left = LeftCalls { calls: Vec::new(), released_ns: Some(ns(20)) };
-        let asleep_since = |ago: u64| Slept {
-            since: Some(now - Duration::from_secs(ago)),
-            ..Slept::default()
-        };
+        let asleep_since =
+            |ago: u64| Slept { since: Some(now - Duration::from_secs(ago)), ..Slept::default() };
         let noted = call(libc::SYS_poll, Some(ns(30)));
         let same = left.since(&noted, Some(&asleep_since(20)), now).expect("the same call");
         let ago = now.duration_since(same);

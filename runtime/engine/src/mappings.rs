@@ -14,7 +14,9 @@ static LIST: OnceLock<Option<MappingList>> = OnceLock::new();
 pub(crate) fn prepare() {
     LIST.get_or_init(|| {
         MappingList::new()
-            .inspect_err(|error| tracing::info!(%error, "mappings are read with a count of their pages"))
+            .inspect_err(
+                |error| tracing::info!(%error, "mappings are read with a count of their pages"),
+            )
             .ok()
     });
 }
@@ -27,7 +29,9 @@ pub(crate) fn of(pid: Pid) -> io::Result<Vec<Mapping>> {
     if let Some(list) = LIST.get().and_then(Option::as_ref) {
         match list.of(pid) {
             Ok(mappings) => return Ok(mappings),
-            Err(error) => tracing::debug!(%error, pid, "its mappings are read with a count of their pages"),
+            Err(error) => {
+                tracing::debug!(%error, pid, "its mappings are read with a count of their pages")
+            }
         }
     }
     proc::mappings(pid)

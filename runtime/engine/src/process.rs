@@ -684,7 +684,8 @@ pub(crate) fn part_scratch(
     let mut groups: Vec<(Pid, usize)> = Vec::new();
     for (pid, process) in processes {
         let threads = process.threads.len();
-        process.scratch_taken = match groups.iter_mut().find(|(first, _)| same_memory(*first, *pid)) {
+        process.scratch_taken = match groups.iter_mut().find(|(first, _)| same_memory(*first, *pid))
+        {
             Some((_, taken)) => std::mem::replace(taken, *taken + threads),
             None => {
                 groups.push((*pid, threads));

@@ -590,7 +590,8 @@ mod tests {
             let mut registers = interrupted(libc::SYS_epoll_wait, i64::from(libc::EINTR));
             mend_interrupted(&mut registers);
             registers.r10 = whole;
-            let restart = shorten(&mut registers, Goal::Thaw, elapsed_ms * 1_000_000, &|_| None, &|_| false);
+            let restart =
+                shorten(&mut registers, Goal::Thaw, elapsed_ms * 1_000_000, &|_| None, &|_| false);
             assert_eq!((registers.r10, restart), (rest, Restart::AsIs));
             assert_eq!(explicit(&registers).rax, libc::SYS_epoll_wait.unsigned_abs());
             assert_eq!(explicit(&registers).rip, 0x1000);
@@ -658,7 +659,8 @@ mod tests {
         registers.rdi = libc::CLOCK_PROCESS_CPUTIME_ID as u64;
         registers.rdx = 0x5000;
         let before = registers;
-        let restart = shorten(&mut registers, Goal::Restore, 4_000_000_000, &|_| Some([1; 16]), &|_| false);
+        let restart =
+            shorten(&mut registers, Goal::Restore, 4_000_000_000, &|_| Some([1; 16]), &|_| false);
         assert_eq!(restart, Restart::AsIs);
         assert_eq!((registers.orig_rax, registers.rdx), (before.orig_rax, before.rdx));
     }

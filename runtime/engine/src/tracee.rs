@@ -439,9 +439,7 @@ impl Process {
 
     /// Whether an address is where [`Process::scratch_for`] places timespecs.
     pub(crate) fn is_scratch(&self, address: u64) -> bool {
-        self.room.is_some_and(|Room { end, bytes }| {
-            address < end && end - address <= bytes as u64
-        })
+        self.room.is_some_and(|Room { end, bytes }| address < end && end - address <= bytes as u64)
     }
 
     /// Whether a thread at this place would make a system call.

@@ -453,8 +453,10 @@ fn kernel_tells() -> bool {
     static TELLS: OnceLock<bool> = OnceLock::new();
     *TELLS.get_or_init(|| {
         let told = userfaultfd::probe();
-        told.inspect_err(|error| tracing::info!(%error, "this kernel does not tell what is written"))
-            .is_ok()
+        told.inspect_err(
+            |error| tracing::info!(%error, "this kernel does not tell what is written"),
+        )
+        .is_ok()
     })
 }
 

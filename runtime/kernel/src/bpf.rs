@@ -95,7 +95,11 @@ struct AttachAttr {
 /// # Errors
 /// EACCES or EINVAL when the kernel's verifier refuses it, EPERM without CAP_BPF.
 pub fn load_device_program(program: &[Instruction]) -> io::Result<OwnedFd> {
-    load(program, c"Apache-2.0", LoadAttr { prog_type: BPF_PROG_TYPE_CGROUP_DEVICE, ..LoadAttr::default() })
+    load(
+        program,
+        c"Apache-2.0",
+        LoadAttr { prog_type: BPF_PROG_TYPE_CGROUP_DEVICE, ..LoadAttr::default() },
+    )
 }
 
 /// Loads `program` to be run for each object over which `function` goes, as the kernel's description of its types numbers it.

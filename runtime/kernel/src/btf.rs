@@ -63,7 +63,8 @@ impl Btf {
 
     /// The number of a function.
     pub(crate) fn function(&self, name: &str) -> Option<u32> {
-        let found = self.types().position(|found| found.kind == KIND_FUNC && self.is(found.name, name));
+        let found =
+            self.types().position(|found| found.kind == KIND_FUNC && self.is(found.name, name));
         Some(u32::try_from(found?).ok()? + 1)
     }
 

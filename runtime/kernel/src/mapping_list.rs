@@ -35,7 +35,9 @@ const AREA_BYTES: usize = 32;
 
 impl Area {
     fn of_bytes(bytes: &[u8]) -> Option<Area> {
-        let word = |index: usize| bytes.get(8 * index..)?.first_chunk().map(|word| u64::from_le_bytes(*word));
+        let word = |index: usize| {
+            bytes.get(8 * index..)?.first_chunk().map(|word| u64::from_le_bytes(*word))
+        };
         Some(Area { start: word(0)?, end: word(1)?, flags: word(2)?, has_anonymous: word(3)? != 0 })
     }
 }
@@ -327,7 +329,11 @@ mod tests {
             b"rd", b"wr", b"ex", b"mr", b"mw", b"me", b"sh", b"ms", b"gd", b"dd", b"dc", b"wf",
             b"sr", b"rr", b"lo", b"nr", b"uw",
         ] {
-            assert!(known.contains(&letters), "{:?} of {known:?}", letters.as_slice().escape_ascii());
+            assert!(
+                known.contains(&letters),
+                "{:?} of {known:?}",
+                letters.as_slice().escape_ascii()
+            );
         }
     }
 
