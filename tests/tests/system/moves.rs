@@ -221,10 +221,12 @@ fn moves_after(launch: &Launch, fixture: &Fixture, stops: bool) -> Result<()> {
     let launch = launch.clone().capsule(url.clone());
     let mut container = launch.start(&pair.nodes[0])?;
     let nonce = container.wait_ready()?;
-    for number in 1..=size("SAMARA_TEST_MOVES", 3)? {
+    // Two of three seconds all threads are in a wait of two.
+    for number in 1..=size("SAMARA_TEST_MOVES", 5)? {
         if stops {
-            container.node.docker(["pause", &container.id]).output()?;
-            container.node.docker(["unpause", &container.id]).output()?;
+            for signal in ["STOP", "CONT"] {
+                container.node.docker(["kill", "-s", signal, &container.id]).output()?;
+            }
         } else {
             for _ in 0..3 {
                 container.save(&url, &[])?.successful()?;
