@@ -590,7 +590,10 @@ impl TrackedMemory {
     ) -> io::Result<Option<(Vec<Run>, u64)>> {
         let (start, end) = mapping;
         let is_uncovered = |error: &io::Error| error.raw_os_error() == Some(libc::EPERM);
-        let scan = || pagemap.tracked_some(from, end, runs_max, of_file);
+        let scan = || match of_file {
+            true => pagemap.tracked_some(from, end, runs_max, of_file),
+            false => pagemap.tracked_of_stopped(from, end, runs_max),
+        };
         let found = match scan() {
             Err(error) if is_uncovered(&error) && self.tracker.cover(start, end).is_ok() => scan(),
             found => found,

@@ -63,6 +63,7 @@ impl PageRegion {
     }
 }
 
+#[derive(Default)]
 #[repr(C)]
 struct PmScanArg {
     size: u64,
@@ -219,6 +220,75 @@ impl Pagemap {
         Ok((runs.collect(), if walk_end <= start { end } else { walk_end }))
     }
 
+    /// As [`Pagemap::tracked_some`] of a mapping that is none of a file, where nothing runs that could write to it: in a third of the time.
+    ///
+    /// The kernel is asked for what is not there or was written, so that it need not tell of each page that is as it was; what it does not
+    /// name is clean. Then what was written is armed.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn tracked_of_stopped(
+        &self,
+        start: u64,
+        end: u64,
+        runs_max: usize,
+    ) -> io::Result<(Vec<Run>, u64)> {
+        /// For more runs than these, one more scan is faster than a call for each.
+        const ARMED_ALONE_MAX: usize = 64;
+        let mut regions = vec![PageRegion::default(); runs_max.clamp(1, REGIONS_AT_ONCE)];
+        let told = PAGE_IS_WRITTEN | PAGE_IS_PRESENT | PAGE_IS_SWAPPED | PAGE_IS_PFNZERO;
+        let argument = PmScanArg {
+            flags: PM_SCAN_CHECK_WPASYNC,
+            start,
+            end,
+            category_inverted: PAGE_IS_PRESENT,
+            category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_WRITTEN,
+            return_mask: told | self.guard(),
+            ..PmScanArg::default()
+        };
+        let (count, walk_end) = self.scan_by(argument, &mut regions)?;
+        let walk_end = if walk_end <= start { end } else { walk_end };
+        let mut runs = Vec::new();
+        let mut next = start;
+        for region in regions.iter().take(count) {
+            if next < region.start {
+                runs.push(Run {
+                    start: next,
+                    end: region.start,
+                    file: false,
+                    guard: false,
+                    clean: true,
+                });
+            }
+            next = region.end;
+            let is_there = region.categories & (PAGE_IS_PRESENT | PAGE_IS_SWAPPED) != 0;
+            if is_there && region.categories & PAGE_IS_PFNZERO == 0 {
+                runs.push(region.run(true));
+            }
+        }
+        if next < walk_end {
+            runs.push(Run { start: next, end: walk_end, file: false, guard: false, clean: true });
+        }
+        let written = || runs.iter().filter(|run| !run.clean && !run.guard);
+        if written().count() <= ARMED_ALONE_MAX {
+            for run in written() {
+                self.arm(run.start, run.end)?;
+            }
+        } else if let (Some(first), Some(last)) = (written().next(), written().next_back()) {
+            self.arm(first.start, last.end)?;
+        }
+        Ok((runs, walk_end))
+    }
+
+    /// Arms what was written in a range.
+    fn arm(&self, start: u64, end: u64) -> io::Result<()> {
+        let mut next = start;
+        while next < end {
+            (_, next) = self.tracked_some(next, end, REGIONS_AT_ONCE, false)?;
+        }
+        Ok(())
+    }
+
     /// For each page of `start..end` where its content is, as far as others may have it too. Replaces what `pages` holds.
     ///
     /// None for a page that nobody else has, that has no content, or of which the kernel does not tell: it wants a reader that
@@ -257,20 +327,30 @@ impl Pagemap {
         regions: &mut [PageRegion],
         Scanning { flags, without, wanted }: Scanning,
     ) -> io::Result<(usize, u64)> {
-        let guard = if self.scan == Scan::Guards { PAGE_IS_GUARD } else { 0 };
-        let mut argument = PmScanArg {
-            size: size_of::<PmScanArg>() as u64,
+        let argument = PmScanArg {
             flags,
             start,
             end,
-            walk_end: 0,
-            vec: regions.as_mut_ptr().addr() as u64,
-            vec_len: regions.len() as u64,
-            max_pages: 0,
             category_inverted: PAGE_IS_PFNZERO | without,
             category_mask: PAGE_IS_PFNZERO | without,
             category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-            return_mask: guard | wanted,
+            return_mask: self.guard() | wanted,
+            ..PmScanArg::default()
+        };
+        self.scan_by(argument, regions)
+    }
+
+    fn guard(&self) -> u64 {
+        if self.scan == Scan::Guards { PAGE_IS_GUARD } else { 0 }
+    }
+
+    /// Returns the number of regions that were found, and where the walk has ended.
+    fn scan_by(&self, argument: PmScanArg, regions: &mut [PageRegion]) -> io::Result<(usize, u64)> {
+        let mut argument = PmScanArg {
+            size: size_of::<PmScanArg>() as u64,
+            vec: regions.as_mut_ptr().addr() as u64,
+            vec_len: regions.len() as u64,
+            ..argument
         };
         // SAFETY: the argument has the size and layout that PAGEMAP_SCAN documents (asserted above), and its vector is `regions`.
         let result = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut argument) };
@@ -387,5 +467,64 @@ mod tests {
             );
         }
         assert_ne!(here[0], here[1]);
+    }
+
+    /// A page that is gone and counted as clean would come back from an older capsule.
+    #[test]
+    fn a_stopped_process_tells_what_is_gone_and_what_was_written() {
+        let mut memory = vec![0u8; 40 << 20];
+        let base = (memory.as_ptr().addr() + 4095) & !4095;
+        let offset = base - memory.as_ptr().addr();
+        let (start, end) = (base as u64, base as u64 + 256 * PAGE);
+        let at = |page: usize| offset + page * 4096;
+        for page in 10..200 {
+            memory[at(page)] = 1;
+        }
+        let tracker = crate::userfaultfd::of_this_process().expect("a tracker");
+        tracker.cover(start, end).expect("covered");
+        let pagemap =
+            Pagemap::open(i32::try_from(std::process::id()).expect("a pid")).expect("own pagemap");
+        let tell = |runs_max| {
+            let mut told = std::collections::BTreeMap::new();
+            let mut next = start;
+            while next < end {
+                let (runs, after) =
+                    pagemap.tracked_of_stopped(next, end, runs_max).expect("Linux 6.7 or newer");
+                for run in runs {
+                    told.extend((run.start..run.end).step_by(4096).map(|address| {
+                        (usize::try_from((address - start) / PAGE).expect("256"), run.clean)
+                    }));
+                }
+                next = after;
+            }
+            told
+        };
+        assert_eq!(tell(8), (10..200).map(|page| (page, false)).collect());
+        assert_eq!(tell(8), (10..200).map(|page| (page, true)).collect());
+        // SAFETY: the range lies in `memory`, to which nothing else refers; bytes that are dropped read as zeros, which are bytes too.
+        let dropped = unsafe {
+            libc::madvise(
+                std::ptr::with_exposed_provenance_mut(
+                    memory[at(50)..].as_ptr().expose_provenance(),
+                ),
+                20 * 4096,
+                libc::MADV_DONTNEED,
+            )
+        };
+        assert_eq!(dropped, 0);
+        // One of zeros, which is the kernel's own page.
+        assert_eq!(std::hint::black_box(&memory)[at(60)], 0);
+        // Enough runs for both ways of arming them.
+        for runs_max in [8, 512] {
+            let written = |page: usize| page == 3 || page == 65 || page >= 70 && page % 2 == 0;
+            let there = (10..200).filter(|page| !(50..70).contains(page) || *page == 65);
+            let there: Vec<usize> = there.chain([3]).collect();
+            for page in there.iter().filter(|page| written(**page)) {
+                memory[at(*page)] = 2;
+            }
+            assert_eq!(tell(runs_max), there.iter().map(|page| (*page, !written(*page))).collect());
+            assert_eq!(tell(runs_max), there.iter().map(|page| (*page, true)).collect());
+        }
+        drop(tracker);
     }
 }
