@@ -449,6 +449,9 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
         continued = None;
         writer = CapsuleWriter::new(&store)?;
     }
+    if !order.leave_running {
+        writer = writer.as_last();
+    }
     lineage.tracking.begin(continued.is_some(), order.leave_running);
     phase::reached(Phase::Prepared);
 

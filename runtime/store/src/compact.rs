@@ -9,7 +9,8 @@
 //!   -> the writer puts it into a pack of its own, and names it there wherever the parent's map has the old place
 //! ```
 //!
-//! Frames are copied as they are, compressed, and keep their digest. What of a frame is dead travels with it.
+//! Frames are copied as they are, compressed, and keep their digest. What of a frame is dead travels with it. The base of a frame
+//! of differences counts as live, whether or not a page lies in it, and is told beside that: either may move, or both.
 //!
 //! What this module does not do: it writes nothing, and knows nothing of packs that the parent does not name.
 
@@ -47,8 +48,19 @@ impl PackUse {
 #[derive(Debug)]
 pub struct Survey {
     /// By pack and offset.
-    frames: HashMap<Digest, BTreeMap<u32, MapFrame>>,
+    frames: HashMap<Digest, BTreeMap<u32, NamedFrame>>,
     pack_bytes: HashMap<Digest, u64>,
+}
+
+/// Where a frame lies: pack, and offset in that.
+pub type FramePlace = (Digest, u32);
+
+/// A frame as page maps name it.
+#[derive(Clone, Copy, Debug)]
+struct NamedFrame {
+    /// Its indices count nothing.
+    frame: MapFrame,
+    base: Option<FramePlace>,
 }
 
 /// A frame that a capsule names, as it is stored.
@@ -56,8 +68,10 @@ pub struct Survey {
 pub struct LiveFrame {
     /// Where it lies: the pack, and within it the offset, which together name the frame in every map.
     pub pack: Digest,
-    /// `pack` in it counts nothing.
+    /// `pack` and `base` in it count nothing.
     pub frame: MapFrame,
+    /// Where its base lies. That is a live frame too.
+    pub base: Option<FramePlace>,
     /// Checked against the digest that the map has.
     pub stored: Bytes,
 }
@@ -82,12 +96,17 @@ impl Survey {
         let mut survey = Survey { frames: HashMap::new(), pack_bytes };
         for space in reader.spaces() {
             reader.segments(space, |segment| {
-                for &frame in segment.frames() {
-                    let pack = segment.packs().get(frame.pack as usize);
-                    let pack = *pack.expect("a segment's indices were checked");
+                const CHECKED: &str = "a segment's indices were checked";
+                let place = |frame: &MapFrame| -> FramePlace {
+                    (*segment.packs().get(frame.pack as usize).expect(CHECKED), frame.offset)
+                };
+                for frame in segment.frames() {
+                    let (pack, offset) = place(frame);
+                    let base = frame.base.map(|base| segment.frames().get(base as usize));
+                    let base = base.map(|base| place(base.expect(CHECKED)));
                     let named = survey.frames.entry(pack).or_default();
-                    let offset = frame.offset;
-                    let known = *named.entry(offset).or_insert(frame);
+                    let known = named.entry(offset).or_insert(NamedFrame { frame: *frame, base });
+                    let known = known.frame;
                     if (known.digest, known.stored_bytes) != (frame.digest, frame.stored_bytes) {
                         return Err(ReadError::FrameDigest { pack, offset });
                     }
@@ -105,7 +124,7 @@ impl Survey {
             .iter()
             .map(|(&digest, &bytes)| {
                 let frames = self.frames.get(&digest).into_iter().flatten();
-                let live_bytes = frames.map(|(_, frame)| u64::from(frame.stored_bytes)).sum();
+                let live_bytes = frames.map(|(_, named)| u64::from(named.frame.stored_bytes)).sum();
                 PackUse { pack: BlobRef { digest, bytes }, live_bytes }
             })
             .collect();
@@ -141,7 +160,7 @@ impl Survey {
         while let Some((pack, frames, contents)) =
             store.block_on(fetches.try_next()).map_err(CompactError::<E>::Read)?
         {
-            for (&frame, stored) in frames.values().zip(contents) {
+            for (&NamedFrame { frame, base }, stored) in frames.values().zip(contents) {
                 let offset = frame.offset;
                 if stored.len() != frame.stored_bytes as usize {
                     return Err(ReadError::Frame { pack, offset }.into());
@@ -149,7 +168,7 @@ impl Survey {
                 if FrameDigest::of(&stored) != frame.digest {
                     return Err(ReadError::FrameDigest { pack, offset }.into());
                 }
-                take(LiveFrame { pack, frame, stored }).map_err(CompactError::Take)?;
+                take(LiveFrame { pack, frame, base, stored }).map_err(CompactError::Take)?;
             }
         }
         Ok(())
@@ -159,9 +178,9 @@ impl Survey {
 async fn fetch(
     store: &Store,
     pack: Digest,
-    frames: &BTreeMap<u32, MapFrame>,
+    frames: &BTreeMap<u32, NamedFrame>,
 ) -> Result<Vec<Bytes>, ReadError> {
-    let range = |frame: &MapFrame| -> Range<u64> {
+    let range = |NamedFrame { frame, .. }: &NamedFrame| -> Range<u64> {
         let start = u64::from(frame.offset);
         start..start + u64::from(frame.stored_bytes)
     };
@@ -443,10 +462,12 @@ mod tests {
             stored_bytes: packed.stored_bytes,
             pages: 1,
             codec,
+            base: None,
             digest: FrameDigest::of(&stored),
         };
+        let named = BTreeMap::from([(frame.offset, NamedFrame { frame, base: None })]);
         let survey = Survey {
-            frames: HashMap::from([(pack.digest, BTreeMap::from([(frame.offset, frame)]))]),
+            frames: HashMap::from([(pack.digest, named)]),
             pack_bytes: HashMap::from([(pack.digest, pack.bytes)]),
         };
         let copy = |content: Vec<u8>| {
