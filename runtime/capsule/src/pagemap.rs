@@ -407,10 +407,18 @@ pub struct Base {
 pub struct ParentRuns(Arc<Vec<MapRun>>);
 
 impl ParentRuns {
-    /// Where a page lies: frame, of those of the [`MapBuilder`], and page in it.
-    pub fn place(&self, page: u64) -> Option<BasePlace> {
-        let at = self.0.partition_point(|run| run.end() <= page);
-        let run = self.0.get(at).filter(|run| run.first <= page)?;
+    /// Where a page lies: frame, of those of the [`MapBuilder`], and page in it. `cursor` makes it fast to ask for pages in
+    /// ascending order; it begins with 0.
+    pub fn place(&self, page: u64, cursor: &mut usize) -> Option<BasePlace> {
+        let is_before = |run: &MapRun| run.end() <= page;
+        let low = cursor.saturating_sub(1);
+        // The run that was found last, or the one behind it, as a rule.
+        *cursor = match self.0.get(low..).unwrap_or_default() {
+            [before, found, ..] if is_before(before) && !is_before(found) => low + 1,
+            [_, before, found, ..] if is_before(before) && !is_before(found) => low + 2,
+            _ => self.0.partition_point(is_before),
+        };
+        let run = self.0.get(*cursor).filter(|run| run.first <= page)?;
         Some(BasePlace { frame: run.frame, page: run.page }.skip(page - run.first))
     }
 }
@@ -1158,6 +1166,7 @@ mod tests {
                 }
                 next = run.end();
             }
+            let only_parent = table.clone();
             for (index, (first, count, zeros)) in sets.into_iter().enumerate() {
                 let place = BasePlace { frame: 1000 + number(index), page: 7 };
                 base.set(PageRun { first, count }, (!zeros).then_some(place));
@@ -1178,6 +1187,16 @@ mod tests {
                     })
                 })
                 .collect();
+            let parent = base.parent();
+            let (mut cursor, mut other) = (0, 0);
+            for page in (0..400).chain([7, 300, 20]) {
+                let near = parent.place(page, &mut cursor);
+                prop_assert_eq!(near, parent.place(page, &mut 0));
+                prop_assert_eq!(near, parent.place(page, &mut 1_000_000));
+                let back = parent.place(400 - page, &mut other);
+                prop_assert_eq!(back, parent.place(400 - page, &mut 0));
+                prop_assert_eq!(near.map(|place| (place.frame, place.page)), only_parent.get(&page).copied());
+            }
             let wanted: Vec<(u64, (u32, u16))> = (first..first + count)
                 .filter_map(|page| Some((page, *table.get(&page)?)))
                 .collect();

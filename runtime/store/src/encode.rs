@@ -8,6 +8,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use samara_capsule::digest::{Digest, FrameDigest};
 use samara_capsule::frame::{
@@ -20,9 +21,13 @@ use samara_capsule::transfer::{PAGE_BYTES, PageRun};
 /// stay in the processor's caches, and about the same space; see `docs/decisions/frames.md`.
 const FRAME_BYTES: usize = 256 << 10;
 
-/// With fewer changed pages of a frame, reading and decoding all of it costs more than the link for what it saves; see
-/// `docs/decisions/differences.md`.
-pub(crate) const DELTA_PAGES_MIN: usize = 8;
+/// A frame of a batch is read and decoded for so many changed pages on the average, or more: for fewer it costs more than most
+/// links for what it saves; see `docs/decisions/differences.md`.
+const DELTA_PAGES_MEAN_MIN: usize = 16;
+
+/// And for so many at least, since naming a frame takes as much as what is saved of two pages. So few are those of a frame at
+/// either end of a batch, as a rule.
+const DELTA_PAGES_MIN: usize = 4;
 
 /// Differences must take no more than this part of what the pages would as a whole: a restore has to decode two frames for them.
 const DELTA_SHARE_MAX: (usize, usize) = (3, 4);
@@ -37,6 +42,36 @@ pub(crate) trait StoredBefore<O> {
 
     /// The stored bytes of a frame, checked, if they can be had at once.
     fn stored(&self, pack: &Digest, frame: &MapFrame) -> Option<Vec<u8>>;
+
+    /// How differences have done so far.
+    fn trials(&self) -> &Trials;
+}
+
+/// How often differences are tried: a trial that fails costs a fifth of what the batch takes to compress. After each failure in a row
+/// more batches are stored whole without a trial.
+#[derive(Debug, Default)]
+pub(crate) struct Trials {
+    /// Batches without a trial to come.
+    skipped: AtomicU32,
+    lost_in_a_row: AtomicU32,
+}
+
+impl Trials {
+    /// 15 of 16 batches, where nothing is ever gained.
+    const DOUBLINGS_MAX: u32 = 4;
+
+    fn is_due(&self) -> bool {
+        self.skipped.fetch_update(Relaxed, Relaxed, |skipped| skipped.checked_sub(1)).is_err()
+    }
+
+    fn won(&self) {
+        self.lost_in_a_row.store(0, Relaxed);
+    }
+
+    fn lost(&self) {
+        let lost = self.lost_in_a_row.fetch_add(1, Relaxed).saturating_add(1);
+        self.skipped.store((1 << lost.min(Trials::DOUBLINGS_MAX)) - 1, Relaxed);
+    }
 }
 
 /// The frames of a batch, and where its pages lie in them.
@@ -146,13 +181,11 @@ impl PageEncoder {
         places: &mut [Option<(usize, usize)>],
         encoded: &mut Encoded<O>,
     ) -> io::Result<()> {
-        for (base, mut pages) in changed(runs, before) {
-            // Two processes may each have changed what they had in common: the second version stays whole.
-            pages.sort_unstable();
-            pages.dedup_by_key(|(slot, _)| *slot);
-            if pages.len() < DELTA_PAGES_MIN {
-                continue;
-            }
+        let changed = worth_a_trial(changed(runs, before));
+        if changed.is_empty() || !before.trials().is_due() {
+            return Ok(());
+        }
+        for (base, pages) in changed {
             let Some((pack, frame)) = before.frame(base) else { continue };
             let Some(base_stored) = before.stored(&pack, &frame) else { continue };
             let base_bytes = usize::from(frame.pages) * PAGE_BYTES;
@@ -170,8 +203,10 @@ impl PageEncoder {
             let taken = self.scratch.len() + delta_overhead_bytes(pages.len());
             if taken * of > whole * part {
                 // Whoever has written these anew has likely done so with the rest, too.
+                before.trials().lost();
                 return Ok(());
             }
+            before.trials().won();
             for (page, (_, index)) in pages.iter().enumerate() {
                 *places.get_mut(*index).expect("the index of a page") =
                     Some((encoded.frames.len(), page));
@@ -189,12 +224,16 @@ fn changed<O: PartialEq>(runs: &[(O, PageRun)], before: &impl StoredBefore<O>) -
     let mut index = 0;
     for group in runs.chunk_by(|(a, _), (b, _)| a == b) {
         let memory = group.first().and_then(|(owner, _)| before.memory(owner));
+        let Some(memory) = memory else {
+            let pages: u64 = group.iter().map(|(_, run)| run.count).sum();
+            index += usize::try_from(pages).expect("a batch has few pages");
+            continue;
+        };
+        let mut cursor = 0;
         for (_, run) in group {
             let numbers = run.first..run.first + run.count;
             for (number, index) in numbers.zip(index..) {
-                let Some(place) = memory.as_ref().and_then(|memory| memory.place(number)) else {
-                    continue;
-                };
+                let Some(place) = memory.place(number, &mut cursor) else { continue };
                 let plain =
                     known.entry(place.frame).or_insert_with(|| PlainFrame::of(place.frame, before));
                 let Some(plain) = plain else { continue };
@@ -204,6 +243,23 @@ fn changed<O: PartialEq>(runs: &[(O, PageRun)], before: &impl StoredBefore<O>) -
             }
             index += usize::try_from(run.count).expect("a batch has few pages");
         }
+    }
+    changed
+}
+
+/// Leaves the frames of which enough has changed.
+fn worth_a_trial(mut changed: Changed) -> Changed {
+    changed.retain(|_, pages| {
+        // Two processes may each have changed what they had in common: the second version stays whole.
+        pages.sort_unstable();
+        pages.dedup_by_key(|(slot, _)| *slot);
+        pages.len() >= DELTA_PAGES_MIN
+    });
+    let mut pages: usize = changed.values().map(Vec::len).sum();
+    while pages < DELTA_PAGES_MEAN_MIN * changed.len() {
+        let fewest = changed.iter().min_by_key(|(_, pages)| pages.len()).map(|(base, _)| *base);
+        let fewest = fewest.expect("nothing is not less than nothing");
+        pages -= changed.remove(&fewest).map_or(0, |pages| pages.len());
     }
     changed
 }
@@ -269,6 +325,7 @@ mod tests {
         memory: Base,
         frames: Vec<(MapFrame, Vec<u8>)>,
         missing: Vec<u32>,
+        trials: Trials,
     }
 
     impl StoredBefore<u8> for Before {
@@ -286,6 +343,10 @@ mod tests {
             let number = u32::try_from(number).unwrap();
             assert_eq!(*pack, Digest::of(&number.to_le_bytes()));
             (!self.missing.contains(&number)).then(|| self.frames[number as usize].1.clone())
+        }
+
+        fn trials(&self) -> &Trials {
+            &self.trials
         }
     }
 
@@ -418,11 +479,14 @@ mod tests {
     #[test]
     fn enough_changed_pages_of_a_frame_become_differences() {
         let before = before(&[]);
-        let dense: Vec<u64> = (0..10).chain(64..130).chain(195..200).collect();
+        let dense: Vec<u64> = (0..20).chain(64..130).chain(195..200).collect();
         assert_eq!(
             check(&dense, 1, &before),
-            [(Codec::Delta, 10), (Codec::Delta, 64), (Codec::Raw, 7)]
+            [(Codec::Delta, 20), (Codec::Delta, 64), (Codec::Delta, 5), (Codec::Raw, 2)]
         );
+        // With less of the others the few are too few.
+        let sparse: Vec<u64> = (0..20).chain(64..74).chain(195..200).collect();
+        assert_eq!(check(&sparse, 1, &before), [(Codec::Delta, 20), (Codec::Raw, 15)]);
         // Written anew: the content of other pages.
         let (runs, _) = batch(&dense, 0);
         let mut other: Vec<u8> = dense.iter().flat_map(|number| page(number + 1000, 0)).collect();
@@ -433,6 +497,26 @@ mod tests {
         let (_, mut bytes) = batch(&dense, 1);
         let encoded = encoder.encode(owner_without, &mut bytes, Vec::new(), &before).unwrap();
         assert!(encoded.frames.iter().all(|frame| frame.codec == Codec::Raw));
+    }
+
+    /// Trials that fail would cost a fifth of all compression; without any, what pays again would not be found out.
+    #[test]
+    fn trials_become_rare_while_they_fail() {
+        let trials = Trials::default();
+        let mut tried = 0;
+        for _ in 0..160 {
+            if trials.is_due() {
+                tried += 1;
+                trials.lost();
+            }
+        }
+        // The batches 1, 3, 7, 15, and from there on each 16th.
+        assert_eq!(tried, 13);
+        while !trials.is_due() {}
+        trials.won();
+        assert!((0..100).all(|_| trials.is_due()));
+        trials.lost();
+        assert!(!trials.is_due() && trials.is_due());
     }
 
     /// A restore would walk a chain.

@@ -139,6 +139,8 @@ pub struct CapsuleReader {
     config: CapsuleConfig,
     pack_bytes: HashMap<Digest, u64>,
     kept: Kept,
+    /// [`DELTAS_BYTES_MAX`], but in tests.
+    deltas_bytes_max: usize,
 }
 
 impl CapsuleReader {
@@ -179,7 +181,15 @@ impl CapsuleReader {
             config.map_err(|source| ReadError::Config { digest: digest_of_config, source })?;
         let pack_bytes = manifest.packs.iter().map(|pack| (pack.digest, pack.bytes)).collect();
         let kept = Kept::default();
-        Ok(CapsuleReader { store: store.clone(), digest, manifest, config, pack_bytes, kept })
+        Ok(CapsuleReader {
+            store: store.clone(),
+            digest,
+            manifest,
+            config,
+            pack_bytes,
+            kept,
+            deltas_bytes_max: DELTAS_BYTES_MAX,
+        })
     }
 
     /// Reads all blobs, checks their digests, and keeps what there is room for: [`CapsuleReader::kept`].
@@ -356,7 +366,9 @@ impl CapsuleReader {
         place: &Place<'_>,
     ) -> Result<(), TransferError> {
         let plan = self.plan(wanted)?;
-        plan.passes().into_iter().try_for_each(|pass| self.transfer_pass(&plan, pass, place))
+        plan.passes(self.deltas_bytes_max)
+            .into_iter()
+            .try_for_each(|pass| self.transfer_pass(&plan, pass, place))
     }
 
     fn transfer_pass(
@@ -744,8 +756,8 @@ impl Plan {
         self.frame(number).base.unwrap_or(number)
     }
 
-    /// Cuts what is wanted, so that no pass has more differences than [`DELTAS_BYTES_MAX`], or just one frame.
-    fn passes(&self) -> Vec<Pass> {
+    /// Cuts what is wanted, so that no pass has more than so many bytes of differences, or just one frame.
+    fn passes(&self, bytes_max: usize) -> Vec<Pass> {
         let mut passes = Vec::new();
         let mut pass = Pass::default();
         let mut bytes = 0;
@@ -754,7 +766,7 @@ impl Plan {
             let frame = self.frame(first.frame);
             if frame.is_delta() {
                 let stored_bytes = frame.stored_bytes as usize;
-                if bytes + stored_bytes > DELTAS_BYTES_MAX && !pass.deltas.is_empty() {
+                if bytes + stored_bytes > bytes_max && !pass.deltas.is_empty() {
                     let start = pass.range.end;
                     let range = start..start;
                     passes.push(std::mem::replace(&mut pass, Pass { range, deltas: Vec::new() }));
@@ -966,3 +978,91 @@ impl<R: io::BufRead> Read for StreamReader<R> {
 
 /// Blobs of the format never exceed this; a pack that does was refused with the manifest.
 const _: () = assert!(BLOB_BYTES_MAX <= u32::MAX as usize);
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::time::SystemTime;
+
+    use samara_capsule::config::{Provenance, Requirements};
+    use samara_capsule::transfer::{PageBatch, Sink};
+
+    use super::*;
+    use crate::config::StoreConfig;
+    use crate::writer::CapsuleFacts;
+    use crate::{CapsuleWriter, Location};
+
+    fn page(number: u64, version: u64) -> Vec<u8> {
+        let mut state = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let mut page = version.to_le_bytes().to_vec();
+        while page.len() < PAGE_BYTES {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            page.extend_from_slice(&(state >> 8).to_le_bytes());
+        }
+        page
+    }
+
+    /// A capsule with more differences than there is memory for would come back without some, or with some twice.
+    #[test]
+    fn many_differences_come_in_passes() {
+        let folder = tempfile::tempdir().unwrap();
+        let location = Location::folder(folder.path()).unwrap();
+        let mut config = StoreConfig::default();
+        config.file.sync = false;
+        let store = Store::open(&location, &config, true).unwrap();
+        let mut lease = store.take_epoch(&BTreeMap::new()).unwrap().lease;
+        let facts = || CapsuleFacts {
+            created: SystemTime::UNIX_EPOCH,
+            parent: None,
+            provenance: Provenance::default(),
+            requirements: Requirements::default(),
+        };
+        let batch = |first: u64, version: u64| PageBatch {
+            spaces: [SpaceId(0)].into(),
+            runs: vec![PageRun { first, count: 128 }],
+            bytes: (first..first + 128).flat_map(|number| page(number, version)).collect(),
+        };
+        let mut writer = CapsuleWriter::new(&store).unwrap();
+        for first in (0..4096).step_by(128) {
+            writer.pages(batch(first, 0)).unwrap();
+        }
+        writer.commit(&mut lease, &[0xf6], facts()).unwrap();
+        // Half of the pages, in turns with those that stay.
+        let parent = CapsuleReader::open_latest(&store).unwrap();
+        let mut writer = CapsuleWriter::after(parent).unwrap();
+        let base = Sink::base(&mut writer, Some(SpaceId(0))).unwrap();
+        writer.earlier(SpaceId(0), base);
+        for first in (0..4096).step_by(256) {
+            writer.pages(batch(first, 1)).unwrap();
+            let run = PageRun { first: first + 128, count: 128 };
+            writer.unchanged(&[SpaceId(0)].into(), base, run, true).unwrap();
+        }
+        let committed = writer.commit(&mut lease, &[0xf6], facts()).unwrap();
+        assert_eq!(committed.new_frames.delta.pages, 2048);
+
+        let mut reader = CapsuleReader::open_latest(&store).unwrap();
+        let whole = [PageRun { first: 0, count: 4096 }];
+        let wanted = [(SpaceId(0), whole.as_slice())];
+        let plan = reader.plan(&wanted).unwrap();
+        for (bytes_max, passes) in [(0, 32), (3000, 16), (1 << 20, 1)] {
+            let found = plan.passes(bytes_max);
+            let deltas: usize = found.iter().map(|pass| pass.deltas.len()).sum();
+            assert_eq!((found.len(), deltas), (passes, 32), "{bytes_max}");
+            reader.deltas_bytes_max = bytes_max;
+            let placed = Mutex::new(BTreeMap::new());
+            let place = |_: SpaceId, runs: &[PageRun], bytes: &[u8]| {
+                let numbers = runs.iter().flat_map(|run| run.first..run.first + run.count);
+                for (number, content) in numbers.zip(bytes.chunks(PAGE_BYTES)) {
+                    assert!(placed.lock().unwrap().insert(number, content.to_vec()).is_none());
+                }
+                Ok(())
+            };
+            reader.transfer_some(&wanted, &place).unwrap();
+            let placed = placed.into_inner().unwrap();
+            assert_eq!(placed.len(), 4096);
+            for (number, content) in placed {
+                assert!(content == page(number, 1 - number / 128 % 2), "page {number}");
+            }
+        }
+    }
+}

@@ -6,7 +6,8 @@
 //! ```
 //!
 //! Frames go into packs in the order in which they were submitted, so that equal input gives equal blobs, however
-//! many threads there are: equal bases on the node included. Every stage is bounded, and each holds back the one before it: memory does not depend on
+//! many threads there are; but whether pages are stored as differences depends on what lies on the node, and on how earlier trials
+//! went. Every stage is bounded, and each holds back the one before it: memory does not depend on
 //! the size of the capsule, except for its page map (about five bytes a run, 56 a frame).
 //!
 //! Nothing is visible before [`CapsuleWriter::commit`] returns; after an error nothing is, except where the store did
@@ -39,7 +40,7 @@ use samara_capsule::{BLOB_BYTES_MAX, FORMAT_VERSION};
 use tokio::sync::Semaphore;
 
 use crate::condemned::another_form;
-use crate::encode::{Encoded, PageEncoder, StoredBefore};
+use crate::encode::{Encoded, PageEncoder, StoredBefore, Trials};
 use crate::local_packs::LocalPacks;
 use crate::log::{Lease, LogError, LogHead, rfc3339};
 use crate::pool::Pool;
@@ -348,6 +349,7 @@ struct Shared {
     /// What must not be stored or named: it may be deleted at any time.
     condemned: Arc<HashSet<Digest>>,
     packs_here: Arc<LocalPacks>,
+    trials: Trials,
     /// Whether packs that are uploaded are of use on this node later.
     stays: AtomicBool,
 }
@@ -437,6 +439,7 @@ impl CapsuleWriter {
             in_flight_max,
             condemned: Arc::new(condemned),
             packs_here: Arc::new(store.local_packs()),
+            trials: Trials::default(),
             stays: AtomicBool::new(true),
         });
         let (jobs, queue) = crossbeam_channel::bounded(in_flight_max);
@@ -1268,6 +1271,10 @@ impl StoredBefore<Owner> for Shared {
 
     fn stored(&self, pack: &Digest, frame: &MapFrame) -> Option<Vec<u8>> {
         self.packs_here.frame(pack, frame)
+    }
+
+    fn trials(&self) -> &Trials {
+        &self.trials
     }
 }
 
