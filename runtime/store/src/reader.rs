@@ -1044,7 +1044,8 @@ mod tests {
         let whole = [PageRun { first: 0, count: 4096 }];
         let wanted = [(SpaceId(0), whole.as_slice())];
         let plan = reader.plan(&wanted).unwrap();
-        for (bytes_max, passes) in [(0, 32), (3000, 16), (1 << 20, 1)] {
+        let two = usize::try_from(committed.new_frames.delta.stored_bytes / 32 * 5 / 2).unwrap();
+        for (bytes_max, passes) in [(0, 32), (two, 16), (1 << 20, 1)] {
             let found = plan.passes(bytes_max);
             let deltas: usize = found.iter().map(|pass| pass.deltas.len()).sum();
             assert_eq!((found.len(), deltas), (passes, 32), "{bytes_max}");
