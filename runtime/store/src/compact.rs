@@ -23,6 +23,7 @@ use samara_capsule::digest::{Digest, FrameDigest};
 use samara_capsule::manifest::BlobRef;
 use samara_capsule::pagemap::MapFrame;
 
+use crate::frames::FrameCounts;
 use crate::reader::{CapsuleReader, ReadError};
 use crate::store::{Store, StoreError, blob_path};
 
@@ -115,6 +116,15 @@ impl Survey {
             })?;
         }
         Ok(survey)
+    }
+
+    /// All frames, those among them that are needed as bases alone.
+    pub fn frame_counts(&self) -> FrameCounts {
+        let mut counts = FrameCounts::default();
+        for NamedFrame { frame, .. } in self.frames.values().flat_map(BTreeMap::values) {
+            counts.add(frame.codec, frame.pages.into(), frame.stored_bytes.into());
+        }
+        counts
     }
 
     /// All packs of the capsule, by digest.
@@ -324,16 +334,22 @@ mod tests {
                         }
                         let frame = segment.frames()[run.frame as usize];
                         let old = (segment.packs()[frame.pack as usize], frame.offset);
-                        let (pack, frame) = moved.get(&old).copied().unwrap_or((old.0, frame));
-                        let pack_number = *packs.entry(pack).or_insert_with(|| {
-                            let pack_number = map.add_pack();
-                            map.set_pack(pack_number, pack);
-                            pack_number
-                        });
-                        let frame_number =
-                            *frames.entry((pack, frame.offset)).or_insert_with(|| {
-                                map.add_frame(MapFrame { pack: pack_number, ..frame })
+                        let mut add = |frame: MapFrame, old: FramePlace, base| {
+                            let (pack, frame) = moved.get(&old).copied().unwrap_or((old.0, frame));
+                            let pack_number = *packs.entry(pack).or_insert_with(|| {
+                                let pack_number = map.add_pack();
+                                map.set_pack(pack_number, pack);
+                                pack_number
                             });
+                            *frames.entry((pack, frame.offset)).or_insert_with(|| {
+                                map.add_frame(MapFrame { pack: pack_number, base, ..frame })
+                            })
+                        };
+                        let base = frame.base.map(|base| {
+                            let base = segment.frames()[base as usize];
+                            add(base, (segment.packs()[base.pack as usize], base.offset), None)
+                        });
+                        let frame_number = add(frame, old, base);
                         let page_run = PageRun { first: number, count: 1 };
                         map.add_run(space, page_run, frame_number, run.page + index).unwrap();
                     }
@@ -440,6 +456,91 @@ mod tests {
         }
         assert!(Survey::of(&compact).unwrap().mostly_dead(50, u64::MAX).is_empty());
         assert!(compact.manifest().stored_bytes() < increment.manifest().stored_bytes() / 2);
+    }
+
+    /// A base that lies elsewhere, or of which no page is left, would be missed by the pages that are told by differences from it.
+    #[test]
+    fn bases_move_with_what_needs_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let location = Location::folder(folder.path()).unwrap();
+        let mut config = StoreConfig::default();
+        config.file.sync = false;
+        let store = Store::open(&location, &config, true).unwrap();
+        let mut lease = store.take_epoch(&BTreeMap::new()).unwrap().lease;
+        let facts = || CapsuleFacts {
+            created: SystemTime::UNIX_EPOCH,
+            parent: None,
+            provenance: Provenance::default(),
+            requirements: Requirements::default(),
+        };
+        let space = SpaceId(0);
+        let content = |number: u64, is_new: bool| {
+            let mut content = page(number);
+            content[77] ^= u8::from(is_new);
+            content
+        };
+        let batch = |first: u64, is_new: bool| PageBatch {
+            spaces: [space].into(),
+            runs: vec![PageRun { first, count: 256 }],
+            bytes: (first..first + 256).flat_map(|number| content(number, is_new)).collect(),
+        };
+        let mut writer = CapsuleWriter::new(&store).unwrap();
+        for first in (0..8192).step_by(256) {
+            writer.pages(batch(first, false)).unwrap();
+        }
+        writer.commit(&mut lease, &[0xf6], facts()).unwrap();
+        let mut writer = CapsuleWriter::after(CapsuleReader::open_latest(&store).unwrap()).unwrap();
+        let base = samara_capsule::transfer::Sink::base(&mut writer, Some(space)).unwrap();
+        writer.earlier(space, base);
+        for first in (0..8192).step_by(256) {
+            writer.pages(batch(first, true)).unwrap();
+        }
+        let committed = writer.commit(&mut lease, &[0xf6], facts()).unwrap();
+        assert_eq!(committed.new_frames.delta.pages, 8192);
+        // Of what has changed a part is left, and nothing else: of each pack a few bases.
+        let keep = |number: u64| number % 1024 < 64;
+        let increment = CapsuleReader::open_latest(&store).unwrap();
+        let increment =
+            open_manifest(&store, &store_map(&store, &increment, &HashMap::new(), keep));
+        let survey = Survey::of(&increment).unwrap();
+        let counts = survey.frame_counts();
+        assert_eq!((counts.delta.frames, counts.raw.frames), (8, 8));
+        let dead = survey.mostly_dead(50, u64::MAX);
+        assert!(dead.len() > 2);
+
+        let mut builder = PackBuilder::new(Vec::new());
+        let mut places = Vec::new();
+        let take = |live: LiveFrame| {
+            assert_eq!(live.base.is_some(), live.frame.is_delta());
+            let raw_bytes = u32::from(live.frame.pages) * u32::try_from(PAGE_BYTES).unwrap();
+            let packed = builder.push(live.frame.codec, &live.stored, raw_bytes);
+            places.push((live, packed));
+            Ok::<_, Infallible>(())
+        };
+        survey.live_frames(&store, &dead, take).unwrap();
+        let content_of_pack = builder.finish();
+        let pack = BlobRef::to(&content_of_pack);
+        store.block_on(store.put(&blob_path(&pack.digest), content_of_pack.into())).unwrap();
+        let moved: HashMap<_, _> = places
+            .iter()
+            .map(|(live, packed)| {
+                let new = MapFrame { offset: packed.offset, ..live.frame };
+                ((live.pack, live.frame.offset), (pack.digest, new))
+            })
+            .collect();
+        assert!(
+            places.iter().all(|(live, _)| live.base.is_none_or(|base| moved.contains_key(&base)))
+        );
+        let compact = open_manifest(&store, &store_map(&store, &increment, &moved, |_| true));
+        for one in &dead {
+            assert!(!compact.manifest().packs.contains(&one.pack), "it is still needed");
+            store.block_on(store.delete(&blob_path(&one.pack.digest))).unwrap();
+        }
+        let expected: BTreeMap<_, _> = (0..8192)
+            .filter(|number| keep(*number))
+            .map(|number| ((space, number), content(number, true)))
+            .collect();
+        assert!(read(&compact) == expected);
     }
 
     /// A damaged frame would get a new place, and be damaged in a capsule that has only just been written.

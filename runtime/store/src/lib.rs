@@ -12,6 +12,7 @@ mod condemned;
 pub mod config;
 pub mod diff;
 mod encode;
+pub mod frames;
 pub mod history;
 mod kept;
 pub mod layout;

@@ -25,7 +25,7 @@ use crossbeam_channel::{Receiver, Sender};
 use samara_capsule::cbor::RECORDS_BYTES_MAX;
 use samara_capsule::config::{CapsuleConfig, ConfigError, Provenance, Requirements, Statistics};
 use samara_capsule::digest::Digest;
-use samara_capsule::frame::{Codec, FrameEncoder};
+use samara_capsule::frame::FrameEncoder;
 use samara_capsule::log::CapsuleRef;
 use samara_capsule::manifest::{BlobKind, BlobRef, Manifest, ManifestError};
 use samara_capsule::pack::PackBuilder;
@@ -41,6 +41,7 @@ use tokio::sync::Semaphore;
 
 use crate::condemned::another_form;
 use crate::encode::{Encoded, PageEncoder, StoredBefore, Trials};
+use crate::frames::FrameCounts;
 use crate::local_packs::LocalPacks;
 use crate::log::{Lease, LogError, LogHead, rfc3339};
 use crate::pool::Pool;
@@ -162,37 +163,8 @@ pub struct Committed {
     pub uploaded_bytes: u64,
     pub pages: u64,
     pub zero_pages: u64,
-    /// What was compressed anew.
-    pub new_frames: NewFrames,
-}
-
-/// Frames of pages that a capsule has added, by how they are stored. Frames that the address had already are counted too.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct NewFrames {
-    pub raw: FrameCount,
-    pub zstd: FrameCount,
-    /// What has changed in pages of earlier capsules.
-    pub delta: FrameCount,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct FrameCount {
-    pub frames: u64,
-    pub pages: u64,
-    pub stored_bytes: u64,
-}
-
-impl NewFrames {
-    fn count(&mut self, codec: Codec, pages: usize, stored_bytes: usize) {
-        let count = match codec {
-            Codec::Raw => &mut self.raw,
-            Codec::Zstd => &mut self.zstd,
-            Codec::Delta => &mut self.delta,
-        };
-        count.frames += 1;
-        count.pages += pages as u64;
-        count.stored_bytes += stored_bytes as u64;
-    }
+    /// Frames that it does not have from the capsule before. Those whose packs the address had already are counted too.
+    pub new_frames: FrameCounts,
 }
 
 /// How far a writer is, readable from any thread.
@@ -379,7 +351,7 @@ struct State {
     known_in_part: bool,
     uploaded_bytes: u64,
     zero_pages: u64,
-    new_frames: NewFrames,
+    new_frames: FrameCounts,
     /// Buffers for use again.
     pack_buffers: Pool,
     batch_buffers: Vec<Vec<u8>>,
@@ -1195,7 +1167,7 @@ impl State {
             let pages = u16::try_from(frame.pages).expect("a frame has at most 256 pages");
             let raw_bytes = u32::from(pages) * u32::try_from(PAGE_BYTES).expect("a page is small");
             let packed = pack.builder.push(frame.codec, stored, raw_bytes);
-            self.new_frames.count(frame.codec, frame.pages, stored.len());
+            self.new_frames.add(frame.codec, frame.pages as u64, stored.len() as u64);
             numbers.push(map.add_frame(MapFrame {
                 pack: pack.number,
                 offset: packed.offset,
