@@ -30,7 +30,8 @@ const DELTA_PAGES_MEAN_MIN: usize = 16;
 const DELTA_PAGES_MIN: usize = 4;
 
 /// Differences must take no more than this part of what the pages would as a whole: a restore has to decode two frames for them.
-const DELTA_SHARE_MAX: (usize, usize) = (3, 4);
+/// They grow from capsule to capsule, as the base stays the same, until the pages are stored whole and become a base again.
+const DELTA_SHARE_MAX: (usize, usize) = (1, 2);
 
 /// What is stored already of the pages that are being encoded.
 pub(crate) trait StoredBefore<O> {

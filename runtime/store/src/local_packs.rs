@@ -39,6 +39,10 @@ const FREE_DIVISOR: u64 = 10;
 /// Entries of the folder that are looked at: a million MiB of packs, and what fails to be removed.
 const ENTRIES_MAX: usize = 200_000;
 
+/// Nothing but a file is waited for.
+const READING: OFlags =
+    OFlags::RDONLY.union(OFlags::NOFOLLOW).union(OFlags::NONBLOCK).union(OFlags::CLOEXEC);
+
 /// What a file is called until it is complete.
 const UNFINISHED: &str = ".new-";
 
@@ -98,7 +102,10 @@ impl LocalPacks {
             return file.clone();
         }
         let file = match &self.place {
-            Place::Store(folder) => File::open(folder.join(pack.hex())).ok(),
+            Place::Store(folder) => {
+                let path = folder.join(pack.hex());
+                rustix::fs::open(path, READING, Mode::empty()).map(File::from).ok()
+            }
             Place::Kept(kept) => kept.read(pack).ok(),
             Place::Nowhere => None,
         };
@@ -176,8 +183,7 @@ impl KeptPacks {
 
     /// Opens a pack, and notes that it is still of use.
     fn read(&self, pack: &Digest) -> io::Result<File> {
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let file = rustix::fs::openat(&self.folder, pack.hex(), flags, Mode::empty())?;
+        let file = rustix::fs::openat(&self.folder, pack.hex(), READING, Mode::empty())?;
         self.touch(&file)?;
         Ok(File::from(file))
     }
