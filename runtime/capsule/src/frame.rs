@@ -55,8 +55,8 @@ pub enum FrameError {
     Slots,
     #[error("a frame of differences changes page {slot} of its base, which has {base_pages} pages")]
     Slot { slot: u8, base_pages: usize },
-    #[error("a frame of differences belongs to the base {wanted}, not to {found}")]
-    WrongBase { wanted: FrameDigest, found: FrameDigest },
+    #[error("a frame of differences belongs to the base {wanted}, and not to this one")]
+    WrongBase { wanted: FrameDigest },
     #[error("a frame of differences can't be decoded without its base")]
     WithoutBase,
 }
@@ -94,7 +94,7 @@ impl<'a> DeltaHead<'a> {
     /// Checks that the base is this one, of so many pages.
     pub fn check(&self, base: FrameDigest, base_pages: usize) -> Result<(), FrameError> {
         if self.base != base {
-            return Err(FrameError::WrongBase { wanted: self.base, found: base });
+            return Err(FrameError::WrongBase { wanted: self.base });
         }
         match self.slots.last() {
             Some(&slot) if usize::from(slot) >= base_pages => {

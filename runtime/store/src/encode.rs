@@ -399,8 +399,9 @@ mod tests {
         let mut table: BTreeMap<u64, (u32, u16)> = BTreeMap::new();
         let mut note = |encoded: &Encoded<u8>, from: u32| {
             for placed in &encoded.runs {
-                for (number, page) in
-                    (placed.run.first..).zip(placed.page..).take(placed.run.count as usize)
+                for (number, page) in (placed.run.first..)
+                    .zip(placed.page..)
+                    .take(usize::try_from(placed.run.count).unwrap())
                 {
                     table.insert(number, (from + u32::try_from(placed.frame).unwrap(), page));
                 }

@@ -34,7 +34,7 @@ fn page(number: u64, version: u64) -> Vec<u8> {
         state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         page.extend_from_slice(&(state >> 8).to_le_bytes());
     }
-    let at = 8 * (version as usize % 500);
+    let at = 8 * usize::try_from(version % 500).unwrap();
     page[at..at + 8].copy_from_slice(&version.to_le_bytes());
     page
 }
