@@ -19,13 +19,27 @@ use samara_engine::capture::{CaptureRequest, capture};
 use samara_engine::names::GivenNames;
 use samara_engine::tracking::Tracking;
 
-/// Name, threads, descriptors. The program is this one, which has some forty mappings.
-const CASES: [(&str, usize, usize); 5] = [
-    ("small", 1, 12),
-    ("threads-8", 8, 12),
-    ("threads-64", 64, 12),
-    ("threads-256", 256, 12),
-    ("descriptors-50", 1, 50),
+/// The program is this one, which has some forty mappings.
+#[derive(Clone, Copy)]
+struct Case {
+    name: &'static str,
+    threads: usize,
+    descriptors: usize,
+    mebibytes: usize,
+    /// Of the pages, which are written every millisecond, a few each time, as in a second.
+    dirty_percent: usize,
+}
+
+const PLAIN: Case = Case { name: "", threads: 1, descriptors: 12, mebibytes: 0, dirty_percent: 0 };
+
+const CASES: [Case; 7] = [
+    Case { name: "small", ..PLAIN },
+    Case { name: "threads-8", threads: 8, ..PLAIN },
+    Case { name: "threads-64", threads: 64, ..PLAIN },
+    Case { name: "threads-256", threads: 256, ..PLAIN },
+    Case { name: "descriptors-50", descriptors: 50, ..PLAIN },
+    Case { name: "memory-1g-1", mebibytes: 1024, dirty_percent: 1, ..PLAIN },
+    Case { name: "memory-1g-50", mebibytes: 1024, dirty_percent: 50, ..PLAIN },
 ];
 
 /// Takes everything and keeps nothing.
@@ -47,15 +61,17 @@ impl Sink for Nothing {
     }
 
     fn base(&mut self, _: Option<SpaceId>) -> io::Result<BaseId> {
-        unreachable!("nothing is tracked here")
+        Ok(BaseId(0))
     }
 
-    fn draft(&mut self, _: BaseId, _: bool, _: Vec<PageRun>, _: Vec<u8>) -> io::Result<()> {
-        unreachable!("nothing is tracked here")
+    fn draft(&mut self, _: BaseId, _: bool, _: Vec<PageRun>, bytes: Vec<u8>) -> io::Result<()> {
+        self.0 = bytes;
+        self.0.clear();
+        Ok(())
     }
 
     fn unchanged(&mut self, _: &Arc<[SpaceId]>, _: BaseId, _: PageRun, _: bool) -> io::Result<()> {
-        unreachable!("nothing is tracked here")
+        Ok(())
     }
 
     fn settle(&mut self) -> io::Result<()> {
@@ -114,8 +130,10 @@ impl Drop for Namespace {
 
 /// What is captured.
 fn program(case: &str) {
-    let (_, threads, descriptors) =
-        CASES.into_iter().find(|(name, ..)| *name == case).expect("a case");
+    let Case { threads, descriptors, mebibytes, dirty_percent, .. } =
+        CASES.into_iter().find(|known| known.name == case).expect("a case");
+    const PAGE: usize = 4096;
+    let mut memory = vec![1u8; mebibytes << 20];
     for _ in 1..threads {
         let thread = std::thread::Builder::new().stack_size(64 << 10);
         thread
@@ -129,9 +147,18 @@ fn program(case: &str) {
     let file = || fs::File::open("/proc/self/exe").expect("a file");
     let open: Vec<fs::File> = (3..descriptors).map(|_| file()).collect();
     fs::write("/proc/self/comm", "ready").expect("a name");
+    let (mut next, pages) = (0, memory.len() / PAGE);
     loop {
-        std::thread::park();
-        std::hint::black_box(&open);
+        match pages {
+            0 => std::thread::park(),
+            _ => std::thread::sleep(Duration::from_millis(1)),
+        }
+        for _ in 0..pages * dirty_percent / 100_000 {
+            // Neighbours are not written together.
+            next = (next + 7919) % pages;
+            memory[next * PAGE] = memory[next * PAGE].wrapping_add(1);
+        }
+        std::hint::black_box((&open, &memory));
     }
 }
 
@@ -142,11 +169,20 @@ fn measure(case: &str, runs: usize) {
     let request = CaptureRequest { init: namespace.init, outside: Vec::new(), names };
     let mut sink = Nothing(Vec::with_capacity(8 << 20));
     let mut rows: Vec<[u128; 6]> = Vec::new();
-    for _ in 0..runs {
+    let mut tracking = Tracking::default();
+    let is_tracked = CASES.iter().any(|known| known.name == case && known.mebibytes > 0);
+    for number in 0..runs {
+        if is_tracked {
+            tracking.begin(number > 0, true);
+            tracking.copy_ahead(namespace.init, &mut sink).expect("copied memory");
+        }
         let begun = Instant::now();
-        let captured = capture(&request, &mut Tracking::default(), &mut || Ok(()), &mut sink);
+        let captured = capture(&request, &mut tracking, &mut || Ok(()), &mut sink);
         let captured = captured.unwrap_or_else(|error| panic!("{error}: {error:?}"));
         let all = begun.elapsed();
+        if is_tracked {
+            tracking.committed();
+        }
         let report = captured.report;
         let begun = Instant::now();
         captured.frozen.thaw().expect("a thaw");
@@ -156,8 +192,8 @@ fn measure(case: &str, runs: usize) {
         let pause = all.saturating_sub(report.prepare) + thaw;
         let row = [report.freeze, report.collect, report.copy, rest, thaw, pause];
         rows.push(row.map(|time| time.as_micros()));
-        // So that the program is asleep again.
-        std::thread::sleep(Duration::from_millis(2));
+        // So that the program is asleep again, or has written something.
+        std::thread::sleep(Duration::from_millis(if is_tracked { 1000 } else { 2 }));
     }
     let median = |column: usize| {
         let mut times: Vec<u128> = rows.iter().map(|row| row[column]).collect();
@@ -182,9 +218,9 @@ fn main() {
             _ => cases.push(word),
         }
     }
-    for (case, ..) in CASES {
-        if cases.is_empty() || cases.iter().any(|wanted| wanted == case) {
-            measure(case, runs);
+    for Case { name, .. } in CASES {
+        if cases.is_empty() || cases.iter().any(|wanted| wanted == name) {
+            measure(name, runs);
         }
     }
 }

@@ -24,13 +24,14 @@ use crate::phase::{self, Phase};
 use crate::plan::{self, PlanError};
 use crate::prepared::{Awaited, Prepared};
 use crate::process::LookedAt;
+use crate::restart::Slept;
 use crate::root::Root;
 use crate::tracee::TraceeError;
 use crate::tracking::Tracking;
 use crate::unsupported::{Place, Unsupported, UnsupportedList};
 use crate::{
-    aio, clocks, copy_on_write, datagrams, descriptors, epoll, file_names, inotify, memory,
-    nameless, notices, posix_queues, process, system_v, tcp, terminals, unix_sockets, vdso,
+    aio, clocks, copy_on_write, datagrams, descriptors, epoll, file_names, inotify, mappings,
+    memory, nameless, notices, posix_queues, process, system_v, tcp, terminals, unix_sockets, vdso,
 };
 
 /// Why no capsule came of a capture. The container runs on in every case.
@@ -124,7 +125,9 @@ pub fn capture(
 
     let begun = Instant::now();
     let mut tables = Tables::new(request, clocks_read, vdso, common)?;
-    let mut processes = collect(&mut frozen, &mut awaited, &mut tables)?;
+    let mut slept = crate::restart::elapsed(&frozen.sleepers, frozen.stopped_at);
+    tracking.left_calls.pass_on(&mut frozen, &mut slept);
+    let mut processes = collect(&mut frozen, &slept, &mut awaited, &mut tables)?;
     let names = awaited.names().map_err(read("the host's name"))?;
     let names = names::changed(names, &request.names);
     let addresses = awaited.interfaces();
@@ -186,16 +189,23 @@ pub fn capture(
 /// First everything is looked at, so that an error names all that can't be saved; then code runs in the processes.
 fn collect(
     frozen: &mut FrozenTree,
+    elapsed: &BTreeMap<Pid, Slept>,
     awaited: &mut Awaited,
     tables: &mut Tables<'_>,
 ) -> Result<Vec<(Pid, record::Process)>, CaptureError> {
-    let elapsed = crate::restart::elapsed(&frozen.sleepers, frozen.stopped_at);
     // Sessions are thawed like the rest, so their interrupted calls are mended too.
-    for session in frozen.sessions.values_mut() {
-        process::mend_for_thaw(session, &elapsed)?;
+    for (pid, session) in &mut frozen.sessions {
+        session.find_room(&mappings::of(*pid).map_err(read("the mappings"))?);
+        process::mend_for_thaw(session, elapsed)?;
     }
     let sharing = process::sharing(&frozen.processes, tables);
-    part_scratch(frozen, &sharing);
+    process::part_scratch(&mut frozen.processes, |one, other| {
+        let memory = |pid| match sharing.get(&pid).and_then(|sharing| sharing.memory) {
+            Some(first) => Ok(first),
+            None => inner_pid(pid),
+        };
+        matches!((memory(one), memory(other)), (Ok(one), Ok(other)) if one == other)
+    });
     if let Some(view) = awaited.queues() {
         posix_queues::list(view, tables)?;
     }
@@ -215,7 +225,7 @@ fn collect(
     // Before the engine maps anything, so that the lists are the programs'.
     let mut all_mappings = awaited.mappings();
     for ((pid, process), descriptors) in frozen.processes.iter_mut().zip(all_descriptors) {
-        let mappings = all_mappings.remove(pid).unwrap_or_else(|| memory::own_mappings(*pid));
+        let mappings = all_mappings.remove(pid).unwrap_or_else(|| mappings::of(*pid));
         let mappings = mappings.map_err(read("the mappings"))?;
         process.find_room(&mappings);
         let shares = sharing.get(pid).copied().unwrap_or_default();
@@ -239,7 +249,7 @@ fn collect(
     terminals::resolve(&pids, &zombies, tables)?;
     if !tables.unsupported.is_empty() {
         for process in frozen.processes.values_mut() {
-            process::mend_for_thaw(process, &elapsed)?;
+            process::mend_for_thaw(process, elapsed)?;
         }
         let unsupported = std::mem::take(&mut tables.unsupported);
         return Err(CaptureError::Unsupported(UnsupportedList(unsupported)));
@@ -250,7 +260,7 @@ fn collect(
         let space = tables.new_space();
         let shares = sharing.get(pid).copied().unwrap_or_default();
         let common = &tables.common;
-        let record = process::collect(process, looked_at, space, shares, &elapsed, common)?;
+        let record = process::collect(process, looked_at, space, shares, elapsed, common)?;
         records.push((*pid, record));
     }
     unix_sockets::ask(&mut frozen.processes, tables)?;
@@ -269,18 +279,6 @@ fn collect(
     let leads = records.iter().any(|(_, record)| record.pid == 1 && record.session == 1);
     plan::tree(records.iter().map(|(_, record)| record), leads).map_err(CaptureError::Plan)?;
     Ok(records)
-}
-
-/// Lets processes with the same memory put their timespecs into different places.
-fn part_scratch(frozen: &mut FrozenTree, sharing: &BTreeMap<Pid, record::Sharing>) {
-    let mut taken: BTreeMap<i32, usize> = BTreeMap::new();
-    for (pid, process) in &mut frozen.processes {
-        let first = sharing.get(pid).and_then(|sharing| sharing.memory);
-        let Ok(first) = first.map_or_else(|| inner_pid(*pid), Ok) else { continue };
-        let taken = taken.entry(first).or_default();
-        process.scratch_taken = *taken;
-        *taken += process.threads.len();
-    }
 }
 
 /// Notes descriptors of processes that are not restored: those that joined from outside.

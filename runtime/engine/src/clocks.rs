@@ -4,6 +4,7 @@
 //! which both go on from where they were.
 
 use std::io;
+use std::time::{Duration, Instant};
 
 use nix::time::{ClockId, clock_gettime};
 use samara_capsule::record::Clocks;
@@ -74,6 +75,18 @@ fn offsets(text: &str) -> TimeOffsets {
 fn now(clock: ClockId) -> io::Result<i64> {
     let time = clock_gettime(clock)?;
     Ok(time.tv_sec() * 1_000_000_000 + time.tv_nsec())
+}
+
+/// An instant by the host's `CLOCK_MONOTONIC`, in nanoseconds; [`Instant`] counts by it, and can't be written down.
+pub(crate) fn monotonic_ns(instant: Instant) -> Option<u64> {
+    let now_ns = now(ClockId::CLOCK_MONOTONIC).ok().and_then(|ns| u64::try_from(ns).ok())?;
+    now_ns.checked_sub(u64::try_from(instant.elapsed().as_nanos()).ok()?)
+}
+
+/// The inverse of [`monotonic_ns`]. `None`: it lies ahead.
+pub(crate) fn instant(monotonic_ns: u64) -> Option<Instant> {
+    let now_ns = now(ClockId::CLOCK_MONOTONIC).ok().and_then(|ns| u64::try_from(ns).ok())?;
+    Instant::now().checked_sub(Duration::from_nanos(now_ns.checked_sub(monotonic_ns)?))
 }
 
 #[cfg(test)]

@@ -18,6 +18,8 @@ pub mod host;
 mod inotify;
 mod internet;
 pub mod labels;
+mod left_calls;
+mod mappings;
 mod memory;
 mod nameless;
 pub mod names;

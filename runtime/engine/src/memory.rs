@@ -684,13 +684,6 @@ fn read_padded(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// The mappings of a process less the engine's own, in case an engine that died has left one behind.
-pub(crate) fn own_mappings(pid: Pid) -> io::Result<Vec<Mapping>> {
-    let mut mappings = proc::mappings(pid)?;
-    mappings.sort_by_key(|mapping| mapping.start);
-    Ok(mappings)
-}
-
 /// Refuses mappings that no kernel could have made, before anything is built from them.
 pub(crate) fn check(alive: &Alive) -> Result<(), RestoreError> {
     let mut end = 0;

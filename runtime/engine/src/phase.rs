@@ -10,6 +10,10 @@ use std::sync::OnceLock;
 pub enum Phase {
     /// Of a checkpoint: the configuration, the store, the lease, the root.
     Prepared,
+    /// All memory is tracked, and the container stands for it. Only where much of it was not.
+    Covered,
+    /// Only where the container was not paused.
+    CopiedAhead,
     Stopped,
     Collected,
     Copied,
@@ -34,9 +38,10 @@ pub enum Phase {
 }
 
 impl Phase {
-    /// Those of a checkpoint, in order.
-    pub const CHECKPOINT: [Phase; 7] = [
+    /// Those of every checkpoint of a container that runs, in order.
+    pub const CHECKPOINT: [Phase; 8] = [
         Phase::Prepared,
+        Phase::CopiedAhead,
         Phase::Stopped,
         Phase::Collected,
         Phase::Copied,
@@ -62,6 +67,8 @@ impl Phase {
     pub fn name(self) -> &'static str {
         match self {
             Phase::Prepared => "prepared",
+            Phase::Covered => "covered",
+            Phase::CopiedAhead => "copied-ahead",
             Phase::Stopped => "stopped",
             Phase::Collected => "collected",
             Phase::Copied => "copied",

@@ -19,7 +19,7 @@ use samara_kernel::setns::Visitor;
 use crate::clocks::{self, TimeOffsets};
 use crate::process::{Common, Told};
 use crate::tracee::Process;
-use crate::{descriptors, internet, memory, names, posix_queues, system_v, vdso};
+use crate::{descriptors, internet, mappings, names, posix_queues, system_v, vdso};
 
 #[derive(Debug)]
 pub(crate) struct Prepared {
@@ -75,7 +75,7 @@ impl Reader {
         let (tell_threads, threads) = sync_channel(1);
         std::thread::Builder::new().spawn(move || {
             let Ok((processes, wanted)) = asked.recv() else { return };
-            let look = |pid| (pid, memory::own_mappings(pid));
+            let look = |pid| (pid, mappings::of(pid));
             let _ = tell_mappings.send(processes.into_iter().map(look).collect());
             let _ = tell_threads.send(wanted.ask());
         })?;
@@ -114,6 +114,7 @@ impl Prepared {
     pub(crate) fn look(init: Pid) -> io::Result<Prepared> {
         // For the container's descriptors, and what is opened beside them.
         descriptors::make_room()?;
+        mappings::prepare();
         let common = Common::look()?;
         Ok(Prepared {
             vdso: vdso::Host::look()?,

@@ -676,6 +676,25 @@ fn leave_critical_sections(process: &mut Process) -> Result<Vec<Option<Rseq>>, T
     Ok(registrations)
 }
 
+/// Lets processes with the same memory put their timespecs into different places.
+pub(crate) fn part_scratch(
+    processes: &mut BTreeMap<Pid, Process>,
+    same_memory: impl Fn(Pid, Pid) -> bool,
+) {
+    let mut groups: Vec<(Pid, usize)> = Vec::new();
+    for (pid, process) in processes {
+        let threads = process.threads.len();
+        process.scratch_taken = match groups.iter_mut().find(|(first, _)| same_memory(*first, *pid))
+        {
+            Some((_, taken)) => std::mem::replace(taken, *taken + threads),
+            None => {
+                groups.push((*pid, threads));
+                0
+            }
+        };
+    }
+}
+
 /// Corrects the interrupted calls of all threads of a process that will be thawed.
 pub(crate) fn mend_for_thaw(
     process: &mut Process,
@@ -724,10 +743,12 @@ fn corrected(
     goal: Goal,
     elapsed: &BTreeMap<Pid, Slept>,
 ) -> (Registers, Restart) {
-    let mut registers = thread.stop;
+    let is_ours = |address| process.is_scratch(address);
+    let before_call = restart::in_call(&thread.stop, &|address| process.is_call(address), &is_ours);
+    let mut registers = before_call.unwrap_or(thread.stop);
     let elapsed_ns = elapsed.get(&thread.tid).map_or(0, |slept| slept.elapsed_ns);
     let read = |address| process.read(address, 16).ok().and_then(|bytes| bytes.try_into().ok());
-    let restart = restart::shorten(&mut registers, goal, elapsed_ns, &read);
+    let restart = restart::shorten(&mut registers, goal, elapsed_ns, &read, &is_ours);
     (registers, restart)
 }
 

@@ -12,6 +12,10 @@
 //!
 //! What is left is known where the call wrote it to memory, or from the time at which the scheduler put the thread to sleep.
 //! A thread that woke in between without returning is taken to have begun then: timeouts may come late, never early.
+//!
+//! A thread that goes on with the rest of its time does so by `restart_syscall`, which hides from the next stop what call it is, and when
+//! that began: `left_calls` notes it from one capture to the next. Where others have stopped the thread (SIGSTOP, a freezer), what it
+//! waits for and its code tell the call.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, RawFd};
@@ -128,12 +132,14 @@ pub(crate) struct Sleeper {
     /// How often it had gone to sleep by then.
     sleeps: u64,
     processor: i32,
+    /// The call, also where the kernel goes on with it by `restart_syscall`.
+    number: i64,
     /// Where a sleep will write what is left when it is interrupted, and what stands there before.
     remainder: Option<(u64, [u8; 16])>,
 }
 
 /// What is known of a thread that was asleep when it was stopped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Slept {
     pub(crate) since: Option<Instant>,
     pub(crate) elapsed_ns: u64,
@@ -142,15 +148,25 @@ pub(crate) struct Slept {
 }
 
 impl Sleeper {
+    pub(crate) fn number(&self) -> i64 {
+        self.number
+    }
+
     /// Looks at a thread that still runs undisturbed. `None`: it is not in a call whose timeout would have to be corrected.
     pub(crate) fn observe(tid: Pid) -> Option<Sleeper> {
         let call = proc::attribute(tid, "syscall").ok()?;
         let mut words = call.split(' ');
-        let number: i64 = words.next()?.parse().ok()?;
-        let timeout = timeout(number)?;
+        let mut number: i64 = words.next()?.parse().ok()?;
+        if number != libc::SYS_restart_syscall && timeout(number).is_none() {
+            return None;
+        }
         let arguments: Vec<u64> = words
             .filter_map(|word| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok())
             .collect();
+        if number == libc::SYS_restart_syscall {
+            number = waited_for(&proc::attribute(tid, "wchan").ok()?, *arguments.first()?)?;
+        }
+        let timeout = timeout(number)?;
         let argument = |which: Argument| arguments.get(which.position()).copied();
         let remainder = match timeout {
             // Without an end there is nothing to correct, and most threads wait so.
@@ -160,7 +176,8 @@ impl Sleeper {
             Timeout::Sleep { request, rest } => remainder(tid, &arguments, request, rest),
         };
         let (since_ns, sleeps) = proc::scheduled(tid)?;
-        Some(Sleeper { since_ns, sleeps, processor: proc::stat(tid).ok()?.processor?, remainder })
+        let processor = proc::stat(tid).ok()?.processor?;
+        Some(Sleeper { since_ns, sleeps, processor, number, remainder })
     }
 
     /// Whether a thread that has stopped was asleep until then, and had not woken since it was observed: it has gone to sleep
@@ -168,6 +185,23 @@ impl Sleeper {
     fn still_slept(&self, tid: Pid) -> bool {
         let sleeps = proc::status(tid).ok().and_then(|status| status.voluntary_switches);
         sleeps == Some(self.sleeps + 1)
+    }
+}
+
+/// The call that a thread goes on with by `restart_syscall`, by the function of the kernel in which it sleeps, and its first argument.
+///
+/// The kernel's ways back into a call are few (`set_restart_fn`): `poll`, waits for a futex, and sleeps. `None`: the kernel does not tell.
+fn waited_for(function: &str, first: u64) -> Option<i64> {
+    /// A clock is a small number, or a negative one; nanosleep has an address there.
+    const CLOCKS: u64 = 16;
+    match function {
+        "" | "0" => None,
+        function if function.contains("poll") => Some(libc::SYS_poll),
+        function if function.contains("futex") => Some(libc::SYS_futex),
+        function if function.contains("cpu_nanosleep") || first < CLOCKS => {
+            Some(libc::SYS_clock_nanosleep)
+        }
+        _ => Some(libc::SYS_nanosleep),
     }
 }
 
@@ -277,12 +311,14 @@ pub(crate) enum Goal {
 /// Corrects the timeout of an interrupted call in the registers that the thread will go on with.
 ///
 /// `elapsed_ns` is how long the thread had been asleep when it was stopped, 0 if that is not known: then a timeout
-/// starts anew. `read` reads the program's memory. The result says whether a timespec has to be placed in memory too.
+/// starts anew. `read` reads the program's memory, and `is_ours` tells addresses at which an earlier stop has placed a timespec: it has
+/// to be placed again, since others may get its place. The result says whether a timespec has to be placed in memory too.
 pub(crate) fn shorten(
     registers: &mut Registers,
     goal: Goal,
     elapsed_ns: u64,
     read: &dyn Fn(u64) -> Option<[u8; 16]>,
+    is_ours: &dyn Fn(u64) -> bool,
 ) -> Restart {
     const ABSOLUTE: u64 = libc::TIMER_ABSTIME as u64;
     const FUTEX_WAIT: u64 = 0;
@@ -290,7 +326,7 @@ pub(crate) fn shorten(
     const MS: u64 = 1_000_000;
     let number = registers.orig_rax.cast_signed();
     let code = -registers.rax.cast_signed();
-    let by_kernel = code == ERESTART_RESTARTBLOCK;
+    let by_kernel = is_left_to_kernel(registers);
     if number < 0 || !(by_kernel || code == ERESTARTNOHAND || code == ERESTARTSYS) {
         return Restart::AsIs;
     }
@@ -314,8 +350,9 @@ pub(crate) fn shorten(
         }
         Some(Timeout::Timespec(argument)) => {
             let index = u32::try_from(argument.position()).expect("there are six arguments");
-            match read(*argument.of(registers)).and_then(timespec_ns) {
-                Some(whole_ns) if elapsed_ns > 0 => Restart::Timespec {
+            let address = *argument.of(registers);
+            match read(address).and_then(timespec_ns) {
+                Some(whole_ns) if elapsed_ns > 0 || is_ours(address) => Restart::Timespec {
                     argument: index,
                     rest_ns: whole_ns.saturating_sub(elapsed_ns),
                 },
@@ -371,6 +408,48 @@ pub(crate) fn socket_wait(stop: &Registers) -> Option<(i32, Direction)> {
         Timeout::Socket(direction) => Some((i32::try_from(stop.rdi).ok()?, direction)),
         Timeout::Milliseconds(_) | Timeout::Timespec(_) | Timeout::Sleep { .. } => None,
     }
+}
+
+/// The registers of a thread that was stopped right before it makes a call again, as if it were in the call: the inverse of [`explicit`],
+/// for calls whose timespec an earlier stop has placed. `None`: it is no such thread.
+pub(crate) fn in_call(
+    stop: &Registers,
+    is_call: &dyn Fn(u64) -> bool,
+    is_ours: &dyn Fn(u64) -> bool,
+) -> Option<Registers> {
+    let mut registers = Registers { orig_rax: stop.rax, ..*stop };
+    let argument = match timeout(stop.rax.cast_signed())? {
+        Timeout::Timespec(argument) | Timeout::Sleep { request: argument, .. } => argument,
+        Timeout::Milliseconds(_) | Timeout::Socket(_) => return None,
+    };
+    if !is_ours(*argument.of(&mut registers)) || !is_call(stop.rip) {
+        return None;
+    }
+    registers.rax = (-ERESTARTNOHAND).cast_unsigned();
+    registers.rip += 2;
+    Some(registers)
+}
+
+/// As [`in_call`], for a thread that goes on with a call by `restart_syscall`, in it or right before it; which call that is, stays open.
+pub(crate) fn in_restarted_call(
+    stop: &Registers,
+    is_call: &dyn Fn(u64) -> bool,
+) -> Option<Registers> {
+    const RESTART: u64 = libc::SYS_restart_syscall.unsigned_abs();
+    if is_left_to_kernel(stop) && stop.orig_rax == RESTART {
+        return Some(*stop);
+    }
+    (stop.rax == RESTART && is_call(stop.rip)).then(|| Registers {
+        orig_rax: RESTART,
+        rax: (-ERESTART_RESTARTBLOCK).cast_unsigned(),
+        rip: stop.rip + 2,
+        ..*stop
+    })
+}
+
+/// Whether the kernel goes on with the call by itself, with the rest of its time.
+pub(crate) fn is_left_to_kernel(stop: &Registers) -> bool {
+    stop.orig_rax.cast_signed() >= 0 && -stop.rax.cast_signed() == ERESTART_RESTARTBLOCK
 }
 
 /// What a thread goes on with whose restore has taken `passed_ns`: a call that begins again has so much less of its time.
@@ -511,7 +590,8 @@ mod tests {
             let mut registers = interrupted(libc::SYS_epoll_wait, i64::from(libc::EINTR));
             mend_interrupted(&mut registers);
             registers.r10 = whole;
-            let restart = shorten(&mut registers, Goal::Thaw, elapsed_ms * 1_000_000, &|_| None);
+            let restart =
+                shorten(&mut registers, Goal::Thaw, elapsed_ms * 1_000_000, &|_| None, &|_| false);
             assert_eq!((registers.r10, restart), (rest, Restart::AsIs));
             assert_eq!(explicit(&registers).rax, libc::SYS_epoll_wait.unsigned_abs());
             assert_eq!(explicit(&registers).rip, 0x1000);
@@ -559,15 +639,15 @@ mod tests {
         let mut registers = interrupted(libc::SYS_nanosleep, ERESTART_RESTARTBLOCK);
         registers.rdi = 0x5000;
         let stop = registers;
-        shorten(&mut registers, Goal::Thaw, 4_000_000_000, &read);
+        shorten(&mut registers, Goal::Thaw, 4_000_000_000, &read, &|_| false);
         assert_eq!(registers, stop);
-        shorten(&mut registers, Goal::Restore, 4_000_000_000, &read);
+        shorten(&mut registers, Goal::Restore, 4_000_000_000, &read, &|_| false);
         assert_eq!(registers.orig_rax, libc::SYS_poll.unsigned_abs());
         assert_eq!((registers.rdi, registers.rsi, registers.rdx), (0, 0, 6000));
 
         // With a place for the rest, the kernel has written it there.
         let mut registers = Registers { rsi: 0x5000, rdi: 0x7000, ..stop };
-        let restart = shorten(&mut registers, Goal::Restore, 0, &read);
+        let restart = shorten(&mut registers, Goal::Restore, 0, &read, &|_| false);
         assert_eq!(registers.orig_rax, libc::SYS_nanosleep.unsigned_abs());
         assert_eq!(restart, Restart::Timespec { argument: 0, rest_ns: 10_000_000_000 });
     }
@@ -579,7 +659,8 @@ mod tests {
         registers.rdi = libc::CLOCK_PROCESS_CPUTIME_ID as u64;
         registers.rdx = 0x5000;
         let before = registers;
-        let restart = shorten(&mut registers, Goal::Restore, 4_000_000_000, &|_| Some([1; 16]));
+        let restart =
+            shorten(&mut registers, Goal::Restore, 4_000_000_000, &|_| Some([1; 16]), &|_| false);
         assert_eq!(restart, Restart::AsIs);
         assert_eq!((registers.orig_rax, registers.rdx), (before.orig_rax, before.rdx));
     }

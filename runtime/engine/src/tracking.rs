@@ -18,12 +18,14 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use samara_capsule::record::{Container, ProcessState};
 use samara_capsule::transfer::{BATCH_BYTES_MAX, BaseId, PageRun, Sink, Source, SpaceId};
 use samara_kernel::kcmp::{self, Resource};
 use samara_kernel::pagemap::{Pagemap, Run};
+use samara_kernel::pid_namespaces::View;
 use samara_kernel::proc::Mapping;
 use samara_kernel::userfaultfd::{self, WriteTracker};
 use samara_kernel::{Pid, proc};
@@ -31,13 +33,19 @@ use serde::{Deserialize, Serialize};
 
 use crate::capture::{CaptureError, inner_pid, read};
 use crate::freeze::FrozenTree;
+use crate::left_calls::LeftCalls;
 use crate::memory::PAGE;
+use crate::phase::{self, Phase};
 use crate::ranges::Ranges;
 use crate::restore::Tree;
-use crate::{aio, vdso};
+use crate::{aio, mappings, process, restart, vdso};
 
 /// A process with less memory of its own is not tracked: a tracker costs as much as copying this.
 const TRACKED_PAGES_MIN: u64 = 256;
+
+/// For so many pages that are not tracked yet the container is stopped before the rounds, so that they can be copied ahead: to copy them
+/// while it stands would take about as long as such a stop does.
+const COVERED_AHEAD_PAGES_MIN: u64 = 1024;
 
 /// Rounds of copying at most.
 const ROUNDS_MAX: usize = 6;
@@ -53,6 +61,7 @@ const RUNS_AT_ONCE: usize = 2048;
 pub struct Tracking {
     memories: BTreeMap<Pid, TrackedMemory>,
     stays: bool,
+    pub(crate) left_calls: LeftCalls,
 }
 
 /// The memory of one process.
@@ -101,6 +110,15 @@ impl Identity {
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Notes {
     memories: Vec<NotedMemory>,
+    left_calls: LeftCalls,
+}
+
+impl Notes {
+    /// Whether they say nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.memories.is_empty() && self.left_calls.is_empty()
+    }
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -119,13 +137,16 @@ pub struct PreCopy {
     pub rounds: Vec<(u64, Duration)>,
     /// Why there were none, or no more.
     pub ended: &'static str,
+    /// How long the container stood before them, so that all of its memory is tracked.
+    pub stopped: Duration,
 }
 
 impl Tracking {
     /// Takes up what [`Tracking::into_parts`] has left. What can't be taken up is not tracked any more.
     pub fn from_parts(notes: Notes, trackers: Vec<OwnedFd>) -> Tracking {
+        let Notes { memories: noted, left_calls } = notes;
         let mut memories = BTreeMap::new();
-        for (noted, tracker) in notes.memories.into_iter().zip(trackers) {
+        for (noted, tracker) in noted.into_iter().zip(trackers) {
             let NotedMemory { pid, identity, parent, since } = noted;
             let same = Identity::of(pid).is_ok_and(|now| now == identity);
             if !same {
@@ -142,7 +163,7 @@ impl Tracking {
             };
             memories.insert(pid, tracked);
         }
-        Tracking { memories, stays: true }
+        Tracking { memories, stays: true, left_calls }
     }
 
     /// A new capsule begins. `continues`: the one that the notes speak of is the one before it. `stays`: the container runs on, and there
@@ -159,8 +180,14 @@ impl Tracking {
     }
 
     /// Notes and descriptors for whoever keeps them until the next capture.
-    pub fn into_parts(self) -> (Notes, Vec<OwnedFd>) {
-        let mut notes = Notes::default();
+    ///
+    /// With more than `trackers_max` trackers the next capture begins without any.
+    pub fn into_parts(mut self, trackers_max: usize) -> (Notes, Vec<OwnedFd>) {
+        self.went_on();
+        if self.memories.len() > trackers_max {
+            self.memories.clear();
+        }
+        let mut notes = Notes { left_calls: self.left_calls, ..Notes::default() };
         let mut trackers = Vec::new();
         for (pid, tracked) in self.memories {
             let TrackedMemory { identity, parent, since, last, tracker, .. } = tracked;
@@ -170,6 +197,11 @@ impl Tracking {
             trackers.push(tracker.into());
         }
         (notes, trackers)
+    }
+
+    /// The container was let go, now, or before where that was said.
+    pub fn went_on(&mut self) {
+        self.left_calls.released();
     }
 
     /// The capsule was committed: the next one continues it.
@@ -194,18 +226,23 @@ impl Tracking {
         self.memories.iter_mut().map(|(pid, tracked)| (*pid, tracked)).collect()
     }
 
-    /// Copies what was written, in rounds, while the container runs.
+    /// Copies what was written, in rounds, while the container runs. It stands for a moment before them where much of its memory is not
+    /// tracked yet.
     ///
     /// # Errors
-    /// Those of the sink. What is not tracked yet or can't be read is left for the pause.
-    pub fn copy_ahead(&mut self, sink: &mut dyn Sink) -> Result<PreCopy, CaptureError> {
+    /// Those of stopping, and of the sink. What can't be tracked or read is left for the pause.
+    pub fn copy_ahead(&mut self, init: Pid, sink: &mut dyn Sink) -> Result<PreCopy, CaptureError> {
         let mut done = PreCopy::default();
+        mappings::prepare();
+        if self.lacks_pages(init, COVERED_AHEAD_PAGES_MIN) {
+            done.stopped = self.cover_ahead(init)?;
+        }
         if self.memories.is_empty() {
-            done.ended = "nothing is tracked yet";
+            done.ended = "nothing is tracked";
             return Ok(done);
         }
         for (pid, tracked) in &mut self.memories {
-            tracked.mappings = proc::mappings(*pid).unwrap_or_default();
+            tracked.mappings = mappings::of(*pid).unwrap_or_default();
             tracked
                 .mappings
                 .retain(|mapping| mapping.has_flag(COVERED) && exact(mapping).is_some());
@@ -250,8 +287,7 @@ impl Tracking {
         source: &dyn Source,
     ) -> Tracking {
         let mut tracking = Tracking::default();
-        if let Err(error) = userfaultfd::probe() {
-            tracing::info!(%error, "this kernel does not tell what is written");
+        if !kernel_tells() {
             return tracking;
         }
         for record in &container.processes {
@@ -295,7 +331,69 @@ impl Tracking {
     /// # Errors
     /// A process can't be read. One that can't have a tracker is no error: it is copied in full each time.
     pub(crate) fn attach(&mut self, frozen: &mut FrozenTree) -> Result<(), CaptureError> {
-        if !self.stays {
+        if self.stays { self.make_trackers(frozen) } else { Ok(()) }
+    }
+
+    /// Whether there are so many pages that are not tracked and could be.
+    fn lacks_pages(&self, init: Pid, enough: u64) -> bool {
+        let Ok(namespace) = proc::namespace(init, "pid") else { return false };
+        let processes = match View::of(init).and_then(|view| view.processes()) {
+            Ok(processes) => processes,
+            Err(_) => proc::processes().unwrap_or_default(),
+        };
+        let mut found = 0;
+        for pid in processes {
+            found += match self.memories.get(&pid) {
+                Some(tracked) => uncovered_pages(pid, &tracked.pagemap, enough),
+                None if proc::namespace(pid, "pid").is_ok_and(|other| other == namespace)
+                    && !self.memories.keys().any(|other| same_memory(*other, pid)) =>
+                {
+                    own_pages(pid)
+                }
+                None => 0,
+            };
+            if found >= enough {
+                return kernel_tells();
+            }
+        }
+        false
+    }
+
+    /// Stops the container, so that all of its memory is tracked that can be. Returns how long it stood.
+    ///
+    /// A mapping can only be covered as a whole while everything stands, or calls of the program could fail that take it for one
+    /// (mremap(2)).
+    fn cover_ahead(&mut self, init: Pid) -> Result<Duration, CaptureError> {
+        let mut frozen = FrozenTree::stop(init, &mut || Ok(()))?;
+        let mut slept = restart::elapsed(&frozen.sleepers, frozen.stopped_at);
+        self.left_calls.pass_on(&mut frozen, &mut slept);
+        process::part_scratch(&mut frozen.processes, same_memory);
+        let mut lists = BTreeMap::new();
+        for (pid, process) in frozen.processes.iter_mut().chain(&mut frozen.sessions) {
+            let list = mappings::of(*pid).map_err(read("the mappings"))?;
+            process.find_room(&list);
+            process::mend_for_thaw(process, &slept)?;
+            lists.insert(*pid, list);
+        }
+        self.make_trackers(&mut frozen)?;
+        self.memories.retain(|pid, tracked| {
+            let is_there = frozen.processes.contains_key(pid) && tracked.is_of(*pid);
+            let new = lists.get(pid).into_iter().flatten().filter(|mapping| is_uncovered(mapping));
+            if is_there {
+                // What can't be covered is copied every time.
+                new.for_each(|mapping| drop(tracked.tracker.cover(mapping.start, mapping.end)));
+            }
+            is_there
+        });
+        phase::reached(Phase::Covered);
+        let stopped_at = frozen.stopped_at;
+        frozen.thaw()?;
+        self.left_calls.released();
+        Ok(stopped_at.elapsed())
+    }
+
+    fn make_trackers(&mut self, frozen: &mut FrozenTree) -> Result<(), CaptureError> {
+        if !kernel_tells() {
             return Ok(());
         }
         let mut owners: BTreeMap<Pid, Pid> = BTreeMap::new();
@@ -335,7 +433,7 @@ const COVERED: &[u8; 2] = b"uw";
 
 /// Whether a mapping could be tracked, and is not.
 fn is_uncovered(mapping: &Mapping) -> bool {
-    !mapping.has_flag(COVERED) && mapping.anonymous_bytes > 0 && exact(mapping).is_some()
+    !mapping.has_flag(COVERED) && mapping.has_anonymous && exact(mapping).is_some()
 }
 
 /// Whether pages of zeros count in a mapping that can be tracked; none in one that can't.
@@ -348,6 +446,36 @@ fn exact(mapping: &Mapping) -> Option<bool> {
         || mapping.name == "[vsyscall]"
         || vdso::is_part(mapping);
     (!untracked).then(|| mapping.inode != 0 || !(name.is_empty() || name.starts_with(b"[")))
+}
+
+/// Whether the kernel tells of all that is written ([`userfaultfd::probe`]).
+fn kernel_tells() -> bool {
+    static TELLS: OnceLock<bool> = OnceLock::new();
+    *TELLS.get_or_init(|| {
+        let told = userfaultfd::probe();
+        told.inspect_err(
+            |error| tracing::info!(%error, "this kernel does not tell what is written"),
+        )
+        .is_ok()
+    })
+}
+
+/// Pages of a process's own in mappings that could be tracked and are not, counted up to about `enough`.
+fn uncovered_pages(pid: Pid, pagemap: &Pagemap, enough: u64) -> u64 {
+    let mappings = mappings::of(pid).unwrap_or_default();
+    let mut pages = 0;
+    for mapping in mappings.iter().filter(|mapping| is_uncovered(mapping)) {
+        let mut next = mapping.start;
+        while next < mapping.end && pages < enough {
+            let Ok((runs, after)) = pagemap.populated_some(next, mapping.end, RUNS_AT_ONCE) else {
+                break;
+            };
+            let own = runs.iter().filter(|run| !run.file && !run.guard);
+            pages += own.map(|run| (run.end - run.start) / PAGE).sum::<u64>();
+            next = after;
+        }
+    }
+    pages
 }
 
 fn same_memory(a: Pid, b: Pid) -> bool {

@@ -4,6 +4,7 @@
 //! What the crate does not have: policy. It neither retries, nor decides, nor remembers.
 
 pub mod bpf;
+mod btf;
 pub mod close_range;
 pub mod epoll;
 pub mod fcntl;
@@ -12,6 +13,7 @@ pub mod fork;
 pub mod inotify;
 pub mod kcmp;
 pub mod keyctl;
+pub mod mapping_list;
 pub mod mount_namespace;
 pub mod mount_setattr;
 pub mod mq_overview;

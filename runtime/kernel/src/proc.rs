@@ -36,8 +36,8 @@ pub struct Mapping {
     pub flags: Vec<[u8; 2]>,
     /// The protection key (`pkeys(7)`), 0 where there is none.
     pub protection_key: u32,
-    /// Bytes of memory that belong to no file, as `Anonymous` says.
-    pub anonymous_bytes: u64,
+    /// It may hold memory that belongs to no file (`Anonymous`).
+    pub has_anonymous: bool,
 }
 
 impl Mapping {
@@ -60,6 +60,13 @@ pub fn mappings(pid: Pid) -> io::Result<Vec<Mapping>> {
     parse_mappings(&fs::read(format!("/proc/{pid}/smaps"))?)
 }
 
+/// As [`mappings`], with all but flags, key and `has_anonymous`: `/proc/PID/maps`.
+pub(crate) fn mappings_without_flags(pid: Pid) -> io::Result<Vec<Mapping>> {
+    let text = small(pid, "maps")?;
+    let lines = text.split(|&byte| byte == b'\n').filter(|line| !line.is_empty());
+    lines.map(|line| parse_header(line).ok_or_else(|| malformed(line))).collect()
+}
+
 fn parse_mappings(text: &[u8]) -> io::Result<Vec<Mapping>> {
     let mut mappings: Vec<Mapping> = Vec::new();
     for line in text.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()) {
@@ -80,7 +87,7 @@ fn parse_mappings(text: &[u8]) -> io::Result<Vec<Mapping>> {
                 .and_then(|text| text.trim().strip_suffix(" kB"));
             let kilobytes: Option<u64> = text.and_then(|text| text.parse().ok());
             let last = mappings.last_mut().ok_or_else(|| malformed(line))?;
-            last.anonymous_bytes = kilobytes.ok_or_else(|| malformed(line))? << 10;
+            last.has_anonymous = kilobytes.ok_or_else(|| malformed(line))? > 0;
         } else if line
             .first()
             .is_some_and(|byte| byte.is_ascii_digit() || byte.is_ascii_lowercase())
@@ -125,7 +132,7 @@ fn parse_header(line: &[u8]) -> Option<Mapping> {
         name: OsString::from_vec(name.to_vec()),
         flags: Vec::new(),
         protection_key: 0,
-        anonymous_bytes: 0,
+        has_anonymous: false,
     })
 }
 

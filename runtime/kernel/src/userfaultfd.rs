@@ -51,11 +51,7 @@ const MODE_WP: u64 = 1 << 1;
 /// # Errors
 /// What could not be done; `Unsupported` where a moved page passes for one that is as it was.
 pub fn probe() -> io::Result<()> {
-    // SAFETY: the call takes flags only.
-    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, FLAGS) };
-    let fd = i32::try_from(check(fd)?).map_err(io::Error::other)?;
-    // SAFETY: the descriptor was made right above, and nobody else knows of it.
-    let tracker = WriteTracker::new(unsafe { OwnedFd::from_raw_fd(fd) })?;
+    let tracker = of_this_process()?;
     let memory = Scratch::new()?;
     let moved = Scratch::new()?;
     let pagemap = Pagemap::open(i32::try_from(std::process::id()).map_err(io::Error::other)?)?;
@@ -76,6 +72,15 @@ pub fn probe() -> io::Result<()> {
         [false, true, false, false] => Ok(()),
         _ => Err(io::ErrorKind::Unsupported.into()),
     }
+}
+
+/// A tracker of the caller's own memory.
+pub(crate) fn of_this_process() -> io::Result<WriteTracker> {
+    // SAFETY: the call takes flags only.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, FLAGS) };
+    let fd = i32::try_from(check(fd)?).map_err(io::Error::other)?;
+    // SAFETY: the descriptor was made right above, and nobody else knows of it.
+    WriteTracker::new(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// One page.

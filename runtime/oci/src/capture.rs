@@ -473,8 +473,9 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
     };
     if !paused {
         progress("copying memory");
-        let ahead = lineage.tracking.copy_ahead(&mut writer)?;
+        let ahead = lineage.tracking.copy_ahead(record.init.pid, &mut writer)?;
         tracing::info!(?ahead, "memory was copied while the container ran");
+        phase::reached(Phase::CopiedAhead);
     }
     progress("stopping");
     let urgent = Urgent::begin();
@@ -547,6 +548,7 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
         }
         .map_err(CheckpointError::Release)?;
         let pause = stood_since.elapsed();
+        lineage.tracking.went_on();
         drop(urgent);
         phase::reached(Phase::Thawed);
         progress("storing");

@@ -1,5 +1,5 @@
-//! What one capture leaves for the next, so that the next capsule has only what changed: the trackers of the container's memory,
-//! and which capsule it was that they began with.
+//! What one capture leaves for the next: the trackers of the container's memory and which capsule it was that they began with, so that
+//! the next capsule has only what changed; and the calls that the kernel goes on with, whose number nobody else can tell then.
 //!
 //! It lives in descriptors: the trackers, and a file in memory with the notes. The container's monitor keeps them and does not look at
 //! them. A worker that dies takes them along, and a monitor too; then the next capsule is a full one.
@@ -80,8 +80,8 @@ impl Lineage {
 
     /// What the monitor keeps; nothing where there is nothing to gain.
     pub(crate) fn into_descriptors(self) -> io::Result<Vec<OwnedFd>> {
-        let (notes, trackers) = self.tracking.into_parts();
-        if trackers.is_empty() || trackers.len() > TRACKERS_MAX {
+        let (notes, trackers) = self.tracking.into_parts(TRACKERS_MAX);
+        if notes.is_empty() {
             return Ok(Vec::new());
         }
         let mut file = File::from(rustix::fs::memfd_create(

@@ -1,10 +1,7 @@
 //! Capsules at intervals: what is asked for, and where the container's monitor finds it.
 //!
-//! A container with an address is saved at intervals where its specification says so; any other one when `checkpoint --every` does.
-//! A note in the container's folder holds it, so that a monitor that takes another one's place goes on.
-//!
-//! Nothing says so by default: a thread that sleeps through two captures, and is brought back from the second, finds its sleep
-//! interrupted ([`samara_engine`] can't tell yet what call it was that the kernel has restarted).
+//! A container with an address is saved at intervals unless its specification says otherwise; any other one when `checkpoint --every` says
+//! so. A note in the container's folder holds it, so that a monitor that takes another one's place goes on.
 
 use std::fs;
 use std::io;
@@ -23,6 +20,8 @@ pub const VARIABLE: &str = "SAMARA_INTERVAL";
 /// The annotation that says which of the capsules that come about in this way are kept.
 pub const RETENTION_ANNOTATION: &str = "dev.samara.retention";
 
+/// How often a container with an address is saved where nothing says so.
+pub const INTERVAL: Duration = Duration::from_secs(300);
 /// More often nobody's capsule would be ready.
 const INTERVAL_MIN: Duration = Duration::from_secs(1);
 /// Which capsules are kept where nothing says so: the newest, and two in case that it can't be resumed.
@@ -61,7 +60,7 @@ impl Schedule {
         let every = match (annotation(ANNOTATION), variable()) {
             (Some(text), _) => interval(ANNOTATION, &text)?,
             (None, Some(text)) => interval(VARIABLE, &text)?,
-            (None, None) => None,
+            (None, None) => Some(INTERVAL),
         };
         let retention = annotation(RETENTION_ANNOTATION).unwrap_or_else(|| RETENTION.to_owned());
         retention.parse::<Retention>().map_err(PeriodicError::Retention)?;
@@ -134,7 +133,7 @@ mod tests {
     #[test]
     fn the_specification_is_taken_at_its_word() {
         let every = |annotations, variables| schedule(annotations, variables).unwrap().every;
-        assert_eq!(every("", ""), None);
+        assert_eq!(every("", ""), Some(INTERVAL));
         assert_eq!(every(r#""dev.samara.interval": "90s""#, ""), Some(Duration::from_secs(90)));
         assert_eq!(every("", r#""SAMARA_INTERVAL=2m""#), Some(Duration::from_secs(120)));
         let both = every(r#""dev.samara.interval": "off""#, r#""SAMARA_INTERVAL=2m""#);

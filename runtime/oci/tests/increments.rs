@@ -202,7 +202,7 @@ impl Saving<'_> {
     /// `ahead`: memory is copied while the program runs; `commits`: the capsule gets into the store.
     fn save(&mut self, ahead: bool, commits: bool) -> Result<(), String> {
         // As it comes from the process that keeps it.
-        let (notes, trackers) = std::mem::take(&mut self.tracking).into_parts();
+        let (notes, trackers) = std::mem::take(&mut self.tracking).into_parts(usize::MAX);
         self.tracking = Tracking::from_parts(notes, trackers);
         self.tracking.begin(self.last.is_some(), true);
         let mut writer = match self.last {
@@ -223,7 +223,7 @@ impl Saving<'_> {
         };
         let init = self.program.init;
         if ahead {
-            self.tracking.copy_ahead(&mut writer).map_err(|error| said(&error))?;
+            self.tracking.copy_ahead(init, &mut writer).map_err(|error| said(&error))?;
         }
         let request = CaptureRequest { init, outside: Vec::new(), names: GivenNames::default() };
         let captured = match capture(&request, &mut self.tracking, &mut || Ok(()), &mut writer) {

@@ -214,6 +214,32 @@ fn captures(launch: &Launch, fixture: &Fixture, healthy: bool) -> Result<()> {
     Ok(())
 }
 
+/// Moves in the middle of waits that captures, or others (`stops`), have interrupted before: the kernel hides then what a thread waits in.
+fn moves_after(launch: &Launch, fixture: &Fixture, stops: bool) -> Result<()> {
+    let pair = fixture.pair()?;
+    let url = pair.store.url(&format!("moves-after/{}", launch.name));
+    let launch = launch.clone().capsule(url.clone());
+    let mut container = launch.start(&pair.nodes[0])?;
+    let nonce = container.wait_ready()?;
+    // Two of three seconds all threads are in a wait of two.
+    for number in 1..=size("SAMARA_TEST_MOVES", 5)? {
+        if stops {
+            for signal in ["STOP", "CONT"] {
+                container.node.docker(["kill", "-s", signal, &container.id]).output()?;
+            }
+        } else {
+            for _ in 0..3 {
+                container.save(&url, &[])?.successful()?;
+            }
+        }
+        save_and_remove(&container, &url)?;
+        container = launch.start(&pair.nodes[usize::from(number % 2 == 1)])?;
+    }
+    container.finish()?;
+    container.wait_ok(&nonce, END_TIME_MAX)?;
+    Ok(())
+}
+
 /// Kills every process of ours at moments drawn over a capture: the container must go on, and what is in the store be whole.
 fn kills(fixture: &Fixture) -> Result<()> {
     let pair = fixture.pair()?;
@@ -378,6 +404,16 @@ pub(crate) fn trials(fixture: &Arc<Fixture>) -> Vec<Trial> {
     }));
     trials.push(trial(fixture, "capture/eintr", |fixture| {
         captures(&EINTR.launch("-captured"), fixture, false)
+    }));
+    trials.push(trial(fixture, "move/eintr_after_captures", |fixture| {
+        moves_after(&EINTR.launch("-left"), fixture, false)
+    }));
+    trials.push(trial(fixture, "move/eintr_after_stops", |fixture| {
+        let mut launch = EINTR.launch("-paused");
+        // The others fail with EINTR by any stop.
+        let restarted = "poll,nanosleep,clock_nanosleep,clock_nanosleep-boottime,futex,futex-until";
+        launch.command.extend(["--only", restarted].map(str::to_owned));
+        moves_after(&launch, fixture, true)
     }));
     trials.push(trial(fixture, "capture/healthcheck", |fixture| {
         let launch = CLOCK.launch("-healthcheck").options(&[
