@@ -4,8 +4,9 @@
 //! "SamaraPK" | frame 0 | frame 1 | ... | seek table: 16 bytes a frame | count u32 | version u32 | "SamaraPE"
 //! ```
 //!
-//! A pack stands for itself: its frames can be found and decoded without any page map. A reader that fetches single
-//! frames by range uses the page map instead, which also has each frame's digest.
+//! A pack stands for itself: its frames can be found and decoded without any page map, but for those of differences, which need
+//! a base that may lie in another pack. A reader that fetches single frames by range uses the page map instead, which also has
+//! each frame's digest.
 
 use crate::frame::{Codec, FrameError, frame_pages};
 use crate::{BLOB_BYTES_MAX, FORMAT_VERSION};
@@ -206,7 +207,7 @@ mod tests {
         check(len - 1, b'X', "Magic");
         check(len - 12, 2, "Version");
         check(len - 16, 1, "Table");
-        check(len - 16 - 4, 2, "UnknownCodec");
+        check(len - 16 - 4, 3, "UnknownCodec");
         check(len - 16 - 3, 1, "Table");
         check(len - 16 - 8, 1, "Length");
         check(len - 16 - 32, 9, "Table");

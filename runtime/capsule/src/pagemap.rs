@@ -3,7 +3,8 @@
 //! The map of a space is cut into segments, each a blob. A segment is complete in itself: it names packs by digest and
 //! frames with their place, length, codec and digest, so that one frame can be fetched by range and checked without
 //! any other part of the capsule. A segment does not know the number of its space, which may change from capsule to
-//! capsule.
+//! capsule. The base of a frame of differences is one of the segment's frames too, whether or not a run lies in it: whoever
+//! counts what a capsule needs finds it there. A base is plain, which is checked: no page needs more than two frames.
 //!
 //! Where a map is cut depends only on the pages around the cut: the page numbers form a binary tree, and a node with
 //! more than [`SEGMENT_RUNS_MAX`] runs is split in half. So a change in one place leaves the segments of other places,
@@ -12,12 +13,14 @@
 //! ```text
 //! segment = "SamaraPM" | version u32 | body bytes u32 | one zstd frame of the body
 //! body    = packs  : count, then 32 bytes each
-//!           frames : count, then (pack, offset, stored bytes, pages, codec, 32 bytes of digest) each
+//!           frames : count, then (pack, offset, stored bytes, pages, codec, 32 bytes of digest) each;
+//!                    where the codec says that there is a base, its index stands before the digest
 //!           runs   : count, then (gap, pages, 0) or (gap, pages, 1 + zigzag(frame difference), page in frame) each
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
+use std::sync::Arc;
 
 use crate::digest::{Digest, FrameDigest};
 use crate::frame::{Codec, FRAME_PAGES_MAX, FrameError};
@@ -36,9 +39,12 @@ pub const SPACES_MAX: u32 = 1 << 24;
 
 const MAGIC: &[u8; 8] = b"SamaraPM";
 
-/// Every run may have a frame of its own, and every frame a pack of its own: 32 bytes a pack, 32 bytes and four numbers
-/// a frame, four numbers a run. This is no less than that, so no segment that can be built is refused.
-const BODY_BYTES_MAX: usize = SEGMENT_RUNS_MAX * 144 + 64;
+/// Frames of a segment at most, and packs: every run may have a frame of its own, and that a base of its own.
+pub const SEGMENT_FRAMES_MAX: usize = 2 * SEGMENT_RUNS_MAX;
+
+/// Every frame may have a pack of its own: 32 bytes a pack, 32 bytes and six numbers a frame (at most 50 bytes together), four
+/// numbers a run. This is no less than that, so no segment that can be built is refused.
+const BODY_BYTES_MAX: usize = SEGMENT_RUNS_MAX * 192 + 64;
 
 /// `count` pages from page `first` lie in frame `frame`, from the frame's page `page` on.
 ///
@@ -76,8 +82,18 @@ pub struct MapFrame {
     pub stored_bytes: u32,
     pub pages: u16,
     pub codec: Codec,
+    /// The frame whose pages it changes: there for [`Codec::Delta`], and for no other. It counts what holds this frame, and
+    /// is itself plain.
+    pub base: Option<u32>,
     /// Digest of the stored bytes.
     pub digest: FrameDigest,
+}
+
+impl MapFrame {
+    /// Whether its pages are told by what they differ in from those of another frame.
+    pub fn is_delta(self) -> bool {
+        self.base.is_some()
+    }
 }
 
 /// One decoded segment. Its runs are in ascending order and don't overlap, and every index in it is valid.
@@ -115,6 +131,12 @@ pub enum SegmentError {
     Frame { frame: usize },
     #[error("frame {frame} of the page-map segment")]
     Codec { frame: usize, source: FrameError },
+    #[error("frame {frame} of the page-map segment has a base that does not come before it")]
+    Base { frame: usize },
+    #[error(
+        "frame {frame} of the page-map segment has a base that has a base itself, which is one too many"
+    )]
+    Depth { frame: usize },
     #[error("run {run} of the page-map segment is out of order or outside of its frame")]
     Run { run: usize },
 }
@@ -149,6 +171,9 @@ impl Segment {
             varint::put(&mut body, frame.stored_bytes.into());
             varint::put(&mut body, frame.pages.into());
             body.push(frame.codec.code());
+            if let Some(base) = frame.base {
+                varint::put(&mut body, base.into());
+            }
             body.extend_from_slice(frame.digest.as_bytes());
         }
         varint::put(&mut body, self.runs.len() as u64);
@@ -195,19 +220,19 @@ impl Segment {
 
     fn decode_body(mut body: &[u8]) -> Result<Segment, SegmentError> {
         let input = &mut body;
-        let count = take_count(input, "packs")?;
+        let count = take_count(input, "packs", SEGMENT_FRAMES_MAX)?;
         let mut packs = Vec::with_capacity(count);
         for _ in 0..count {
             packs.push(Digest::from_bytes(take_bytes(input, "packs")?));
         }
 
-        let count = take_count(input, "frames")?;
+        let count = take_count(input, "frames", SEGMENT_FRAMES_MAX)?;
         let mut frames = Vec::with_capacity(count);
-        for index in 0..count {
-            frames.push(take_frame(input, index, packs.len())?);
+        for _ in 0..count {
+            frames.push(take_frame(input, &frames, packs.len())?);
         }
 
-        let count = take_count(input, "runs")?;
+        let count = take_count(input, "runs", SEGMENT_RUNS_MAX)?;
         let mut runs = Vec::with_capacity(count);
         let mut coder = RunCoder::default();
         for index in 0..count {
@@ -230,10 +255,14 @@ impl Segment {
     }
 }
 
-fn take_count(input: &mut &[u8], table: &'static str) -> Result<usize, SegmentError> {
+fn take_count(
+    input: &mut &[u8],
+    table: &'static str,
+    count_max: usize,
+) -> Result<usize, SegmentError> {
     let count = varint::take(input).ok_or(SegmentError::Truncated { table })?;
     match usize::try_from(count) {
-        Ok(count) if count <= SEGMENT_RUNS_MAX => Ok(count),
+        Ok(count) if count <= count_max => Ok(count),
         _ => Err(SegmentError::Count { table }),
     }
 }
@@ -244,8 +273,14 @@ fn take_bytes(input: &mut &[u8], table: &'static str) -> Result<[u8; 32], Segmen
     Ok(*bytes)
 }
 
-fn take_frame(input: &mut &[u8], index: usize, packs: usize) -> Result<MapFrame, SegmentError> {
+/// The next frame behind those `before` it.
+fn take_frame(
+    input: &mut &[u8],
+    before: &[MapFrame],
+    packs: usize,
+) -> Result<MapFrame, SegmentError> {
     let table = "frames";
+    let index = before.len();
     let invalid = || SegmentError::Frame { frame: index };
     let mut number = || varint::take(input).ok_or(SegmentError::Truncated { table });
     let pack = u32::try_from(number()?).map_err(|_| invalid())?;
@@ -256,6 +291,18 @@ fn take_frame(input: &mut &[u8], index: usize, packs: usize) -> Result<MapFrame,
     *input = rest;
     let codec =
         Codec::from_code(code).map_err(|source| SegmentError::Codec { frame: index, source })?;
+    let base = match codec {
+        Codec::Raw | Codec::Zstd => None,
+        Codec::Delta => {
+            let base = varint::take(input).ok_or(SegmentError::Truncated { table })?;
+            let base = u32::try_from(base).map_err(|_| SegmentError::Base { frame: index })?;
+            let plain = before.get(base as usize).ok_or(SegmentError::Base { frame: index })?;
+            if plain.base.is_some() {
+                return Err(SegmentError::Depth { frame: index });
+            }
+            Some(base)
+        }
+    };
     let digest = FrameDigest::from_bytes(take_bytes(input, table)?);
 
     let end = u64::from(offset) + u64::from(stored_bytes);
@@ -264,7 +311,7 @@ fn take_frame(input: &mut &[u8], index: usize, packs: usize) -> Result<MapFrame,
         && pages != 0
         && usize::from(pages) <= FRAME_PAGES_MAX;
     match valid {
-        true => Ok(MapFrame { pack, offset, stored_bytes, pages, codec, digest }),
+        true => Ok(MapFrame { pack, offset, stored_bytes, pages, codec, base, digest }),
         false => Err(invalid()),
     }
 }
@@ -336,7 +383,7 @@ impl RunCoder {
 
 /// Collects the page maps of a capsule while its packs are written.
 ///
-/// A run takes three to six bytes, a frame 48, so that millions of scattered runs stay within tens of megabytes.
+/// A run takes three to six bytes, a frame 56, so that millions of scattered runs stay within tens of megabytes.
 #[derive(Debug, Default)]
 pub struct MapBuilder {
     spaces: BTreeMap<SpaceId, SpaceRuns>,
@@ -350,9 +397,30 @@ pub struct MapBuilder {
 #[derive(Debug, Default)]
 pub struct Base {
     /// What the capsule before has, in ascending order.
-    parent: Vec<MapRun>,
+    parent: ParentRuns,
     /// By first page: how many, and where they lie; nowhere where they are zeros. They do not overlap.
     drafts: BTreeMap<u64, (u64, Option<BasePlace>)>,
+}
+
+/// What the capsule before has of a paged object, in ascending order. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct ParentRuns(Arc<Vec<MapRun>>);
+
+impl ParentRuns {
+    /// Where a page lies: frame, of those of the [`MapBuilder`], and page in it. `cursor` makes it fast to ask for pages in
+    /// ascending order; it begins with 0.
+    pub fn place(&self, page: u64, cursor: &mut usize) -> Option<BasePlace> {
+        let is_before = |run: &MapRun| run.end() <= page;
+        let low = cursor.saturating_sub(1);
+        // The run that was found last, or the one behind it, as a rule.
+        *cursor = match self.0.get(low..).unwrap_or_default() {
+            [before, found, ..] if is_before(before) && !is_before(found) => low + 1,
+            [_, before, found, ..] if is_before(before) && !is_before(found) => low + 2,
+            _ => self.0.partition_point(is_before),
+        };
+        let run = self.0.get(*cursor).filter(|run| run.first <= page)?;
+        Some(BasePlace { frame: run.frame, page: run.page }.skip(page - run.first))
+    }
 }
 
 /// Where the first page of a run lies: frame, of those of a [`MapBuilder`], and page in it.
@@ -372,7 +440,12 @@ impl BasePlace {
 impl Base {
     /// Appends a run of the capsule before; they come in ascending order, before all others.
     pub fn add_parent(&mut self, run: MapRun) {
-        self.parent.push(run);
+        Arc::make_mut(&mut self.parent.0).push(run);
+    }
+
+    /// The runs of the capsule before, whatever has come since.
+    pub fn parent(&self) -> ParentRuns {
+        self.parent.clone()
     }
 
     /// `run` lies at `place` from now on, or is zeros where there is none.
@@ -422,8 +495,9 @@ impl Base {
         if low >= high {
             return;
         }
-        let from = self.parent.partition_point(|run| run.end() <= low);
-        let runs = self.parent.iter().skip(from).take_while(|run| run.first < high);
+        let parent = &self.parent.0;
+        let from = parent.partition_point(|run| run.end() <= low);
+        let runs = parent.iter().skip(from).take_while(|run| run.first < high);
         found.extend(runs.map(|run| run.clip(low, high)));
     }
 }
@@ -465,10 +539,27 @@ impl MapBuilder {
         *slot = Some(digest);
     }
 
-    /// A further frame; `frame.pack` is a number from [`MapBuilder::add_pack`].
+    /// A further frame; `frame.pack` is a number from [`MapBuilder::add_pack`], `frame.base` one from an earlier call.
+    ///
+    /// # Panics
+    /// If the base has a base itself, or has not been added.
     pub fn add_frame(&mut self, frame: MapFrame) -> u32 {
+        if let Some(base) = frame.base {
+            let base = self.frames.get(base as usize);
+            assert!(base.is_some_and(|base| base.base.is_none()), "the base of a frame is plain");
+        }
         self.frames.push(frame);
         u32::try_from(self.frames.len() - 1).expect("a capsule has fewer than 2^32 frames")
+    }
+
+    /// A frame that was added.
+    pub fn frame(&self, number: u32) -> Option<MapFrame> {
+        self.frames.get(number as usize).copied()
+    }
+
+    /// The digest of a pack, once it is known.
+    pub fn pack(&self, number: u32) -> Option<Digest> {
+        self.packs.get(number as usize).copied().flatten()
     }
 
     /// Appends pages of a space, which lie behind all that the space has; `frame` is a number from [`MapBuilder::add_frame`].
@@ -566,6 +657,8 @@ impl MapBuilder {
         for (frame, used) in self.frames.iter().zip(&used) {
             if used.iter().any(|word| *word != 0) {
                 used_packs.insert(frame.pack);
+                let base = frame.base.and_then(|base| self.frames.get(base as usize));
+                used_packs.extend(base.map(|base| base.pack));
             }
         }
         let packs = self.packs;
@@ -595,7 +688,7 @@ impl CompleteMap {
         self.pages
     }
 
-    /// The packs in which any page lies, by the numbers that [`MapBuilder::add_pack`] gave them.
+    /// The packs in which any page lies, or the base of its frame, by the numbers that [`MapBuilder::add_pack`] gave them.
     pub fn packs(&self) -> impl Iterator<Item = u32> {
         self.used_packs.iter().copied()
     }
@@ -679,26 +772,48 @@ fn split<E>(
     split(right, middle, high, emit)
 }
 
-/// Makes a segment of `runs`, numbering packs and frames in the order of their first use.
+/// Makes a segment of `runs`, numbering packs and frames in the order of their first use; a base comes right before the first
+/// frame that needs it.
 fn cut(mut runs: Vec<MapRun>, all_frames: &[MapFrame], all_packs: &[Option<Digest>]) -> Segment {
-    let mut segment = Segment { packs: Vec::new(), frames: Vec::new(), runs: Vec::new() };
-    let mut frame_numbers = HashMap::new();
-    let mut pack_numbers = HashMap::new();
+    let mut named = Named {
+        segment: Segment { packs: Vec::new(), frames: Vec::new(), runs: Vec::new() },
+        frame_numbers: HashMap::new(),
+        pack_numbers: HashMap::new(),
+    };
     for run in &mut runs {
-        run.frame = *frame_numbers.entry(run.frame).or_insert_with_key(|&frame| {
-            let mut frame =
-                *all_frames.get(frame as usize).expect("the frame was numbered by add_frame");
-            frame.pack = *pack_numbers.entry(frame.pack).or_insert_with_key(|&pack| {
-                let digest = all_packs.get(pack as usize).copied().flatten();
-                segment.packs.push(digest.expect("the digest of every pack was set"));
-                number(segment.packs.len() - 1)
-            });
-            segment.frames.push(frame);
-            number(segment.frames.len() - 1)
-        });
+        run.frame = named.frame(run.frame, all_frames, all_packs);
     }
-    segment.runs = runs;
-    segment
+    named.segment.runs = runs;
+    named.segment
+}
+
+/// A segment in the making, and how it numbers the frames and packs of a capsule.
+struct Named {
+    segment: Segment,
+    frame_numbers: HashMap<u32, u32>,
+    pack_numbers: HashMap<u32, u32>,
+}
+
+impl Named {
+    fn frame(&mut self, frame: u32, all_frames: &[MapFrame], all_packs: &[Option<Digest>]) -> u32 {
+        if let Some(number) = self.frame_numbers.get(&frame) {
+            return *number;
+        }
+        let mut named =
+            *all_frames.get(frame as usize).expect("the frame was numbered by add_frame");
+        // One level deep: a base is plain.
+        named.base = named.base.map(|base| self.frame(base, all_frames, all_packs));
+        let packs = &mut self.segment.packs;
+        named.pack = *self.pack_numbers.entry(named.pack).or_insert_with_key(|&pack| {
+            let digest = all_packs.get(pack as usize).copied().flatten();
+            packs.push(digest.expect("the digest of every pack was set"));
+            number(packs.len() - 1)
+        });
+        self.segment.frames.push(named);
+        let new = number(self.segment.frames.len() - 1);
+        self.frame_numbers.insert(frame, new);
+        new
+    }
 }
 
 fn number(index: usize) -> u32 {
@@ -717,6 +832,7 @@ mod tests {
             stored_bytes: 100,
             pages: 256,
             codec: Codec::Zstd,
+            base: None,
             digest: FrameDigest::of(&pack.to_le_bytes()),
         }
     }
@@ -877,6 +993,109 @@ mod tests {
         ));
     }
 
+    /// Frames 0 (plain), 1 (differences over it), 2 (differences over frame 3), 3 (plain, without runs): each in a pack of its own.
+    fn with_bases() -> (CompleteMap, [Digest; 4]) {
+        let mut map = MapBuilder::default();
+        let digests = [0u8, 1, 2, 3].map(|number| Digest::of(&[number]));
+        let packs = digests.map(|digest| {
+            let pack = map.add_pack();
+            map.set_pack(pack, digest);
+            pack
+        });
+        let delta = |pack, base| MapFrame {
+            codec: Codec::Delta,
+            base: Some(base),
+            pages: 3,
+            ..frame(pack)
+        };
+        let plain = [map.add_frame(frame(packs[0])), map.add_frame(frame(packs[3]))];
+        let deltas =
+            [map.add_frame(delta(packs[1], plain[0])), map.add_frame(delta(packs[2], plain[1]))];
+        for (first, frame, page) in
+            [(10, plain[0], 7), (20, deltas[0], 0), (30, deltas[1], 1), (40, deltas[0], 2)]
+        {
+            map.add_run(SpaceId(0), PageRun { first, count: 1 }, frame, page).unwrap();
+        }
+        (map.complete().unwrap(), digests)
+    }
+
+    fn segment_of(map: CompleteMap) -> Segment {
+        let mut segments = Vec::new();
+        map.emit(|_, segment| -> Result<(), ()> {
+            segments.push(segment);
+            Ok(())
+        })
+        .unwrap();
+        segments.remove(0)
+    }
+
+    /// A base that is not named would be collected, or be missing when its pack is rewritten.
+    #[test]
+    fn bases_are_named_with_their_packs() {
+        let (map, digests) = with_bases();
+        assert_eq!(map.packs().count(), 4);
+        assert_eq!(map.stored_pages(), 4);
+        let segment = segment_of(map);
+        assert_eq!(segment, Segment::decode(&segment.encode().unwrap()).unwrap());
+        let bases: Vec<_> = segment.frames().iter().map(|frame| frame.base).collect();
+        assert_eq!(bases, [None, Some(0), None, Some(2)]);
+        let packs: Vec<Digest> =
+            segment.frames().iter().map(|frame| segment.packs()[frame.pack as usize]).collect();
+        assert_eq!(packs, [digests[0], digests[1], digests[3], digests[2]]);
+        assert!(segment.runs().iter().all(|run| run.frame != 2));
+    }
+
+    /// A chain of bases would make a restore walk it; a base behind its frame could be the frame itself.
+    #[test]
+    fn bases_that_are_deep_or_missing_are_refused_by_name() {
+        let (map, _) = with_bases();
+        let segment = segment_of(map);
+        let refused = |frame: usize, base: u32| {
+            let mut segment = segment.clone();
+            segment.frames[frame].codec = Codec::Delta;
+            segment.frames[frame].base = Some(base);
+            let refused = Segment::decode(&segment.encode().unwrap()).unwrap_err();
+            (format!("{refused:?}"), refused.to_string())
+        };
+        assert!(refused(3, 1).0.contains("Depth { frame: 3 }"));
+        assert!(refused(3, 1).1.contains("one too many"));
+        assert!(refused(1, 1).0.contains("Base { frame: 1 }"));
+        assert!(refused(1, 2).0.contains("Base { frame: 1 }"));
+        assert!(refused(3, u32::MAX).0.contains("Base { frame: 3 }"));
+        assert!(refused(0, 0).0.contains("Base { frame: 0 }"));
+    }
+
+    #[test]
+    #[should_panic(expected = "the base of a frame is plain")]
+    fn a_chain_can_not_be_built() {
+        let mut map = MapBuilder::default();
+        let plain = map.add_frame(frame(0));
+        let delta = MapFrame { codec: Codec::Delta, base: Some(plain), ..frame(0) };
+        let delta = map.add_frame(delta);
+        map.add_frame(MapFrame { codec: Codec::Delta, base: Some(delta), ..frame(0) });
+    }
+
+    /// The largest segment that can be built must be one that is read.
+    #[test]
+    fn every_run_may_have_a_frame_a_base_and_packs_of_its_own() {
+        let mut map = MapBuilder::default();
+        for index in 0..SEGMENT_RUNS_MAX as u64 {
+            let [plain, own] = [0, 1].map(|kind| {
+                let pack = map.add_pack();
+                map.set_pack(pack, Digest::of(&(2 * index + kind).to_le_bytes()));
+                MapFrame { offset: 0xff_ff00, ..frame(pack) }
+            });
+            let base = map.add_frame(plain);
+            let frame = map.add_frame(MapFrame { codec: Codec::Delta, base: Some(base), ..own });
+            let run = PageRun { first: (index << 38) + 5, count: 1 };
+            map.add_run(SpaceId(0), run, frame, 200).unwrap();
+        }
+        let segment = segment_of(map.complete().unwrap());
+        assert_eq!(segment.runs().len(), SEGMENT_RUNS_MAX);
+        assert_eq!(segment.frames().len(), SEGMENT_FRAMES_MAX);
+        assert!(Segment::decode(&segment.encode().unwrap()).unwrap() == segment);
+    }
+
     #[test]
     fn segments_of_another_version_or_kind_are_refused_by_name() {
         let (_, segment) = build(SpaceId(0), 0..1000).remove(0);
@@ -900,10 +1119,15 @@ mod tests {
         zstd::bulk::decompress(&segment.encode().unwrap()[16..], BODY_BYTES_MAX).unwrap()
     }
 
+    fn body_with_bases() -> Vec<u8> {
+        let encoded = segment_of(with_bases().0).encode().unwrap();
+        zstd::bulk::decompress(&encoded[16..], BODY_BYTES_MAX).unwrap()
+    }
+
     proptest! {
         #[test]
-        fn mutated_bodies_never_panic(at: usize, value: u8, cut in 0usize..400) {
-            let mut body = body();
+        fn mutated_bodies_never_panic(at: usize, value: u8, cut in 0usize..400, bases: bool) {
+            let mut body = if bases { body_with_bases() } else { body() };
             let at = at % body.len();
             body[at] = value;
             if let Ok(segment) = Segment::decode_body(&body) {
@@ -942,6 +1166,7 @@ mod tests {
                 }
                 next = run.end();
             }
+            let only_parent = table.clone();
             for (index, (first, count, zeros)) in sets.into_iter().enumerate() {
                 let place = BasePlace { frame: 1000 + number(index), page: 7 };
                 base.set(PageRun { first, count }, (!zeros).then_some(place));
@@ -962,6 +1187,16 @@ mod tests {
                     })
                 })
                 .collect();
+            let parent = base.parent();
+            let (mut cursor, mut other) = (0, 0);
+            for page in (0..400).chain([7, 300, 20]) {
+                let near = parent.place(page, &mut cursor);
+                prop_assert_eq!(near, parent.place(page, &mut 0));
+                prop_assert_eq!(near, parent.place(page, &mut 1_000_000));
+                let back = parent.place(400 - page, &mut other);
+                prop_assert_eq!(back, parent.place(400 - page, &mut 0));
+                prop_assert_eq!(near.map(|place| (place.frame, place.page)), only_parent.get(&page).copied());
+            }
             let wanted: Vec<(u64, (u32, u16))> = (first..first + count)
                 .filter_map(|page| Some((page, *table.get(&page)?)))
                 .collect();

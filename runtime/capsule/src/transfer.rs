@@ -76,6 +76,12 @@ pub trait Sink {
     /// Its pages count for nothing until [`Sink::unchanged`] says which of them the capsule has.
     fn base(&mut self, parent: Option<SpaceId>) -> io::Result<BaseId>;
 
+    /// Pages of `space` that are passed with their content are later versions of those that the capsule before has in `base`: a sink
+    /// may store what has changed in them. Of what is passed nothing else depends on it.
+    fn earlier(&mut self, space: SpaceId, base: BaseId) {
+        let _ = (space, base);
+    }
+
     /// Takes pages of a container that runs: from now on they are what `base` has in their place. `exact` is as in
     /// [`Sink::exact_pages`]. Batches of one base may come in any order.
     fn draft(

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use samara_capsule::collection::{Catalogued, CollectionList, Unfinished};
 use samara_capsule::digest::{Digest, FrameDigest};
-use samara_capsule::frame::Codec;
+use samara_capsule::frame::{BaseFrame, Codec, FrameDecoder};
 use samara_capsule::log::{CapsuleRef, Collection, Event, LogState, Slot};
 use samara_capsule::manifest::{BlobRef, Manifest};
 use samara_capsule::pack::{PackBuilder, read_pack};
@@ -46,6 +46,7 @@ fn a_segment() {
         stored_bytes: 300,
         pages: 200,
         codec: Codec::Zstd,
+        base: None,
         digest,
     };
     let frames = [map.add_frame(frame), map.add_frame(MapFrame { offset: 308, ..frame })];
@@ -81,6 +82,82 @@ fn a_segment() {
     // Other versions of zstd make other bytes of the same body; all are read.
     blob.extend_from_slice(&zstd::bulk::compress(&body, 19).unwrap());
     assert_eq!(Segment::decode(&blob).unwrap(), segments[0]);
+}
+
+/// Differences over pages 1 and 4 of a base of five pages, of which nothing else is named: pages 16 and 17 of the space.
+#[test]
+fn a_frame_of_differences() {
+    let base: Vec<u8> = (0..5 * PAGE_BYTES).map(|at| u8::try_from(at % 251).unwrap()).collect();
+    let mut pages = [&base[PAGE_BYTES..2 * PAGE_BYTES], &base[4 * PAGE_BYTES..]].concat();
+    pages[5] ^= 0x11;
+    pages[2 * PAGE_BYTES - 1] ^= 0x22;
+    let base_digest = FrameDigest::of(&base);
+    let mut changes = vec![0; 2 * PAGE_BYTES];
+    changes[5] = 0x11;
+    changes[2 * PAGE_BYTES - 1] = 0x22;
+    let mut stored = base_digest.as_bytes().to_vec();
+    stored.extend_from_slice(&[1, 4]);
+    stored.extend_from_slice(&zstd::bulk::compress(&changes, 19).unwrap());
+    let mut decoder = FrameDecoder::new().unwrap();
+    let mut raw = Vec::new();
+    let over = BaseFrame { digest: base_digest, raw: &base };
+    decoder.decode_delta(&stored, 2 * PAGE_BYTES, over, &mut raw).unwrap();
+    assert!(raw == pages);
+
+    let mut builder = PackBuilder::new(Vec::new());
+    builder.push(Codec::Delta, b"changes", 8192);
+    let pack = builder.finish();
+    let entry = [8, 0, 0, 0, 7, 0, 0, 0, 0, 0x20, 0, 0, 2, 0, 0, 0];
+    assert_eq!(pack[15..31], entry);
+
+    let digests = [FrameDigest::of(b"base"), FrameDigest::of(b"changes")];
+    let mut map = MapBuilder::default();
+    let packs = [b"old", b"new"].map(|name| {
+        let pack = map.add_pack();
+        map.set_pack(pack, Digest::of(name));
+        pack
+    });
+    let plain = MapFrame {
+        pack: packs[0],
+        offset: 8,
+        stored_bytes: 100,
+        pages: 5,
+        codec: Codec::Zstd,
+        base: None,
+        digest: digests[0],
+    };
+    let base = map.add_frame(plain);
+    let delta = map.add_frame(MapFrame {
+        pack: packs[1],
+        stored_bytes: 7,
+        pages: 2,
+        codec: Codec::Delta,
+        base: Some(base),
+        digest: digests[1],
+        ..plain
+    });
+    map.add_run(SpaceId(0), PageRun { first: 16, count: 2 }, delta, 0).unwrap();
+    let mut segments = Vec::new();
+    map.complete()
+        .unwrap()
+        .emit(|_, segment| -> Result<(), ()> {
+            segments.push(segment);
+            Ok(())
+        })
+        .unwrap();
+    let mut body = vec![2];
+    body.extend_from_slice(Digest::of(b"old").as_bytes());
+    body.extend_from_slice(Digest::of(b"new").as_bytes());
+    // Pack, offset, stored bytes, pages, codec; for differences the base.
+    body.extend_from_slice(&[2, 0, 8, 100, 5, 1]);
+    body.extend_from_slice(digests[0].as_bytes());
+    body.extend_from_slice(&[1, 8, 7, 2, 2, 0]);
+    body.extend_from_slice(digests[1].as_bytes());
+    // One run, in frame 1: the difference 1 is 1 + 2.
+    body.extend_from_slice(&[1, 16, 2, 3, 0]);
+    let encoded = segments[0].encode().unwrap();
+    assert_eq!(zstd::bulk::decompress(&encoded[16..], 1000).unwrap(), body);
+    assert_eq!(Segment::decode(&encoded).unwrap(), segments[0]);
 }
 
 #[test]

@@ -86,6 +86,8 @@ fn a_capsule_from_list_to_removal() {
     let json: Value = serde_json::from_str(&good(&["--json", "capsule", "inspect", &url])).unwrap();
     assert_eq!(json["records"]["processes"][0]["pid"], 17);
     assert_eq!(json["config"]["statistics"]["pages"], 2);
+    let count = |codec: &str| json["frames"][codec]["pages"].as_u64().unwrap();
+    assert_eq!((count("raw") + count("zstd"), count("delta")), (2, 0));
 
     assert!(good(&["capsule", "verify", &url]).contains("is whole"));
     assert!(good(&["capsule", "export", &url, &layout]).contains("exported"));

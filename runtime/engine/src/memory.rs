@@ -495,7 +495,10 @@ impl<'a> PrivateMemory<'a> {
 
     /// Where clean pages are; none where nothing is tracked.
     pub(crate) fn base(&mut self, sink: &mut dyn Sink) -> Result<Option<BaseId>, CaptureError> {
-        self.tracked.as_mut().map(|tracked| tracked.base(sink)).transpose()
+        let Some(tracked) = &mut self.tracked else { return Ok(None) };
+        let base = tracked.base(sink)?;
+        sink.earlier(self.space, base);
+        Ok(Some(base))
     }
 
     /// Where the next run begins.

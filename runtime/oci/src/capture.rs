@@ -30,6 +30,7 @@ use samara_engine::phase::{self, Phase};
 use samara_kernel::mount_namespace;
 use samara_store::collect::CollectOptions;
 use samara_store::config::ConfigError;
+use samara_store::frames::FrameCounts;
 use samara_store::location::{Location, LocationError};
 use samara_store::log::LogError;
 use samara_store::store::StoreError;
@@ -175,6 +176,9 @@ pub struct Summary {
     pub raw_bytes: u64,
     pub stored_bytes: u64,
     pub uploaded_bytes: u64,
+    /// Frames of pages that were not in the capsule before.
+    #[serde(default)]
+    pub new_frames: FrameCounts,
     /// Processes that had joined from outside (`exec`) and are not in the capsule.
     pub left_out: Vec<String>,
     /// Mount points of volumes that the container may write to and that are not in the capsule: after a resume their content may
@@ -449,6 +453,9 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
         continued = None;
         writer = CapsuleWriter::new(&store)?;
     }
+    if !order.leave_running {
+        writer = writer.as_last();
+    }
     lineage.tracking.begin(continued.is_some(), order.leave_running);
     phase::reached(Phase::Prepared);
 
@@ -578,6 +585,7 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
         raw_bytes: committed.raw_bytes,
         stored_bytes: committed.stored_bytes,
         uploaded_bytes: committed.uploaded_bytes,
+        new_frames: committed.new_frames,
         left_out: report.sessions,
         unprotected: unprotected(&spec, &travelling),
     })

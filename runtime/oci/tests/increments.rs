@@ -195,7 +195,7 @@ struct Saving<'a> {
     lease: Lease,
     last: Option<Digest>,
     tracking: Tracking,
-    unchanged: u64,
+    found: Found,
 }
 
 impl Saving<'_> {
@@ -231,7 +231,7 @@ impl Saving<'_> {
             Err(error @ CaptureError::Freeze(_)) => return Err(said(&error)),
             Err(error) => return Err(format!("{error:?}")),
         };
-        self.unchanged += captured.report.unchanged_pages;
+        self.found.unchanged += captured.report.unchanged_pages;
         if commits {
             let facts = CapsuleFacts {
                 created: SystemTime::now(),
@@ -240,6 +240,7 @@ impl Saving<'_> {
                 requirements: Requirements::default(),
             };
             let committed = writer.commit(&mut self.lease, b"", facts).map_err(|e| said(&e))?;
+            self.found.differences += committed.new_frames.delta.pages;
             self.tracking.committed();
             self.last = Some(committed.capsule.digest);
             let reader = CapsuleReader::open(&self.store, &committed.capsule).unwrap();
@@ -249,15 +250,25 @@ impl Saving<'_> {
     }
 }
 
-/// One run of the program, and capsules of it. Returns how many pages did not have to be copied.
-fn run(program: &Path, seed: u64, operations: u64, capsules: usize) -> Result<u64, String> {
+/// Pages of capsules.
+#[derive(Clone, Copy, Default)]
+struct Found {
+    /// That did not have to be copied.
+    unchanged: u64,
+    /// Of which what has changed was stored.
+    differences: u64,
+}
+
+/// One run of the program, and capsules of it.
+fn run(program: &Path, seed: u64, operations: u64, capsules: usize) -> Result<Found, String> {
     let folder = tempfile::tempdir().unwrap();
     let program = Program::start(program, seed, operations, folder.path());
     let location = Location::parse(&format!("file://{}/capsules", folder.path().display()));
     let store = Store::open(&location.unwrap(), &StoreConfig::default(), true).unwrap();
     let lease = store.take_epoch(&BTreeMap::new()).unwrap().lease;
     let tracking = Tracking::default();
-    let mut saving = Saving { program: &program, store, lease, last: None, tracking, unchanged: 0 };
+    let mut saving =
+        Saving { program: &program, store, lease, last: None, tracking, found: Found::default() };
     for number in 0..capsules {
         let pause = (seed.wrapping_mul(31).wrapping_add(number as u64 * 7919)) % 8000;
         std::thread::sleep(Duration::from_micros(pause));
@@ -271,7 +282,7 @@ fn run(program: &Path, seed: u64, operations: u64, capsules: usize) -> Result<u6
             return Err(format!("seed {seed}: a call failed: {complaint}"));
         }
     }
-    Ok(saving.unchanged)
+    Ok(saving.found)
 }
 
 /// Without this, a page that was written would come back as it was before, or one that is gone would come back.
@@ -290,10 +301,13 @@ fn every_increment_holds_what_was_there() {
     let capsules = number("SAMARA_TEST_INCREMENTS").unwrap_or(60);
     let drawn = u64::from(SystemTime::UNIX_EPOCH.elapsed().unwrap().subsec_nanos() % 1_000_000);
     let first = number("SAMARA_TEST_SEED").unwrap_or(drawn);
-    let mut unchanged = 0;
+    let mut all = Found::default();
     for seed in first..first + capsules.div_ceil(CAPSULES as u64) {
         match run(&program, seed, ALL, CAPSULES) {
-            Ok(pages) => unchanged += pages,
+            Ok(found) => {
+                all.unchanged += found.unchanged;
+                all.differences += found.differences;
+            }
             Err(error) => {
                 eprintln!("{error}; looking for the operations that it takes");
                 let operations = (0..22).fold(ALL, |operations, operation| {
@@ -305,5 +319,6 @@ fn every_increment_holds_what_was_there() {
             }
         }
     }
-    assert!(unchanged > 0, "nothing was tracked");
+    assert!(all.unchanged > 0, "nothing was tracked");
+    assert!(all.differences > 0, "every page that was written was stored as a whole");
 }

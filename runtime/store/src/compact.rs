@@ -9,7 +9,8 @@
 //!   -> the writer puts it into a pack of its own, and names it there wherever the parent's map has the old place
 //! ```
 //!
-//! Frames are copied as they are, compressed, and keep their digest. What of a frame is dead travels with it.
+//! Frames are copied as they are, compressed, and keep their digest. What of a frame is dead travels with it. The base of a frame
+//! of differences counts as live, whether or not a page lies in it, and is told beside that: either may move, or both.
 //!
 //! What this module does not do: it writes nothing, and knows nothing of packs that the parent does not name.
 
@@ -22,6 +23,7 @@ use samara_capsule::digest::{Digest, FrameDigest};
 use samara_capsule::manifest::BlobRef;
 use samara_capsule::pagemap::MapFrame;
 
+use crate::frames::FrameCounts;
 use crate::reader::{CapsuleReader, ReadError};
 use crate::store::{Store, StoreError, blob_path};
 
@@ -47,8 +49,19 @@ impl PackUse {
 #[derive(Debug)]
 pub struct Survey {
     /// By pack and offset.
-    frames: HashMap<Digest, BTreeMap<u32, MapFrame>>,
+    frames: HashMap<Digest, BTreeMap<u32, NamedFrame>>,
     pack_bytes: HashMap<Digest, u64>,
+}
+
+/// Where a frame lies: pack, and offset in that.
+pub type FramePlace = (Digest, u32);
+
+/// A frame as page maps name it.
+#[derive(Clone, Copy, Debug)]
+struct NamedFrame {
+    /// Its indices count nothing.
+    frame: MapFrame,
+    base: Option<FramePlace>,
 }
 
 /// A frame that a capsule names, as it is stored.
@@ -56,8 +69,10 @@ pub struct Survey {
 pub struct LiveFrame {
     /// Where it lies: the pack, and within it the offset, which together name the frame in every map.
     pub pack: Digest,
-    /// `pack` in it counts nothing.
+    /// `pack` and `base` in it count nothing.
     pub frame: MapFrame,
+    /// Where its base lies. That is a live frame too.
+    pub base: Option<FramePlace>,
     /// Checked against the digest that the map has.
     pub stored: Bytes,
 }
@@ -82,12 +97,17 @@ impl Survey {
         let mut survey = Survey { frames: HashMap::new(), pack_bytes };
         for space in reader.spaces() {
             reader.segments(space, |segment| {
-                for &frame in segment.frames() {
-                    let pack = segment.packs().get(frame.pack as usize);
-                    let pack = *pack.expect("a segment's indices were checked");
+                const CHECKED: &str = "a segment's indices were checked";
+                let place = |frame: &MapFrame| -> FramePlace {
+                    (*segment.packs().get(frame.pack as usize).expect(CHECKED), frame.offset)
+                };
+                for frame in segment.frames() {
+                    let (pack, offset) = place(frame);
+                    let base = frame.base.map(|base| segment.frames().get(base as usize));
+                    let base = base.map(|base| place(base.expect(CHECKED)));
                     let named = survey.frames.entry(pack).or_default();
-                    let offset = frame.offset;
-                    let known = *named.entry(offset).or_insert(frame);
+                    let known = named.entry(offset).or_insert(NamedFrame { frame: *frame, base });
+                    let known = known.frame;
                     if (known.digest, known.stored_bytes) != (frame.digest, frame.stored_bytes) {
                         return Err(ReadError::FrameDigest { pack, offset });
                     }
@@ -98,6 +118,15 @@ impl Survey {
         Ok(survey)
     }
 
+    /// All frames, those among them that are needed as bases alone.
+    pub fn frame_counts(&self) -> FrameCounts {
+        let mut counts = FrameCounts::default();
+        for NamedFrame { frame, .. } in self.frames.values().flat_map(BTreeMap::values) {
+            counts.add(frame.codec, frame.pages.into(), frame.stored_bytes.into());
+        }
+        counts
+    }
+
     /// All packs of the capsule, by digest.
     pub fn packs(&self) -> Vec<PackUse> {
         let mut packs: Vec<PackUse> = self
@@ -105,7 +134,7 @@ impl Survey {
             .iter()
             .map(|(&digest, &bytes)| {
                 let frames = self.frames.get(&digest).into_iter().flatten();
-                let live_bytes = frames.map(|(_, frame)| u64::from(frame.stored_bytes)).sum();
+                let live_bytes = frames.map(|(_, named)| u64::from(named.frame.stored_bytes)).sum();
                 PackUse { pack: BlobRef { digest, bytes }, live_bytes }
             })
             .collect();
@@ -141,7 +170,7 @@ impl Survey {
         while let Some((pack, frames, contents)) =
             store.block_on(fetches.try_next()).map_err(CompactError::<E>::Read)?
         {
-            for (&frame, stored) in frames.values().zip(contents) {
+            for (&NamedFrame { frame, base }, stored) in frames.values().zip(contents) {
                 let offset = frame.offset;
                 if stored.len() != frame.stored_bytes as usize {
                     return Err(ReadError::Frame { pack, offset }.into());
@@ -149,7 +178,7 @@ impl Survey {
                 if FrameDigest::of(&stored) != frame.digest {
                     return Err(ReadError::FrameDigest { pack, offset }.into());
                 }
-                take(LiveFrame { pack, frame, stored }).map_err(CompactError::Take)?;
+                take(LiveFrame { pack, frame, base, stored }).map_err(CompactError::Take)?;
             }
         }
         Ok(())
@@ -159,9 +188,9 @@ impl Survey {
 async fn fetch(
     store: &Store,
     pack: Digest,
-    frames: &BTreeMap<u32, MapFrame>,
+    frames: &BTreeMap<u32, NamedFrame>,
 ) -> Result<Vec<Bytes>, ReadError> {
-    let range = |frame: &MapFrame| -> Range<u64> {
+    let range = |NamedFrame { frame, .. }: &NamedFrame| -> Range<u64> {
         let start = u64::from(frame.offset);
         start..start + u64::from(frame.stored_bytes)
     };
@@ -305,16 +334,22 @@ mod tests {
                         }
                         let frame = segment.frames()[run.frame as usize];
                         let old = (segment.packs()[frame.pack as usize], frame.offset);
-                        let (pack, frame) = moved.get(&old).copied().unwrap_or((old.0, frame));
-                        let pack_number = *packs.entry(pack).or_insert_with(|| {
-                            let pack_number = map.add_pack();
-                            map.set_pack(pack_number, pack);
-                            pack_number
-                        });
-                        let frame_number =
-                            *frames.entry((pack, frame.offset)).or_insert_with(|| {
-                                map.add_frame(MapFrame { pack: pack_number, ..frame })
+                        let mut add = |frame: MapFrame, old: FramePlace, base| {
+                            let (pack, frame) = moved.get(&old).copied().unwrap_or((old.0, frame));
+                            let pack_number = *packs.entry(pack).or_insert_with(|| {
+                                let pack_number = map.add_pack();
+                                map.set_pack(pack_number, pack);
+                                pack_number
                             });
+                            *frames.entry((pack, frame.offset)).or_insert_with(|| {
+                                map.add_frame(MapFrame { pack: pack_number, base, ..frame })
+                            })
+                        };
+                        let base = frame.base.map(|base| {
+                            let base = segment.frames()[base as usize];
+                            add(base, (segment.packs()[base.pack as usize], base.offset), None)
+                        });
+                        let frame_number = add(frame, old, base);
                         let page_run = PageRun { first: number, count: 1 };
                         map.add_run(space, page_run, frame_number, run.page + index).unwrap();
                     }
@@ -423,6 +458,91 @@ mod tests {
         assert!(compact.manifest().stored_bytes() < increment.manifest().stored_bytes() / 2);
     }
 
+    /// A base that lies elsewhere, or of which no page is left, would be missed by the pages that are told by differences from it.
+    #[test]
+    fn bases_move_with_what_needs_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let location = Location::folder(folder.path()).unwrap();
+        let mut config = StoreConfig::default();
+        config.file.sync = false;
+        let store = Store::open(&location, &config, true).unwrap();
+        let mut lease = store.take_epoch(&BTreeMap::new()).unwrap().lease;
+        let facts = || CapsuleFacts {
+            created: SystemTime::UNIX_EPOCH,
+            parent: None,
+            provenance: Provenance::default(),
+            requirements: Requirements::default(),
+        };
+        let space = SpaceId(0);
+        let content = |number: u64, is_new: bool| {
+            let mut content = page(number);
+            content[77] ^= u8::from(is_new);
+            content
+        };
+        let batch = |first: u64, is_new: bool| PageBatch {
+            spaces: [space].into(),
+            runs: vec![PageRun { first, count: 256 }],
+            bytes: (first..first + 256).flat_map(|number| content(number, is_new)).collect(),
+        };
+        let mut writer = CapsuleWriter::new(&store).unwrap();
+        for first in (0..8192).step_by(256) {
+            writer.pages(batch(first, false)).unwrap();
+        }
+        writer.commit(&mut lease, &[0xf6], facts()).unwrap();
+        let mut writer = CapsuleWriter::after(CapsuleReader::open_latest(&store).unwrap()).unwrap();
+        let base = samara_capsule::transfer::Sink::base(&mut writer, Some(space)).unwrap();
+        writer.earlier(space, base);
+        for first in (0..8192).step_by(256) {
+            writer.pages(batch(first, true)).unwrap();
+        }
+        let committed = writer.commit(&mut lease, &[0xf6], facts()).unwrap();
+        assert_eq!(committed.new_frames.delta.pages, 8192);
+        // Of what has changed a part is left, and nothing else: of each pack a few bases.
+        let keep = |number: u64| number % 1024 < 64;
+        let increment = CapsuleReader::open_latest(&store).unwrap();
+        let increment =
+            open_manifest(&store, &store_map(&store, &increment, &HashMap::new(), keep));
+        let survey = Survey::of(&increment).unwrap();
+        let counts = survey.frame_counts();
+        assert_eq!((counts.delta.frames, counts.raw.frames), (8, 8));
+        let dead = survey.mostly_dead(50, u64::MAX);
+        assert!(dead.len() > 2);
+
+        let mut builder = PackBuilder::new(Vec::new());
+        let mut places = Vec::new();
+        let take = |live: LiveFrame| {
+            assert_eq!(live.base.is_some(), live.frame.is_delta());
+            let raw_bytes = u32::from(live.frame.pages) * u32::try_from(PAGE_BYTES).unwrap();
+            let packed = builder.push(live.frame.codec, &live.stored, raw_bytes);
+            places.push((live, packed));
+            Ok::<_, Infallible>(())
+        };
+        survey.live_frames(&store, &dead, take).unwrap();
+        let content_of_pack = builder.finish();
+        let pack = BlobRef::to(&content_of_pack);
+        store.block_on(store.put(&blob_path(&pack.digest), content_of_pack.into())).unwrap();
+        let moved: HashMap<_, _> = places
+            .iter()
+            .map(|(live, packed)| {
+                let new = MapFrame { offset: packed.offset, ..live.frame };
+                ((live.pack, live.frame.offset), (pack.digest, new))
+            })
+            .collect();
+        assert!(
+            places.iter().all(|(live, _)| live.base.is_none_or(|base| moved.contains_key(&base)))
+        );
+        let compact = open_manifest(&store, &store_map(&store, &increment, &moved, |_| true));
+        for one in &dead {
+            assert!(!compact.manifest().packs.contains(&one.pack), "it is still needed");
+            store.block_on(store.delete(&blob_path(&one.pack.digest))).unwrap();
+        }
+        let expected: BTreeMap<_, _> = (0..8192)
+            .filter(|number| keep(*number))
+            .map(|number| ((space, number), content(number, true)))
+            .collect();
+        assert!(read(&compact) == expected);
+    }
+
     /// A damaged frame would get a new place, and be damaged in a capsule that has only just been written.
     #[test]
     fn a_damaged_frame_is_not_copied() {
@@ -443,10 +563,12 @@ mod tests {
             stored_bytes: packed.stored_bytes,
             pages: 1,
             codec,
+            base: None,
             digest: FrameDigest::of(&stored),
         };
+        let named = BTreeMap::from([(frame.offset, NamedFrame { frame, base: None })]);
         let survey = Survey {
-            frames: HashMap::from([(pack.digest, BTreeMap::from([(frame.offset, frame)]))]),
+            frames: HashMap::from([(pack.digest, named)]),
             pack_bytes: HashMap::from([(pack.digest, pack.bytes)]),
         };
         let copy = |content: Vec<u8>| {

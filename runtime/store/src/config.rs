@@ -5,6 +5,10 @@
 //! allowed_prefixes = ["s3://capsules/jobs"]   # where containers may point at
 //! timeout_seconds = 60                        # a call to a store ends within this time
 //!
+//! [store.packs]                               # copies of what is uploaded, for storing differences
+//! folder = "/var/cache/samara/packs"
+//! mebibytes_max = 2048
+//!
 //! [store.s3]                                  # for every s3:// address
 //! region = "eu-central-1"
 //! access_key_id = "..."
@@ -35,6 +39,12 @@ use crate::location::{Location, Scheme};
 /// Where the configuration is, unless said otherwise.
 pub const CONFIG_PATH: &str = "/etc/samara/config.toml";
 
+/// Where packs are kept, unless said otherwise.
+const PACKS_FOLDER: &str = "/var/cache/samara/packs";
+
+/// Of containers that use 8 GiB together, as heaps are compressed four times or better.
+const PACKS_MEBIBYTES_MAX_DEFAULT: u64 = 2048;
+
 /// A configuration takes at most this many bytes.
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
 
@@ -62,6 +72,8 @@ pub struct StoreConfig {
     /// Threads that compress and decompress; by default one a core.
     pub threads: Option<usize>,
     #[serde(default)]
+    pub packs: PacksSettings,
+    #[serde(default)]
     pub file: FileSettings,
     #[serde(default)]
     pub s3: S3Settings,
@@ -72,6 +84,28 @@ pub struct StoreConfig {
     /// Settings of addresses under one prefix, which replace those of the scheme. The longest prefix counts.
     #[serde(default)]
     pub prefix: Vec<PrefixSettings>,
+}
+
+/// `[store.packs]`: packs that were uploaded are kept on this node, so that of pages which change only the differences need be
+/// stored. Addresses that are folders of a local file system need none.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PacksSettings {
+    pub folder: Option<PathBuf>,
+    /// 0 keeps nothing.
+    pub mebibytes_max: Option<u64>,
+}
+
+impl PacksSettings {
+    /// Where they are.
+    pub fn folder(&self) -> &Path {
+        self.folder.as_deref().unwrap_or(Path::new(PACKS_FOLDER))
+    }
+
+    /// How much they take at most.
+    pub fn bytes_max(&self) -> u64 {
+        self.mebibytes_max.unwrap_or(PACKS_MEBIBYTES_MAX_DEFAULT) << 20
+    }
 }
 
 /// `[store.file]`
@@ -194,6 +228,10 @@ pub enum ConfigError {
     Meaningless { path: PathBuf, prefix: String, key: &'static str, scheme: &'static str },
     #[error("{}: {key} must be between 1 and {max}", path.display())]
     Range { path: PathBuf, key: &'static str, max: u64 },
+    #[error("{}: mebibytes_max of [store.packs] must be at most {}", path.display(), 1u64 << 20)]
+    TooMuch { path: PathBuf },
+    #[error("{}: folder of [store.packs] must be an absolute path", path.display())]
+    Relative { path: PathBuf },
 }
 
 impl NodeConfig {
@@ -275,6 +313,12 @@ impl StoreConfig {
         let range = |key, max| ConfigError::Range { path: path.to_owned(), key, max };
         if self.timeout_seconds.is_some_and(|seconds| !(1..=3600).contains(&seconds)) {
             return Err(range("timeout_seconds", 3600));
+        }
+        if self.packs.mebibytes_max.is_some_and(|mebibytes| mebibytes > 1 << 20) {
+            return Err(ConfigError::TooMuch { path: path.to_owned() });
+        }
+        if self.packs.folder.as_ref().is_some_and(|folder| !folder.is_absolute()) {
+            return Err(ConfigError::Relative { path: path.to_owned() });
         }
         if self.threads.is_some_and(|threads| !(1..=64).contains(&threads)) {
             return Err(range("threads", 64));
@@ -409,6 +453,9 @@ mod tests {
             "[store]\nallowed_prefixes = [\"jobs\"]",
             "[store]\ntimeout_seconds = 0",
             "[store]\nthreads = 0",
+            "[store.packs]\nmebibytes_max = 1048577",
+            "[store.packs]\nfolder = \"packs\"",
+            "[store.packs]\nbytes_max = 1",
             "[[store.prefix]]\nurl = \"gs://b\"\nregion = \"x\"",
             "[[store.prefix]]\nregion = \"x\"",
         ] {

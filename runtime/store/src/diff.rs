@@ -1,6 +1,7 @@
 //! What differs between the pages of two capsules, as far as their page maps tell.
 //!
-//! Pages are the same if they lie in equal frames, at the same place within. Pages that were stored anew count as changed,
+//! Pages are the same if they lie in equal frames, at the same place within; frames of differences name their bases by digest, and
+//! so are equal only over the same one. Pages that were stored anew count as changed,
 //! though their content may be the same: the packs are not read.
 
 use std::collections::HashMap;

@@ -5,9 +5,14 @@
 //!
 //! A transfer fetches each pack that it needs once, a few at a time, and decodes them on several threads. It needs the
 //! page maps of the spaces in memory, 16 bytes a run; beyond that memory does not depend on the size of the capsule.
+//!
+//! Frames of differences are small: they are fetched before the packs in which their bases lie, and applied while a base is decoded
+//! anyway. Where there are more of them than there is memory for, the transfer is made in passes over one part of the bases after
+//! the other.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{self, Read};
+use std::ops::Range;
 use std::sync::Mutex;
 
 use bytes::Bytes;
@@ -17,7 +22,7 @@ use samara_capsule::BLOB_BYTES_MAX;
 use samara_capsule::cbor::RECORDS_BYTES_MAX;
 use samara_capsule::config::{CapsuleConfig, ConfigError};
 use samara_capsule::digest::{Digest, FrameDigest};
-use samara_capsule::frame::{FRAME_PAGES_MAX, FrameDecoder, FrameError};
+use samara_capsule::frame::{BaseFrame, FRAME_PAGES_MAX, FrameDecoder, FrameError};
 use samara_capsule::log::CapsuleRef;
 use samara_capsule::manifest::{BlobKind, BlobRef, MANIFEST_BYTES_MAX, Manifest, ManifestError};
 use samara_capsule::pagemap::{MapFrame, MapRun, PAGE_NUMBER_END, Segment, SegmentError};
@@ -41,6 +46,12 @@ const DECODERS_MAX: usize = 8;
 
 /// Blobs that [`CapsuleReader::check`] reads at a time: one that arrives for each that is hashed, on two cores.
 const CHECKS_MAX: usize = 4;
+
+/// Stored bytes of frames of differences that wait for their bases. Of heaps that is what has changed in gigabytes.
+const DELTAS_BYTES_MAX: usize = 32 << 20;
+
+/// Packs from which frames of differences are fetched at a time: each may be in memory as a whole while that lasts.
+const DELTA_FETCHES_MAX: usize = 2;
 
 /// Page-map segments that are fetched at a time: their sizes are tens to hundreds of KiB.
 const SEGMENT_FETCHES_MAX: usize = 16;
@@ -74,6 +85,10 @@ pub enum ReadError {
     FrameDigest { pack: Digest, offset: u32 },
     #[error("the pack {pack} is damaged at the frame at {offset}")]
     FrameContent { pack: Digest, offset: u32, source: FrameError },
+    #[error(
+        "the page maps are damaged: the frame at {offset} of the pack {pack} has a base that has a base itself"
+    )]
+    Base { pack: Digest, offset: u32 },
     #[error("the stream {name} is damaged")]
     Stream { name: String, source: io::Error },
     #[error("can't start a thread that decompresses")]
@@ -109,6 +124,7 @@ impl ReadError {
             | ReadError::Frame { .. }
             | ReadError::FrameDigest { .. }
             | ReadError::FrameContent { .. }
+            | ReadError::Base { .. }
             | ReadError::Stream { .. } => true,
         }
     }
@@ -123,6 +139,8 @@ pub struct CapsuleReader {
     config: CapsuleConfig,
     pack_bytes: HashMap<Digest, u64>,
     kept: Kept,
+    /// [`DELTAS_BYTES_MAX`], but in tests.
+    deltas_bytes_max: usize,
 }
 
 impl CapsuleReader {
@@ -163,7 +181,15 @@ impl CapsuleReader {
             config.map_err(|source| ReadError::Config { digest: digest_of_config, source })?;
         let pack_bytes = manifest.packs.iter().map(|pack| (pack.digest, pack.bytes)).collect();
         let kept = Kept::default();
-        Ok(CapsuleReader { store: store.clone(), digest, manifest, config, pack_bytes, kept })
+        Ok(CapsuleReader {
+            store: store.clone(),
+            digest,
+            manifest,
+            config,
+            pack_bytes,
+            kept,
+            deltas_bytes_max: DELTAS_BYTES_MAX,
+        })
     }
 
     /// Reads all blobs, checks their digests, and keeps what there is room for: [`CapsuleReader::kept`].
@@ -325,7 +351,7 @@ impl CapsuleReader {
             let mut numbers = frames.of_segment(&segment, &self.pack_bytes);
             for run in segment.runs() {
                 let place =
-                    u64::from(numbers.number(run)) << PAGE_IN_FRAME_BITS | u64::from(run.page);
+                    u64::from(numbers.number(run)?) << PAGE_IN_FRAME_BITS | u64::from(run.page);
                 let run = PageRun { first: run.first, count: run.count.into() };
                 stored.get_mut(index).expect("the space's index").push(StoredRun { run, place });
             }
@@ -340,7 +366,20 @@ impl CapsuleReader {
         place: &Place<'_>,
     ) -> Result<(), TransferError> {
         let plan = self.plan(wanted)?;
-        let threads = self.store.threads().min(plan.packs().len()).min(DECODERS_MAX);
+        plan.passes(self.deltas_bytes_max)
+            .into_iter()
+            .try_for_each(|pass| self.transfer_pass(&plan, pass, place))
+    }
+
+    fn transfer_pass(
+        &self,
+        plan: &Plan,
+        pass: Pass,
+        place: &Place<'_>,
+    ) -> Result<(), TransferError> {
+        let deltas = self.fetch_deltas(plan, &pass.deltas)?;
+        let packs = plan.packs_of(&pass);
+        let threads = self.store.threads().min(packs.len()).min(DECODERS_MAX);
         if threads == 0 {
             return Ok(());
         }
@@ -353,9 +392,9 @@ impl CapsuleReader {
         };
         std::thread::scope(|scope| {
             for _ in 0..threads {
-                let (queue, plan, fail) = (queue.clone(), &plan, &fail);
+                let (queue, packs, deltas, fail) = (queue.clone(), &packs, &deltas, &fail);
                 let decode = move || {
-                    if let Err(error) = self.decode_packs(&queue, plan, place) {
+                    if let Err(error) = self.decode_packs(&queue, plan, packs, deltas, place) {
                         fail(error);
                     }
                 };
@@ -366,10 +405,10 @@ impl CapsuleReader {
             }
             // Once every worker has ended, as they do on their first error each, sending fails and the fetches end.
             drop(queue);
-            let fetches = futures::stream::iter(plan.packs().iter().enumerate());
+            let fetches = futures::stream::iter(packs.iter().enumerate());
             let in_flight = FETCHES_MAX.saturating_sub(threads).max(2);
             let mut fetches = fetches
-                .map(|(index, &blob)| {
+                .map(|(index, &(blob, _))| {
                     let content = self.fetch_pack(blob, &pool);
                     async move { (index, content.await) }
                 })
@@ -419,7 +458,44 @@ impl CapsuleReader {
         }
     }
 
-    /// Which pages of which frames are wanted, ordered by pack and frame.
+    /// The stored bytes of frames, by their numbers. They are not checked yet.
+    fn fetch_deltas(&self, plan: &Plan, frames: &[u32]) -> Result<Deltas, ReadError> {
+        let mut by_pack: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
+        for &number in frames {
+            by_pack.entry(plan.frame(number).pack).or_default().push(number);
+        }
+        let fetches = futures::stream::iter(by_pack).map(|(pack, mut numbers)| async move {
+            let pack = plan.pack(pack).digest;
+            numbers.sort_unstable_by_key(|number| plan.frame(*number).offset);
+            let range = |number: &u32| {
+                let MapFrame { offset, stored_bytes, .. } = plan.frame(*number);
+                u64::from(*offset)..u64::from(*offset) + u64::from(*stored_bytes)
+            };
+            let ranges: Vec<Range<u64>> = numbers.iter().map(range).collect();
+            let parts = match self.kept.get(&pack) {
+                Some(content) => ranges.iter().map(|range| part_of(&content, range)).collect(),
+                None => self.store.get_parts(&blob_path(&pack), &ranges).await?,
+            };
+            let mut found = Vec::with_capacity(parts.len());
+            for (number, part) in numbers.into_iter().zip(parts) {
+                let MapFrame { offset, stored_bytes, .. } = *plan.frame(number);
+                if part.len() != stored_bytes as usize {
+                    return Err(ReadError::Frame { pack, offset });
+                }
+                // A copy: what a store returns may be a piece of much more.
+                found.push((number, Bytes::copy_from_slice(&part)));
+            }
+            Ok(found)
+        });
+        let mut fetches = fetches.buffer_unordered(DELTA_FETCHES_MAX);
+        let mut deltas = Deltas::new();
+        while let Some(found) = self.store.block_on(fetches.next()) {
+            deltas.extend(found?);
+        }
+        Ok(deltas)
+    }
+
+    /// Which pages of which frames are wanted, ordered by pack and frame: those of differences beside the pages of their bases.
     fn plan(&self, wanted: &[(SpaceId, &[PageRun])]) -> Result<Plan, ReadError> {
         let mut plan =
             Plan { spaces: wanted.iter().map(|(space, _)| *space).collect(), ..Plan::default() };
@@ -429,21 +505,20 @@ impl CapsuleReader {
             let mut numbers = plan.frames.of_segment(&segment, &self.pack_bytes);
             for run in segment.runs() {
                 for part in parts_within(run, runs) {
-                    plan.wanted.push(Wanted::new(&part, numbers.number(&part), space));
+                    plan.wanted.push(Wanted::new(&part, numbers.number(&part)?, space));
                 }
             }
             Ok(())
         })?;
-        // By frame, and within a frame by space and page: what lies together is placed together.
-        let frames = &plan.frames.frames;
-        let pack_of =
-            |wanted: &Wanted| frames.get(wanted.frame as usize).map_or(0, |frame| frame.pack);
-        plan.wanted.sort_unstable_by_key(|wanted| {
-            (pack_of(wanted), wanted.frame, wanted.space(), wanted.first())
+        // By plain frame, that before what is told by differences from it, and within a frame by space and page: what lies
+        // together is placed together.
+        let mut list = std::mem::take(&mut plan.wanted);
+        list.sort_unstable_by_key(|wanted| {
+            let plain = plan.plain(wanted.frame);
+            let is_delta = plain != wanted.frame;
+            (plan.frame(plain).pack, plain, is_delta, wanted.frame, wanted.space(), wanted.first())
         });
-        plan.starts = (0..plan.frames.packs.len())
-            .map(|pack| plan.wanted.partition_point(|wanted| (pack_of(wanted) as usize) < pack))
-            .collect();
+        plan.wanted = list;
         Ok(plan)
     }
 
@@ -451,36 +526,49 @@ impl CapsuleReader {
         &self,
         queue: &Receiver<(usize, Bytes)>,
         plan: &Plan,
+        packs: &[(BlobRef, Range<usize>)],
+        deltas: &Deltas,
         place: &Place<'_>,
     ) -> Result<(), TransferError> {
         let mut decoder = FrameDecoder::new().map_err(ReadError::Decompress)?;
-        let mut raw = Vec::new();
+        let (mut base, mut changed) = (Vec::new(), Vec::new());
         for (index, content) in queue {
-            let pack = *plan.packs().get(index).expect("the index is that of a planned pack");
-            for wanted in plan.of_pack(index).chunk_by(|a, b| a.frame == b.frame) {
+            let (pack, range) = packs.get(index).expect("the index is that of a planned pack");
+            let wanted = plan.wanted.get(range.clone()).expect("the plan's ranges are its own");
+            for wanted in wanted.chunk_by(|a, b| plan.plain(a.frame) == plan.plain(b.frame)) {
                 let [first, ..] = wanted else { continue };
-                let frame = plan.frames.frames.get(first.frame as usize);
-                let frame = frame.expect("the plan's indices are its own");
-                decode_frame(&mut decoder, pack.digest, frame, &content, &mut raw)?;
-                for wanted in wanted.chunk_by(Wanted::is_followed_by) {
+                let plain_number = plan.plain(first.frame);
+                let plain = plan.frame(plain_number);
+                decode_frame(&mut decoder, pack.digest, plain, &content, &mut base)?;
+                for wanted in wanted.chunk_by(|a, b| a.frame == b.frame) {
                     let [first, ..] = wanted else { continue };
-                    let space = *plan
-                        .spaces
-                        .get(first.space() as usize)
-                        .expect("the plan's indices are its own");
-                    let runs: Vec<PageRun> = wanted.iter().map(Wanted::run).collect();
-                    let pages: usize =
-                        wanted.iter().map(|wanted| usize::from(wanted.count())).sum();
-                    let start = usize::from(first.page()) * PAGE_BYTES;
-                    let bytes = raw.get(start..start + pages * PAGE_BYTES);
-                    let outside = || ReadError::Frame { pack: pack.digest, offset: frame.offset };
-                    place(space, &runs, bytes.ok_or_else(outside)?)
-                        .map_err(TransferError::Place)?;
+                    if first.frame == plain_number {
+                        plan.place(wanted, &base, place)?;
+                        continue;
+                    }
+                    let stored = deltas.get(&first.frame);
+                    let stored = stored.expect("all differences of a pass were fetched for it");
+                    let frame = plan.frame(first.frame);
+                    let own_pack = plan.pack(frame.pack).digest;
+                    let over = BaseFrame { digest: plain.digest, raw: &base };
+                    decode_delta(&mut decoder, own_pack, frame, stored, over, &mut changed)?;
+                    plan.place(wanted, &changed, place)?;
                 }
             }
         }
         Ok(())
     }
+}
+
+/// Stored bytes of frames of differences, by number of the frame.
+type Deltas = HashMap<u32, Bytes>;
+
+/// A part of a pack; what lies outside of it is missing.
+fn part_of(content: &Bytes, range: &Range<u64>) -> Bytes {
+    let bytes = content.len() as u64;
+    let end = usize::try_from(range.end.min(bytes)).expect("no more than the content has");
+    let start = usize::try_from(range.start).map_or(end, |start| start.min(end));
+    content.slice(start..end)
 }
 
 /// Reads a blob into the memory of `buffer`, which must be empty, and hashes it where nothing else waits for it.
@@ -514,6 +602,24 @@ fn decode_frame(
     decoded.map_err(|source| ReadError::FrameContent { pack, offset, source })
 }
 
+/// Checks and decodes a frame of differences over its base.
+fn decode_delta(
+    decoder: &mut FrameDecoder,
+    pack: Digest,
+    frame: &MapFrame,
+    stored: &[u8],
+    base: BaseFrame<'_>,
+    raw: &mut Vec<u8>,
+) -> Result<(), ReadError> {
+    let offset = frame.offset;
+    if FrameDigest::of(stored) != frame.digest {
+        return Err(ReadError::FrameDigest { pack, offset });
+    }
+    let raw_bytes = usize::from(frame.pages) * PAGE_BYTES;
+    let decoded = decoder.decode_delta(stored, raw_bytes, base, raw);
+    decoded.map_err(|source| ReadError::FrameContent { pack, offset, source })
+}
+
 fn count(index: usize) -> u32 {
     u32::try_from(index).expect("a capsule has fewer than 2^32 packs and frames")
 }
@@ -543,7 +649,7 @@ impl<T> Drop for AbortOnDrop<T> {
 #[derive(Debug, Default)]
 struct Frames {
     packs: Vec<BlobRef>,
-    /// `pack` counts `packs`.
+    /// `pack` counts `packs`, `base` these frames.
     frames: Vec<MapFrame>,
     pack_numbers: HashMap<Digest, u32>,
     /// By pack and offset.
@@ -571,26 +677,36 @@ struct SegmentFrames<'a> {
 
 impl SegmentFrames<'_> {
     /// The number of the frame of one of the segment's runs.
-    fn number(&mut self, run: &MapRun) -> u32 {
+    fn number(&mut self, run: &MapRun) -> Result<u32, ReadError> {
+        self.number_of(run.frame)
+    }
+
+    fn number_of(&mut self, index: u32) -> Result<u32, ReadError> {
         const CHECKED: &str = "a segment's indices were checked";
-        let known = self.numbers.get_mut(run.frame as usize).expect(CHECKED);
-        if let Some(number) = known {
-            return *number;
+        if let Some(number) = *self.numbers.get(index as usize).expect(CHECKED) {
+            return Ok(number);
         }
-        let frame = *self.segment.frames().get(run.frame as usize).expect(CHECKED);
+        let frame = *self.segment.frames().get(index as usize).expect(CHECKED);
         let digest = *self.segment.packs().get(frame.pack as usize).expect(CHECKED);
+        // One level deep: in a segment bases are plain.
+        let base = frame.base.map(|base| self.number_of(base)).transpose()?;
         let Frames { packs, frames, pack_numbers, frame_numbers } = &mut *self.all;
+        // Another segment may have said otherwise of the same place.
+        let named = base.and_then(|base| frames.get(base as usize));
+        if named.is_some_and(|named| named.is_delta()) {
+            return Err(ReadError::Base { pack: digest, offset: frame.offset });
+        }
         let pack = *pack_numbers.entry(digest).or_insert_with(|| {
             let bytes = self.pack_bytes.get(&digest).copied().unwrap_or_default();
             packs.push(BlobRef { digest, bytes });
             count(packs.len() - 1)
         });
         let number = *frame_numbers.entry((pack, frame.offset)).or_insert_with(|| {
-            frames.push(MapFrame { pack, ..frame });
+            frames.push(MapFrame { pack, base, ..frame });
             count(frames.len() - 1)
         });
-        *known = Some(number);
-        number
+        *self.numbers.get_mut(index as usize).expect(CHECKED) = Some(number);
+        Ok(number)
     }
 }
 
@@ -613,21 +729,89 @@ fn parts_within<'a>(run: &'a MapRun, wanted: &'a [PageRun]) -> impl Iterator<Ite
 struct Plan {
     spaces: Vec<SpaceId>,
     frames: Frames,
-    /// Ordered by pack, frame, space and page.
+    /// Ordered by pack and plain frame, then that before differences from it, by frame, space and page.
     wanted: Vec<Wanted>,
-    /// For each pack, where its part of `wanted` begins.
-    starts: Vec<usize>,
+}
+
+/// A part of a transfer.
+#[derive(Debug, Default)]
+struct Pass {
+    /// Of what is wanted.
+    range: Range<usize>,
+    /// The frames of differences among it.
+    deltas: Vec<u32>,
 }
 
 impl Plan {
-    fn packs(&self) -> &[BlobRef] {
-        &self.frames.packs
+    fn frame(&self, number: u32) -> &MapFrame {
+        self.frames.frames.get(number as usize).expect("the plan's indices are its own")
     }
 
-    fn of_pack(&self, pack: usize) -> &[Wanted] {
-        let start = self.starts.get(pack).copied().unwrap_or(self.wanted.len());
-        let end = self.starts.get(pack + 1).copied().unwrap_or(self.wanted.len());
-        self.wanted.get(start..end).unwrap_or_default()
+    fn pack(&self, number: u32) -> BlobRef {
+        *self.frames.packs.get(number as usize).expect("the plan's indices are its own")
+    }
+
+    /// The frame in whose pack pages are looked for first: the base, where there is one.
+    fn plain(&self, number: u32) -> u32 {
+        self.frame(number).base.unwrap_or(number)
+    }
+
+    /// Cuts what is wanted, so that no pass has more than so many bytes of differences, or just one frame.
+    fn passes(&self, bytes_max: usize) -> Vec<Pass> {
+        let mut passes = Vec::new();
+        let mut pass = Pass::default();
+        let mut bytes = 0;
+        for wanted in self.wanted.chunk_by(|a, b| a.frame == b.frame) {
+            let [first, ..] = wanted else { continue };
+            let frame = self.frame(first.frame);
+            if frame.is_delta() {
+                let stored_bytes = frame.stored_bytes as usize;
+                if bytes + stored_bytes > bytes_max && !pass.deltas.is_empty() {
+                    let start = pass.range.end;
+                    let range = start..start;
+                    passes.push(std::mem::replace(&mut pass, Pass { range, deltas: Vec::new() }));
+                    bytes = 0;
+                }
+                bytes += stored_bytes;
+                pass.deltas.push(first.frame);
+            }
+            pass.range.end += wanted.len();
+        }
+        passes.push(pass);
+        passes
+    }
+
+    /// The packs of a pass, and for each its part of what is wanted.
+    fn packs_of(&self, pass: &Pass) -> Vec<(BlobRef, Range<usize>)> {
+        let pack_of = |wanted: &Wanted| self.frame(self.plain(wanted.frame)).pack;
+        let wanted = self.wanted.get(pass.range.clone()).unwrap_or_default();
+        let mut start = pass.range.start;
+        let mut packs = Vec::new();
+        for wanted in wanted.chunk_by(|a, b| pack_of(a) == pack_of(b)) {
+            let end = start + wanted.len();
+            packs.extend(wanted.first().map(|first| (self.pack(pack_of(first)), start..end)));
+            start = end;
+        }
+        packs
+    }
+
+    /// Places pages of one frame, whose content is `raw`.
+    fn place(&self, wanted: &[Wanted], raw: &[u8], place: &Place<'_>) -> Result<(), TransferError> {
+        for wanted in wanted.chunk_by(Wanted::is_followed_by) {
+            let [first, ..] = wanted else { continue };
+            let space = self.spaces.get(first.space() as usize);
+            let space = *space.expect("the plan's indices are its own");
+            let runs: Vec<PageRun> = wanted.iter().map(Wanted::run).collect();
+            let pages: usize = wanted.iter().map(|wanted| usize::from(wanted.count())).sum();
+            let start = usize::from(first.page()) * PAGE_BYTES;
+            let outside = || {
+                let MapFrame { pack, offset, .. } = *self.frame(first.frame);
+                ReadError::Frame { pack: self.pack(pack).digest, offset }
+            };
+            let bytes = raw.get(start..start + pages * PAGE_BYTES).ok_or_else(outside)?;
+            place(space, &runs, bytes).map_err(TransferError::Place)?;
+        }
+        Ok(())
     }
 }
 
@@ -794,3 +978,92 @@ impl<R: io::BufRead> Read for StreamReader<R> {
 
 /// Blobs of the format never exceed this; a pack that does was refused with the manifest.
 const _: () = assert!(BLOB_BYTES_MAX <= u32::MAX as usize);
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::time::SystemTime;
+
+    use samara_capsule::config::{Provenance, Requirements};
+    use samara_capsule::transfer::{PageBatch, Sink};
+
+    use super::*;
+    use crate::config::StoreConfig;
+    use crate::writer::CapsuleFacts;
+    use crate::{CapsuleWriter, Location};
+
+    fn page(number: u64, version: u64) -> Vec<u8> {
+        let mut state = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let mut page = version.to_le_bytes().to_vec();
+        while page.len() < PAGE_BYTES {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            page.extend_from_slice(&(state >> 8).to_le_bytes());
+        }
+        page
+    }
+
+    /// A capsule with more differences than there is memory for would come back without some, or with some twice.
+    #[test]
+    fn many_differences_come_in_passes() {
+        let folder = tempfile::tempdir().unwrap();
+        let location = Location::folder(folder.path()).unwrap();
+        let mut config = StoreConfig::default();
+        config.file.sync = false;
+        let store = Store::open(&location, &config, true).unwrap();
+        let mut lease = store.take_epoch(&BTreeMap::new()).unwrap().lease;
+        let facts = || CapsuleFacts {
+            created: SystemTime::UNIX_EPOCH,
+            parent: None,
+            provenance: Provenance::default(),
+            requirements: Requirements::default(),
+        };
+        let batch = |first: u64, version: u64| PageBatch {
+            spaces: [SpaceId(0)].into(),
+            runs: vec![PageRun { first, count: 128 }],
+            bytes: (first..first + 128).flat_map(|number| page(number, version)).collect(),
+        };
+        let mut writer = CapsuleWriter::new(&store).unwrap();
+        for first in (0..4096).step_by(128) {
+            writer.pages(batch(first, 0)).unwrap();
+        }
+        writer.commit(&mut lease, &[0xf6], facts()).unwrap();
+        // Half of the pages, in turns with those that stay.
+        let parent = CapsuleReader::open_latest(&store).unwrap();
+        let mut writer = CapsuleWriter::after(parent).unwrap();
+        let base = Sink::base(&mut writer, Some(SpaceId(0))).unwrap();
+        writer.earlier(SpaceId(0), base);
+        for first in (0..4096).step_by(256) {
+            writer.pages(batch(first, 1)).unwrap();
+            let run = PageRun { first: first + 128, count: 128 };
+            writer.unchanged(&[SpaceId(0)].into(), base, run, true).unwrap();
+        }
+        let committed = writer.commit(&mut lease, &[0xf6], facts()).unwrap();
+        assert_eq!(committed.new_frames.delta.pages, 2048);
+
+        let mut reader = CapsuleReader::open_latest(&store).unwrap();
+        let whole = [PageRun { first: 0, count: 4096 }];
+        let wanted = [(SpaceId(0), whole.as_slice())];
+        let plan = reader.plan(&wanted).unwrap();
+        let two = usize::try_from(committed.new_frames.delta.stored_bytes / 32 * 5 / 2).unwrap();
+        for (bytes_max, passes) in [(0, 32), (two, 16), (1 << 20, 1)] {
+            let found = plan.passes(bytes_max);
+            let deltas: usize = found.iter().map(|pass| pass.deltas.len()).sum();
+            assert_eq!((found.len(), deltas), (passes, 32), "{bytes_max}");
+            reader.deltas_bytes_max = bytes_max;
+            let placed = Mutex::new(BTreeMap::new());
+            let place = |_: SpaceId, runs: &[PageRun], bytes: &[u8]| {
+                let numbers = runs.iter().flat_map(|run| run.first..run.first + run.count);
+                for (number, content) in numbers.zip(bytes.chunks(PAGE_BYTES)) {
+                    assert!(placed.lock().unwrap().insert(number, content.to_vec()).is_none());
+                }
+                Ok(())
+            };
+            reader.transfer_some(&wanted, &place).unwrap();
+            let placed = placed.into_inner().unwrap();
+            assert_eq!(placed.len(), 4096);
+            for (number, content) in placed {
+                assert!(content == page(number, 1 - number / 128 % 2), "page {number}");
+            }
+        }
+    }
+}

@@ -24,7 +24,8 @@ use samara_capsule::digest::Digest;
 use samara_capsule::manifest::BlobRef;
 use tokio::runtime::{Handle, Runtime};
 
-use crate::config::{Settings, StoreConfig};
+use crate::config::{PacksSettings, Settings, StoreConfig};
+use crate::local_packs::LocalPacks;
 use crate::location::Location;
 
 /// A connection that takes longer than this is not made. Half of a slow handshake across a continent.
@@ -54,6 +55,7 @@ struct Inner {
     location: Location,
     timeout: Duration,
     threads: usize,
+    packs: PacksSettings,
 }
 
 /// The runtime is always there; it is taken out when dropped. Its threads have ended then, which a caller that forks needs, but for
@@ -198,7 +200,8 @@ impl Store {
         let threads = config.threads.unwrap_or(cores).clamp(1, 16);
         let location = location.clone();
         let handle = runtime.handle().clone();
-        let inner = Inner { runtime: handle, objects, prefix, location, timeout, threads };
+        let packs = config.packs.clone();
+        let inner = Inner { runtime: handle, objects, prefix, location, timeout, threads, packs };
         Ok(Store { inner: Arc::new(inner), threads: Some(Arc::new(Threads(Some(runtime)))) })
     }
 
@@ -213,6 +216,7 @@ impl Store {
             location: self.inner.location.join(parts.iter().cloned()),
             timeout: self.inner.timeout,
             threads: self.inner.threads,
+            packs: self.inner.packs.clone(),
         };
         Store { inner: Arc::new(inner), threads: self.threads.clone() }
     }
@@ -226,6 +230,11 @@ impl Store {
     /// The place.
     pub fn location(&self) -> &Location {
         &self.inner.location
+    }
+
+    /// Packs of this place that lie on this node.
+    pub(crate) fn local_packs(&self) -> LocalPacks {
+        LocalPacks::of(&self.inner.location, &self.inner.packs)
     }
 
     /// Threads that compress or decompress.

@@ -1,14 +1,17 @@
 //! Verifying capsules: every blob is read again, its digest checked, and its content decoded to the end.
 //!
+//! Of differences the base must be the one that they name, and have the pages that they change: then nothing can go wrong in putting
+//! both together, which is not done here.
+//!
 //! All damage is reported, not only the first. What is not checked is whether the records make sense to an engine.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 
 use futures::StreamExt as _;
 use samara_capsule::cbor::{self, decode_record};
 use samara_capsule::digest::{Digest, FrameDigest};
-use samara_capsule::frame::{FrameDecoder, FrameError};
+use samara_capsule::frame::{Codec, FrameDecoder, FrameError};
 use samara_capsule::manifest::BlobRef;
 use samara_capsule::pack::{PackError, PackedFrame, read_pack};
 use samara_capsule::transfer::{PAGE_BYTES, Source as _, SpaceId};
@@ -34,6 +37,10 @@ pub enum Fault {
         "the page map of {space} names a frame at {offset} of the pack {pack} which is not there, or is another"
     )]
     Reference { space: SpaceId, pack: Digest, offset: u32 },
+    #[error(
+        "the page map of {space} names a wrong base for the frame at {offset} of the pack {pack}"
+    )]
+    Base { space: SpaceId, pack: Digest, offset: u32 },
     #[error("the records {records} are damaged")]
     Records { records: Digest, source: cbor::DecodeError },
     #[error("the stream {name} is damaged")]
@@ -55,8 +62,17 @@ pub struct Report {
     pub faults: Vec<Fault>,
 }
 
-/// The frames of a pack in order, with the digests of what they store.
-type Frames = Vec<(PackedFrame, FrameDigest)>;
+/// The frames of a pack in order.
+type Frames = Vec<CheckedFrame>;
+
+#[derive(Clone, Copy, Debug)]
+struct CheckedFrame {
+    packed: PackedFrame,
+    /// Of what it stores.
+    digest: FrameDigest,
+    /// What it needs: the base's digest, and how many pages that must have.
+    base: Option<(FrameDigest, u16)>,
+}
 
 impl CapsuleReader {
     /// Checks all blobs of this capsule. `progress` is told how many bytes are done, of how many.
@@ -131,7 +147,7 @@ impl CapsuleReader {
         done: &mut impl FnMut(&mut Report, &BlobRef),
     ) {
         for (&space, blobs) in &self.manifest().maps {
-            let mut wrong = BTreeMap::new();
+            let (mut wrong, mut wrong_bases) = (BTreeSet::new(), BTreeSet::new());
             let mut pages = 0;
             let result = self.segments(space, |segment| {
                 pages += segment.runs().iter().map(|run| u64::from(run.count)).sum::<u64>();
@@ -140,26 +156,33 @@ impl CapsuleReader {
                     // A pack that could not be read was reported as such.
                     let Some(frames) = packs.get(&pack) else { continue };
                     let found =
-                        frames.binary_search_by_key(&frame.offset, |(packed, _)| packed.offset);
+                        frames.binary_search_by_key(&frame.offset, |found| found.packed.offset);
                     let found = found.ok().and_then(|index| frames.get(index));
-                    let fits = found.is_some_and(|(packed, digest)| {
+                    let fitting = found.filter(|CheckedFrame { packed, digest, .. }| {
                         packed.stored_bytes == frame.stored_bytes
                             && packed.raw_bytes as usize == usize::from(frame.pages) * PAGE_BYTES
                             && packed.codec == frame.codec
                             && *digest == frame.digest
                     });
-                    if !fits {
-                        wrong.insert((pack, frame.offset), ());
+                    let Some(CheckedFrame { base, .. }) = fitting else {
+                        wrong.insert((pack, frame.offset));
+                        continue;
+                    };
+                    // That there is one where one is needed follows from the codec.
+                    let named = frame.base.and_then(|base| segment.frames().get(base as usize));
+                    if let (Some((digest, pages_min)), Some(named)) = (base, named)
+                        && (*digest != named.digest || *pages_min > named.pages)
+                    {
+                        wrong_bases.insert((pack, frame.offset));
                     }
                 }
                 Ok(())
             });
             report.pages += pages;
-            report.faults.extend(wrong.into_keys().map(|(pack, offset)| Fault::Reference {
-                space,
-                pack,
-                offset,
-            }));
+            let reference = |(pack, offset)| Fault::Reference { space, pack, offset };
+            report.faults.extend(wrong.into_iter().map(reference));
+            let base = |(pack, offset)| Fault::Base { space, pack, offset };
+            report.faults.extend(wrong_bases.into_iter().map(base));
             if let Err(error) = result {
                 report.faults.push(error.into());
             }
@@ -182,9 +205,22 @@ fn check_pack(store: &Store, pack: BlobRef, content: &[u8]) -> Result<Frames, Fa
         let start = frame.offset as usize;
         let stored = content.get(start..start + frame.stored_bytes as usize);
         let stored = stored.expect("the frames of a pack that was read lie inside of it");
-        let decoded = decoder.decode(frame.codec, stored, frame.raw_bytes as usize, &mut raw);
-        decoded.map_err(|source| Fault::PackFrame { pack: pack.digest, frame: index, source })?;
-        frames.push((frame, FrameDigest::of(stored)));
+        let raw_bytes = frame.raw_bytes as usize;
+        let decoded = match frame.codec {
+            Codec::Raw | Codec::Zstd => {
+                decoder.decode(frame.codec, stored, raw_bytes, &mut raw).map(|()| None)
+            }
+            Codec::Delta => decoder.decode_changes(stored, raw_bytes, &mut raw).map(|head| {
+                let pages_min = head.slots.last().map_or(0, |slot| u16::from(*slot) + 1);
+                Some((head.base, pages_min))
+            }),
+        };
+        let base = decoded.map_err(|source| Fault::PackFrame {
+            pack: pack.digest,
+            frame: index,
+            source,
+        })?;
+        frames.push(CheckedFrame { packed: frame, digest: FrameDigest::of(stored), base });
     }
     Ok(frames)
 }

@@ -1,20 +1,21 @@
 //! Writing a capsule: pages and streams in, blobs and one committed slot out.
 //!
 //! ```text
-//! caller: small batches are joined -> jobs, tens of MiB -> workers: drop zero pages, compress, hash
+//! caller: small batches are joined -> jobs, tens of MiB -> workers: drop zero pages, find bases, compress, hash
 //!   -> in the order of submission: packs, parts of streams, page maps -> uploads, at most eight -> store
 //! ```
 //!
 //! Frames go into packs in the order in which they were submitted, so that equal input gives equal blobs, however
-//! many threads there are. Every stage is bounded, and each holds back the one before it: memory does not depend on
-//! the size of the capsule, except for its page map (about five bytes a run, 48 a frame).
+//! many threads there are; but whether pages are stored as differences depends on what lies on the node, and on how earlier trials
+//! went. Every stage is bounded, and each holds back the one before it: memory does not depend on
+//! the size of the capsule, except for its page map (about five bytes a run, 56 a frame).
 //!
 //! Nothing is visible before [`CapsuleWriter::commit`] returns; after an error nothing is, except where the store did
 //! not answer to the very last write. What was uploaded in vain stays behind as unreferenced blobs.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::SystemTime;
@@ -23,13 +24,13 @@ use bytes::Bytes;
 use crossbeam_channel::{Receiver, Sender};
 use samara_capsule::cbor::RECORDS_BYTES_MAX;
 use samara_capsule::config::{CapsuleConfig, ConfigError, Provenance, Requirements, Statistics};
-use samara_capsule::digest::{Digest, FrameDigest};
-use samara_capsule::frame::{Codec, FrameEncoder};
+use samara_capsule::digest::Digest;
+use samara_capsule::frame::FrameEncoder;
 use samara_capsule::log::CapsuleRef;
 use samara_capsule::manifest::{BlobKind, BlobRef, Manifest, ManifestError};
 use samara_capsule::pack::PackBuilder;
 use samara_capsule::pagemap::{
-    Base, BasePlace, CompleteMap, MapBuilder, MapError, MapFrame, MapRun, Segment,
+    Base, BasePlace, CompleteMap, MapBuilder, MapError, MapFrame, MapRun, ParentRuns, Segment,
 };
 use samara_capsule::stream::{STREAMS_MAX, StreamNameError, check_name};
 use samara_capsule::transfer::{
@@ -39,6 +40,9 @@ use samara_capsule::{BLOB_BYTES_MAX, FORMAT_VERSION};
 use tokio::sync::Semaphore;
 
 use crate::condemned::another_form;
+use crate::encode::{Encoded, PageEncoder, StoredBefore, Trials};
+use crate::frames::FrameCounts;
+use crate::local_packs::LocalPacks;
 use crate::log::{Lease, LogError, LogHead, rfc3339};
 use crate::pool::Pool;
 use crate::reader::{CapsuleReader, ReadError};
@@ -47,10 +51,6 @@ use crate::store::{Store, StoreError, blob_path};
 /// Size of the packs and parts of streams that are written. Half of what the format allows: twice as many uploads in
 /// flight for the same memory, and one request still takes longer to transfer than to start.
 const PACK_BYTES: usize = 8 << 20;
-
-/// Pages are compressed in frames of this size. Four frames of 256 KiB take 5-10 % less time than one of 1 MiB, as they
-/// stay in the processor's caches, and about the same space; see `docs/decisions/frames.md`.
-const FRAME_BYTES: usize = 256 << 10;
 
 /// Blobs that are hashed or uploaded at a time. One request to S3 carries 85-90 MB/s, so eight fill 5 Gbit/s.
 const UPLOADS_MAX: usize = 8;
@@ -163,6 +163,8 @@ pub struct Committed {
     pub uploaded_bytes: u64,
     pub pages: u64,
     pub zero_pages: u64,
+    /// Frames that it does not have from the capsule before. Those whose packs the address had already are counted too.
+    pub new_frames: FrameCounts,
 }
 
 /// How far a writer is, readable from any thread.
@@ -279,22 +281,12 @@ enum Work {
 /// What a worker made of a job.
 #[derive(Debug)]
 enum Done {
-    Frames { frames: Vec<Frame>, stored: Vec<u8>, zeros: Vec<(BaseId, PageRun)> },
+    Pages { encoded: Encoded<Owner>, zeros: Vec<(BaseId, PageRun)> },
     Stream { number: usize, stored: Vec<u8> },
 }
 
 /// A run of pages, and who has it.
 type OwnedRun = (Owner, PageRun);
-
-/// One frame, whose bytes lie behind those of the frame before it.
-#[derive(Debug)]
-struct Frame {
-    runs: Vec<OwnedRun>,
-    pages: usize,
-    codec: Codec,
-    digest: FrameDigest,
-    stored_bytes: usize,
-}
 
 /// What a blob that is uploaded is for.
 #[derive(Clone, Copy, Debug)]
@@ -328,6 +320,10 @@ struct Shared {
     in_flight_max: usize,
     /// What must not be stored or named: it may be deleted at any time.
     condemned: Arc<HashSet<Digest>>,
+    packs_here: Arc<LocalPacks>,
+    trials: Trials,
+    /// Whether packs that are uploaded are of use on this node later.
+    stays: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -342,6 +338,8 @@ struct State {
     parts: Vec<OpenParts>,
     map: MapBuilder,
     bases: Vec<Base>,
+    /// Where pages of spaces were before.
+    earlier: HashMap<SpaceId, BaseId>,
     /// By the number of the pack: what is known of it.
     packs: BTreeMap<u32, BlobRef>,
     segments: BTreeMap<(SpaceId, usize), BlobRef>,
@@ -353,6 +351,7 @@ struct State {
     known_in_part: bool,
     uploaded_bytes: u64,
     zero_pages: u64,
+    new_frames: FrameCounts,
     /// Buffers for use again.
     pack_buffers: Pool,
     batch_buffers: Vec<Vec<u8>>,
@@ -411,6 +410,9 @@ impl CapsuleWriter {
             progress: Arc::default(),
             in_flight_max,
             condemned: Arc::new(condemned),
+            packs_here: Arc::new(store.local_packs()),
+            trials: Trials::default(),
+            stays: AtomicBool::new(true),
         });
         let (jobs, queue) = crossbeam_channel::bounded(in_flight_max);
         let mut writer = CapsuleWriter {
@@ -437,6 +439,13 @@ impl CapsuleWriter {
     /// How far the writer is.
     pub fn progress(&self) -> Arc<Progress> {
         self.shared.progress.clone()
+    }
+
+    /// What is captured will not be captured again on this node: nothing is kept here for a next capsule.
+    #[must_use]
+    pub fn as_last(self) -> CapsuleWriter {
+        self.shared.stays.store(false, Relaxed);
+        self
     }
 
     /// The capsule whose blobs this one may name: the newest of the open generation when the writer was made.
@@ -491,7 +500,7 @@ impl CapsuleWriter {
             + streams_raw.values().sum::<u64>()
             + records.len() as u64;
         let records_blob = state.records.take().expect("the records were uploaded");
-        let zero_pages = state.zero_pages;
+        let (zero_pages, new_frames) = (state.zero_pages, state.new_frames);
         drop(state);
 
         let created = rfc3339(facts.created);
@@ -551,6 +560,7 @@ impl CapsuleWriter {
             uploaded_bytes,
             pages,
             zero_pages,
+            new_frames,
         })
     }
 
@@ -610,26 +620,31 @@ impl CapsuleWriter {
             let shared = &self.shared;
             let read = capsule.segments(space, |segment| {
                 let mut state = shared.lock();
-                let mut numbers = vec![None; segment.frames().len()];
-                for run in segment.runs() {
-                    let (Some(number), Some(frame)) = (
-                        numbers.get_mut(run.frame as usize),
-                        segment.frames().get(run.frame as usize),
-                    ) else {
-                        continue;
-                    };
-                    let frame = *number.get_or_insert_with(|| {
-                        let digest = segment.packs().get(frame.pack as usize);
-                        let digest = *digest.expect("a segment's indices are valid");
-                        let pack = *packs.entry(digest).or_insert_with(|| {
-                            let bytes = capsule.pack_bytes(&digest).unwrap_or_default();
-                            state.add_stored_pack(BlobRef { digest, bytes })
-                        });
-                        *frames
-                            .entry((pack, frame.offset))
-                            .or_insert_with(|| state.map.add_frame(MapFrame { pack, ..*frame }))
+                // Each after its base, as in the segment.
+                let mut numbers: Vec<u32> = Vec::with_capacity(segment.frames().len());
+                for frame in segment.frames() {
+                    const CHECKED: &str = "a segment's indices are valid";
+                    let digest = *segment.packs().get(frame.pack as usize).expect(CHECKED);
+                    let pack = *packs.entry(digest).or_insert_with(|| {
+                        let bytes = capsule.pack_bytes(&digest).unwrap_or_default();
+                        state.add_stored_pack(BlobRef { digest, bytes })
                     });
-                    base.add_parent(MapRun { frame, ..*run });
+                    let base = frame.base.map(|base| *numbers.get(base as usize).expect(CHECKED));
+                    if base.is_some_and(|base| state.map.frame(base).is_none_or(MapFrame::is_delta))
+                    {
+                        let (pack, offset) = (digest, frame.offset);
+                        return Err(ReadError::Base { pack, offset });
+                    }
+                    numbers.push(
+                        *frames.entry((pack, frame.offset)).or_insert_with(|| {
+                            state.map.add_frame(MapFrame { pack, base, ..*frame })
+                        }),
+                    );
+                }
+                for run in segment.runs() {
+                    if let Some(&frame) = numbers.get(run.frame as usize) {
+                        base.add_parent(MapRun { frame, ..*run });
+                    }
                 }
                 Ok(())
             });
@@ -757,6 +772,10 @@ impl Sink for CapsuleWriter {
         self.add_base(parent).map_err(|error| io::Error::other(self.shared.fail(error)))
     }
 
+    fn earlier(&mut self, space: SpaceId, base: BaseId) {
+        self.shared.lock().earlier.insert(space, base);
+    }
+
     fn draft(
         &mut self,
         base: BaseId,
@@ -861,19 +880,18 @@ impl Shared {
             }
         }
         let _guard = Guard(self.clone());
-        let mut encoder = match FrameEncoder::new() {
+        let mut encoder = match PageEncoder::new() {
             Ok(encoder) => encoder,
             Err(error) => {
                 self.fail(WriteError::Compress(error));
                 return;
             }
         };
-        let mut scratch = Vec::new();
         while let Ok(Job { sequence, work }) = queue.recv() {
             if self.lock().failed.is_some() {
                 continue;
             }
-            let result = match self.encode(&mut encoder, &mut scratch, work) {
+            let result = match self.encode(&mut encoder, work) {
                 Ok(done) => self.place(sequence, done),
                 Err(error) => Err(error),
             };
@@ -883,12 +901,7 @@ impl Shared {
         }
     }
 
-    fn encode(
-        &self,
-        encoder: &mut FrameEncoder,
-        scratch: &mut Vec<u8>,
-        work: Work,
-    ) -> Result<Done, WriteError> {
+    fn encode(&self, encoder: &mut PageEncoder, work: Work) -> Result<Done, WriteError> {
         let mut stored = self.lock().stored_buffers.pop().unwrap_or_default();
         stored.clear();
         match work {
@@ -896,24 +909,16 @@ impl Shared {
                 let pages_before = bytes.len() / PAGE_BYTES;
                 let (runs, zeros) = drop_zero_pages(parts, &mut bytes);
                 let pages = bytes.len() / PAGE_BYTES;
-                let mut runs = runs.into_iter().peekable();
-                let mut frames = Vec::new();
-                for raw in bytes.chunks(FRAME_BYTES) {
-                    let codec = encoder.encode(raw, scratch).map_err(WriteError::Compress)?;
-                    let pages = raw.len() / PAGE_BYTES;
-                    let runs = take_runs(&mut runs, pages as u64);
-                    let digest = FrameDigest::of(scratch);
-                    frames.push(Frame { runs, pages, codec, digest, stored_bytes: scratch.len() });
-                    stored.extend_from_slice(scratch);
-                }
-                let done = Done::Frames { frames, stored, zeros };
+                let encoded = encoder.encode(runs, &mut bytes, stored, self);
+                let encoded = encoded.map_err(WriteError::Compress)?;
+                let done = Done::Pages { encoded, zeros };
                 let mut state = self.lock();
                 state.zero_pages += (pages_before - pages) as u64;
                 state.recycle(bytes, self.in_flight_max);
                 Ok(done)
             }
             Work::Stream { number, bytes } => {
-                encoder.compress(&bytes, &mut stored).map_err(WriteError::Compress)?;
+                encoder.plain().compress(&bytes, &mut stored).map_err(WriteError::Compress)?;
                 let mut state = self.lock();
                 state.parts.get_mut(number).expect("the stream was numbered").raw_bytes +=
                     bytes.len() as u64;
@@ -1029,14 +1034,20 @@ impl Shared {
     }
 
     async fn upload_now(&self, purpose: Purpose, content: Vec<u8>) -> Result<(), WriteError> {
-        let condemned = self.condemned.clone();
+        let (condemned, packs_here) = (self.condemned.clone(), self.packs_here.clone());
+        let is_kept = self.stays.load(Relaxed) && purpose.kind() == BlobKind::Pack;
         let hash = move || {
-            let blob = BlobRef::to(&content);
-            if !condemned.contains(&blob.digest) {
-                return Ok((blob, content));
+            let (blob, content) = match BlobRef::to(&content) {
+                blob if condemned.contains(&blob.digest) => {
+                    let content = another_form(purpose.kind(), &content)?;
+                    (BlobRef::to(&content), content)
+                }
+                blob => (blob, content),
+            };
+            if is_kept {
+                packs_here.keep(&blob.digest, &content);
             }
-            let content = another_form(purpose.kind(), &content)?;
-            Ok((BlobRef::to(&content), content))
+            Ok((blob, content))
         };
         let hashed = tokio::task::spawn_blocking(hash).await.map_err(|_| WriteError::Panicked)?;
         let (blob, content) = hashed.map_err(WriteError::Compress)?;
@@ -1077,17 +1088,12 @@ impl Shared {
 impl State {
     fn place(&mut self, done: Done, sealed: &mut Vec<Sealed>) -> Result<(), WriteError> {
         match done {
-            Done::Frames { frames, stored, zeros } => {
+            Done::Pages { encoded, zeros } => {
                 for (base, run) in zeros {
                     self.base(base).set(run, None);
                 }
-                let mut rest = stored.as_slice();
-                for frame in frames {
-                    let (now, later) = rest.split_at(frame.stored_bytes);
-                    rest = later;
-                    self.place_frame(frame, now, sealed)?;
-                }
-                self.keep_stored(stored);
+                self.place_pages(&encoded, sealed)?;
+                self.keep_stored(encoded.stored);
             }
             Done::Stream { number, stored } => {
                 let stream = self.parts.get_mut(number).expect("the stream was numbered");
@@ -1135,43 +1141,54 @@ impl State {
         Ok(map.complete()?)
     }
 
-    fn place_frame(
+    fn place_pages(
         &mut self,
-        frame: Frame,
-        stored: &[u8],
+        encoded: &Encoded<Owner>,
         sealed: &mut Vec<Sealed>,
     ) -> Result<(), WriteError> {
-        let Frame { runs, pages, codec, digest, stored_bytes } = frame;
-        if self.pack.as_ref().is_some_and(|pack| !pack.builder.has_room(stored_bytes, PACK_BYTES)) {
-            self.seal_pack(sealed);
+        let mut rest = encoded.stored.as_slice();
+        let mut numbers = Vec::with_capacity(encoded.frames.len());
+        for frame in &encoded.frames {
+            let (stored, later) = rest.split_at(frame.stored_bytes);
+            rest = later;
+            if self
+                .pack
+                .as_ref()
+                .is_some_and(|pack| !pack.builder.has_room(stored.len(), PACK_BYTES))
+            {
+                self.seal_pack(sealed);
+            }
+            let map = &mut self.map;
+            let pool = &self.pack_buffers;
+            let pack = self.pack.get_or_insert_with(|| OpenPack {
+                number: map.add_pack(),
+                builder: PackBuilder::new(pool.take()),
+            });
+            let pages = u16::try_from(frame.pages).expect("a frame has at most 256 pages");
+            let raw_bytes = u32::from(pages) * u32::try_from(PAGE_BYTES).expect("a page is small");
+            let packed = pack.builder.push(frame.codec, stored, raw_bytes);
+            self.new_frames.add(frame.codec, frame.pages as u64, stored.len() as u64);
+            numbers.push(map.add_frame(MapFrame {
+                pack: pack.number,
+                offset: packed.offset,
+                stored_bytes: packed.stored_bytes,
+                pages,
+                codec: frame.codec,
+                base: frame.base,
+                digest: frame.digest,
+            }));
         }
-        let map = &mut self.map;
-        let pool = &self.pack_buffers;
-        let pack = self.pack.get_or_insert_with(|| OpenPack {
-            number: map.add_pack(),
-            builder: PackBuilder::new(pool.take()),
-        });
-        let raw_bytes = u32::try_from(pages * PAGE_BYTES).expect("a frame is smaller than 4 GiB");
-        let packed = pack.builder.push(codec, stored, raw_bytes);
-        let frame = map.add_frame(MapFrame {
-            pack: pack.number,
-            offset: packed.offset,
-            stored_bytes: packed.stored_bytes,
-            pages: u16::try_from(pages).expect("a frame has at most 256 pages"),
-            codec,
-            digest,
-        });
-        let mut page = 0;
-        for (owner, run) in runs {
-            match owner {
+        for placed in &encoded.runs {
+            let frame = *numbers.get(placed.frame).expect("runs lie in the frames beside them");
+            let (run, page) = (placed.run, placed.page);
+            match &placed.owner {
                 Owner::Spaces(spaces) => {
                     for space in spaces.iter() {
                         self.map.add_run(*space, run, frame, page)?;
                     }
                 }
-                Owner::Base(base) => self.base(base).set(run, Some(BasePlace { frame, page })),
+                Owner::Base(base) => self.base(*base).set(run, Some(BasePlace { frame, page })),
             }
-            page += u16::try_from(run.count).expect("a frame has at most 256 pages");
         }
         Ok(())
     }
@@ -1207,24 +1224,30 @@ impl State {
     }
 }
 
-/// Takes runs of `pages` pages off the front of `runs`, cutting the last one if need be.
-fn take_runs(
-    runs: &mut std::iter::Peekable<std::vec::IntoIter<OwnedRun>>,
-    mut pages: u64,
-) -> Vec<OwnedRun> {
-    let mut taken = Vec::new();
-    while pages > 0 {
-        let Some((spaces, run)) = runs.peek_mut() else { break };
-        let count = run.count.min(pages);
-        taken.push((spaces.clone(), PageRun { first: run.first, count }));
-        pages -= count;
-        run.first += count;
-        run.count -= count;
-        if run.count == 0 {
-            runs.next();
-        }
+impl StoredBefore<Owner> for Shared {
+    fn memory(&self, owner: &Owner) -> Option<ParentRuns> {
+        let state = self.lock();
+        let base = match owner {
+            Owner::Base(base) => *base,
+            // What several have in common, the first had before as a rule.
+            Owner::Spaces(spaces) => *state.earlier.get(spaces.first()?)?,
+        };
+        Some(state.bases.get(base.0 as usize)?.parent())
     }
-    taken
+
+    fn frame(&self, number: u32) -> Option<(Digest, MapFrame)> {
+        let state = self.lock();
+        let frame = state.map.frame(number)?;
+        Some((state.map.pack(frame.pack)?, frame))
+    }
+
+    fn stored(&self, pack: &Digest, frame: &MapFrame) -> Option<Vec<u8>> {
+        self.packs_here.frame(pack, frame)
+    }
+
+    fn trials(&self) -> &Trials {
+        &self.trials
+    }
 }
 
 /// Removes the pages that are all zeros and need not be stored. Returns the runs of those that are left, and those of bases that

@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use samara_capsule::frame::FrameDecoder;
+use samara_capsule::frame::{Codec, FrameDecoder};
 
 fuzz_target!(|bytes: &[u8]| {
     let Ok(frames) = samara_capsule::pack::read_pack(bytes) else { return };
@@ -11,6 +11,10 @@ fuzz_target!(|bytes: &[u8]| {
     for frame in frames {
         let start = frame.offset as usize;
         let stored = &bytes[start..start + frame.stored_bytes as usize];
-        let _ = decoder.decode(frame.codec, stored, frame.raw_bytes as usize, &mut raw);
+        let raw_bytes = frame.raw_bytes as usize;
+        match frame.codec {
+            Codec::Raw | Codec::Zstd => drop(decoder.decode(frame.codec, stored, raw_bytes, &mut raw)),
+            Codec::Delta => drop(decoder.decode_changes(stored, raw_bytes, &mut raw)),
+        }
     }
 });

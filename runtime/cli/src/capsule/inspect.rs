@@ -9,6 +9,8 @@ use samara_capsule::config::CapsuleConfig;
 use samara_capsule::digest::Digest;
 use samara_capsule::manifest::BlobKind;
 use samara_store::CapsuleReader;
+use samara_store::compact::Survey;
+use samara_store::frames::{FrameCount, FrameCounts};
 use serde::Serialize;
 
 use super::CapsuleError;
@@ -24,6 +26,7 @@ struct Inspected<'a> {
     stored_bytes: u64,
     config: &'a CapsuleConfig,
     blobs: Vec<Blobs>,
+    frames: FrameCounts,
     spaces: Vec<u32>,
     records: serde_json::Value,
 }
@@ -60,6 +63,7 @@ pub(super) fn run(
         stored_bytes: reader.manifest().stored_bytes(),
         config: reader.config(),
         blobs: blobs.into(),
+        frames: Survey::of(reader)?.frame_counts(),
         spaces: reader.spaces().iter().map(|space| space.0).collect(),
         records: json(&records),
     };
@@ -130,7 +134,20 @@ fn text(inspected: &Inspected<'_>) -> String {
         .iter()
         .map(|blobs| vec![blobs.kind.clone(), blobs.count.to_string(), size(blobs.bytes)])
         .collect();
-    text += &format!("\n{}\nrecords\n", table(&["BLOBS", "COUNT ", "STORED "], &rows));
+    let FrameCounts { raw, zstd, delta } = inspected.frames;
+    let frames: Vec<_> = [("raw", raw), ("zstd", zstd), ("differences", delta)]
+        .iter()
+        .filter(|(_, count)| count.frames > 0)
+        .map(|(name, count)| {
+            let FrameCount { frames, pages, stored_bytes } = count;
+            vec![(*name).to_owned(), frames.to_string(), pages.to_string(), size(*stored_bytes)]
+        })
+        .collect();
+    text += &format!("\n{}\n", table(&["BLOBS", "COUNT ", "STORED "], &rows));
+    if !frames.is_empty() {
+        text += &format!("{}\n", table(&["FRAMES", "COUNT ", "PAGES ", "STORED "], &frames));
+    }
+    text += "records\n";
     outline(&inspected.records, 1, &mut text);
     text
 }

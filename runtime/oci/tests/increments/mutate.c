@@ -92,6 +92,13 @@ static void scribble(char *at, size_t pages) {
     }
 }
 
+// A word of most pages in a row: what has changed is stored, and not the pages.
+static void update(char *at, size_t pages) {
+    size_t first = draw(pages), count = 40 + draw(200);
+    for (size_t page = first; page < first + count && page < pages; page++)
+        if (draw(8)) at[page * PAGE + draw(PAGE)] = (char)draw(256);
+}
+
 static void map_anonymous(void) {
     struct region *r = vacant();
     if (!r) return;
@@ -373,7 +380,7 @@ static void step(void) {
     case 5: advise(MADV_FREE); break;
     case 6: guard(); break;
     case 7: { struct region *r = any(1); if (r) scribble(r->at, r->pages); break; }
-    case 8: scribble(base, BASE_PAGES); break;
+    case 8: if (draw(4) == 0) update(base, BASE_PAGES); else scribble(base, BASE_PAGES); break;
     case 9: look(); break;
     case 10: receive(); break;
     case 11: if (draw(20) == 0) split(); break;
@@ -407,6 +414,13 @@ int main(int count, char **words) {
     base = mmap(NULL, BASE_PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     must(base != MAP_FAILED, "mmap");
     for (size_t page = 0; page < BASE_PAGES; page++) memset(base + page * PAGE, (int)page, PAGE / 4);
+    // The second half can't be compressed.
+    for (size_t at = BASE_PAGES * PAGE / 2; at < BASE_PAGES * PAGE; at += 8) {
+        uint64_t noise = (at + 1) * 0x9e3779b97f4a7c15ull;
+        noise ^= noise >> 29;
+        noise *= 0xbf58476d1ce4e5b9ull;
+        memcpy(base + at, &noise, 8);
+    }
     run(depth ? (long)draw(1000) : -1);
     await_children();
     return 0;

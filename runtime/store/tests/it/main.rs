@@ -3,6 +3,7 @@
 
 mod collect;
 mod damage;
+mod differences;
 mod faults;
 mod injected;
 mod layout;

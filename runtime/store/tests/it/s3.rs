@@ -7,7 +7,7 @@ use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::Command;
 
-use samara_store::config::{S3Settings, Secret, StoreConfig};
+use samara_store::config::{PacksSettings, S3Settings, Secret, StoreConfig};
 use samara_store::{CapsuleWriter, Location, Store};
 
 use crate::faults::Switch;
@@ -55,6 +55,8 @@ impl Server {
         let setting = |key: &str| self.settings[key].clone();
         StoreConfig {
             timeout_seconds: Some(20),
+            // Nothing of a test in the node's folder.
+            packs: PacksSettings { folder: None, mebibytes_max: Some(0) },
             s3: S3Settings {
                 endpoint: Some(setting("endpoint")),
                 region: Some(setting("region")),
