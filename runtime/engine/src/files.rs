@@ -22,16 +22,20 @@
 mod changes;
 mod content;
 mod fingerprint;
+mod known;
 mod layer;
 pub(crate) mod leased;
 mod metadata;
+pub(crate) mod moment;
 mod revert;
 mod root;
 mod tree;
 
-pub use changes::{apply_root, apply_tree, capture_root, capture_tree};
+pub use changes::{apply_root, apply_tree, capture_root, capture_tree, store_root, store_tree};
 pub use fingerprint::{Fingerprint, FingerprintError, base_fingerprint};
+pub use known::{FileNotes, KnownFiles, Segments};
 pub use leased::LeasedFiles;
+pub use moment::{LeftAlone, MappedFiles, Moment};
 pub use root::{LocateError, Lower, Overlay, RootChanges};
 
 use std::io;

@@ -60,6 +60,14 @@ pub fn mappings(pid: Pid) -> io::Result<Vec<Mapping>> {
     parse_mappings(&fs::read(format!("/proc/{pid}/smaps"))?)
 }
 
+/// As [`mappings`], without flags, keys and what memory there is: for the kernel much less work.
+///
+/// # Errors
+/// As [`mappings`].
+pub fn mapping_list(pid: Pid) -> io::Result<Vec<Mapping>> {
+    parse_mappings(&fs::read(format!("/proc/{pid}/maps"))?)
+}
+
 fn parse_mappings(text: &[u8]) -> io::Result<Vec<Mapping>> {
     let mut mappings: Vec<Mapping> = Vec::new();
     for line in text.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()) {
