@@ -530,7 +530,7 @@ impl<'a> Writing<'a, '_> {
             return Ok(());
         }
         let key = key_of_run(&entries);
-        if let Some(bytes) = self.out.known(&key).map_err(CaptureError::Write)? {
+        if let Some(bytes) = self.out.known(&key, !is_uncertain).map_err(CaptureError::Write)? {
             self.report.stream_bytes += bytes;
             return Ok(());
         }
@@ -540,17 +540,25 @@ impl<'a> Writing<'a, '_> {
             (Err(CaptureError::Host(_) | CaptureError::Changed { .. }), Some(_)) => return Ok(()),
             (told, _) => told?,
         };
-        self.put((is_certain && !is_uncertain).then_some(key), parts)
+        self.put(key, is_certain && !is_uncertain, parts)
     }
 
-    fn put(&mut self, key: Option<Name>, mut parts: Vec<Vec<u8>>) -> Result<(), CaptureError> {
-        let bytes: u64 = parts.iter().map(|part| part.len() as u64).sum();
-        self.report.stream_bytes += bytes;
-        // Attributes can be that large.
-        let whole = bytes <= SEGMENT_BYTES_MAX as u64;
-        while !parts.is_empty() {
+    fn put(
+        &mut self,
+        key: Name,
+        is_proven: bool,
+        mut parts: Vec<Vec<u8>>,
+    ) -> Result<(), CaptureError> {
+        self.report.stream_bytes += parts.iter().map(|part| part.len() as u64).sum::<u64>();
+        // A run with attributes that large is several segments, of which none has the run's key.
+        for number in 0_u64.. {
             let rest = parts.split_off(parts.len().min(SEGMENT_BYTES_MAX / BATCH_BYTES_MAX));
-            self.out.put(key.filter(|_| whole), parts).map_err(CaptureError::Write)?;
+            let is_whole = number == 0 && rest.is_empty();
+            let key = if is_whole { key } else { key_of_cut(&key, number) };
+            self.out.put(key, is_proven && is_whole, parts).map_err(CaptureError::Write)?;
+            if rest.is_empty() {
+                break;
+            }
             parts = rest;
         }
         Ok(())
@@ -611,7 +619,7 @@ impl<'a> Writing<'a, '_> {
         let mut is_certain = None;
         for Piece { number, stretches, padding } in pieces {
             let key = key_of_piece(&stat, number, &stretches, padding);
-            if let Some(bytes) = self.out.known(&key).map_err(CaptureError::Write)? {
+            if let Some(bytes) = self.out.known(&key, is_proven).map_err(CaptureError::Write)? {
                 self.report.stream_bytes += bytes;
                 continue;
             }
@@ -623,7 +631,7 @@ impl<'a> Writing<'a, '_> {
             }
             parts.write_all(&[0; BLOCK_BYTES][..padding]).map_err(CaptureError::Write)?;
             let parts = parts.parts;
-            self.put((is_proven && is_certain).then_some(key), parts)?;
+            self.put(key, is_proven && is_certain, parts)?;
         }
         if stat_fd(&file).attempt("look up", path)?.size != size {
             return Err(CaptureError::Changed { path: path.absolute(), what: "it became longer" });
@@ -642,7 +650,7 @@ impl<'a> Writing<'a, '_> {
         let mut parts = Parts { out: &mut *self.out, parts: Vec::new() };
         LayerWriter::new(&mut parts).end().map_err(CaptureError::Write)?;
         let parts = parts.parts;
-        self.put(None, parts)?;
+        self.put(KeyHasher::new("end").end(), true, parts)?;
         Ok(self.report)
     }
 }
@@ -780,6 +788,14 @@ fn key_of_piece(stat: &Stat, number: u64, stretches: &[Segment], padding: usize)
     hasher.number(number);
     hasher.stretches(stretches);
     hasher.number(padding as u64);
+    hasher.end()
+}
+
+/// Of a part of what would have this key as a whole.
+fn key_of_cut(key: &Name, number: u64) -> Name {
+    let mut hasher = KeyHasher::new("cut");
+    hasher.bytes(&key.0);
+    hasher.number(number);
     hasher.end()
 }
 

@@ -1,8 +1,9 @@
 //! Which segments of a container's files are stored already: by the capsule before, or ahead while the container ran.
 //!
 //! A segment is known by two names. Its *content* is the digest of its bytes: who has read it again need not store it again. Its *key*
-//! is the digest of all that can be said of it without reading: names, metadata, times. A key is known only where the times prove that
-//! equal keys are equal bytes ([`super::moment`]); then nothing is read.
+//! is the digest of all that can be said of it without reading: names, metadata, times. A key is *proven* where the times prove that
+//! equal keys are equal bytes ([`super::moment`]); then nothing is read. Where they never will, a key that is known says that it's not
+//! worth while to read the segment ahead: nothing speaks for a change, and in the pause it is read anyway.
 //!
 //! What this module does not do: decide what a segment is, which the walk does ([`super::changes`]).
 
@@ -38,14 +39,15 @@ impl<'de> Deserialize<'de> for Name {
 
 /// Where the layer's segments go.
 pub(super) trait Out {
-    /// Takes a segment of which the key is known, and tells its length. None: it has to be read.
-    fn known(&mut self, key: &Name) -> io::Result<Option<u64>>;
+    /// Takes a segment of which the key is known, and tells its length. None: it has to be read. `is_provable`: the key will be a proven one
+    /// if it is read now.
+    fn known(&mut self, key: &Name, is_provable: bool) -> io::Result<Option<u64>>;
 
     /// An empty buffer with room for a part of a segment.
     fn buffer(&mut self) -> Vec<u8>;
 
-    /// Takes a segment that was read. With a key: equal keys are equal bytes from now on.
-    fn put(&mut self, key: Option<Name>, parts: Vec<Vec<u8>>) -> io::Result<()>;
+    /// Takes a segment that was read. `is_proven`: equal keys are equal bytes from now on.
+    fn put(&mut self, key: Name, is_proven: bool, parts: Vec<Vec<u8>>) -> io::Result<()>;
 
     /// Since when times prove something; none: never.
     fn moment(&self) -> Option<&Moment>;
@@ -65,8 +67,8 @@ pub struct FileNotes {
 struct Noted {
     stored: StoredSegment,
     content: Name,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    key: Option<Name>,
+    key: Name,
+    is_proven: bool,
 }
 
 impl FileNotes {
@@ -81,9 +83,10 @@ pub struct KnownFiles {
     clocks: Clocks,
     segments: Vec<Known>,
     by_content: HashMap<Name, usize>,
-    by_key: HashMap<Name, usize>,
+    /// And whether the key is proven.
+    by_key: HashMap<Name, (usize, bool)>,
     /// What stands in the capsule, by number, and under which key.
-    placed: Vec<(usize, Option<Name>)>,
+    placed: Vec<(usize, Name)>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -112,7 +115,7 @@ impl KnownFiles {
             placed: Vec::new(),
         };
         let clock_ran_on = notes.clocks.is_some_and(|then| then.ran_on(known.clocks));
-        for Noted { stored, content, key } in &notes.segments {
+        for Noted { stored, content, key, is_proven } in &notes.segments {
             let number = match known.by_content.get(content) {
                 Some(number) => *number,
                 None => {
@@ -120,8 +123,8 @@ impl KnownFiles {
                     known.add(Known { content: *content, place: Place::Stored(*stored), bytes })
                 }
             };
-            if let Some(key) = key.filter(|_| clock_ran_on) {
-                known.by_key.insert(key, number);
+            if clock_ran_on {
+                known.by_key.insert(*key, (number, *is_proven));
             }
         }
         known
@@ -169,8 +172,10 @@ impl KnownFiles {
                 continue;
             };
             let Some(stored) = committed.get(id) else { continue };
+            let is_proven =
+                matches!(self.by_key.get(&key), Some((known, true)) if *known == number);
             if segments.len() < NOTED_MAX && noted.insert((number, key)) {
-                segments.push(Noted { stored: *stored, content: *content, key });
+                segments.push(Noted { stored: *stored, content: *content, key, is_proven });
             }
         }
         FileNotes { clocks: Some(self.clocks), segments }
@@ -210,7 +215,7 @@ impl Segments<'_> {
         }
     }
 
-    fn place(&mut self, number: usize, id: SegmentId, key: Option<Name>) -> io::Result<()> {
+    fn place(&mut self, number: usize, id: SegmentId, key: Name) -> io::Result<()> {
         let Some(stream) = &self.stream else { return Ok(()) };
         self.known.placed.push((number, key));
         self.sink.place(stream, id)
@@ -218,10 +223,15 @@ impl Segments<'_> {
 }
 
 impl Out for Segments<'_> {
-    fn known(&mut self, key: &Name) -> io::Result<Option<u64>> {
-        let Some(number) = self.known.by_key.get(key).copied() else { return Ok(None) };
+    fn known(&mut self, key: &Name, is_provable: bool) -> io::Result<Option<u64>> {
+        let Some((number, is_proven)) = self.known.by_key.get(key).copied() else {
+            return Ok(None);
+        };
+        if !is_proven && (is_provable || self.stream.is_some()) {
+            return Ok(None);
+        }
         let Some(id) = self.id(number)? else { return Ok(None) };
-        self.place(number, id, Some(*key))?;
+        self.place(number, id, *key)?;
         Ok(self.known.segments.get(number).map(|known| known.bytes))
     }
 
@@ -229,7 +239,7 @@ impl Out for Segments<'_> {
         self.spare.pop().unwrap_or_else(|| self.sink.buffer())
     }
 
-    fn put(&mut self, key: Option<Name>, parts: Vec<Vec<u8>>) -> io::Result<()> {
+    fn put(&mut self, key: Name, is_proven: bool, parts: Vec<Vec<u8>>) -> io::Result<()> {
         let mut hasher = blake3::Hasher::new();
         for part in &parts {
             hasher.update(part);
@@ -254,9 +264,7 @@ impl Out for Segments<'_> {
                 (self.known.add(Known { content, place: Place::Taken(id), bytes }), id)
             }
         };
-        if let Some(key) = key {
-            self.known.by_key.insert(key, number);
-        }
+        self.known.by_key.insert(key, (number, is_proven));
         self.place(number, id, key)
     }
 
@@ -282,7 +290,7 @@ impl<'a> Plain<'a> {
 }
 
 impl Out for Plain<'_> {
-    fn known(&mut self, _: &Name) -> io::Result<Option<u64>> {
+    fn known(&mut self, _: &Name, _: bool) -> io::Result<Option<u64>> {
         Ok(None)
     }
 
@@ -290,7 +298,7 @@ impl Out for Plain<'_> {
         self.spare.pop().unwrap_or_default()
     }
 
-    fn put(&mut self, _: Option<Name>, parts: Vec<Vec<u8>>) -> io::Result<()> {
+    fn put(&mut self, _: Name, _: bool, parts: Vec<Vec<u8>>) -> io::Result<()> {
         for mut part in parts {
             self.out.write_all(&part)?;
             part.clear();
