@@ -519,8 +519,12 @@ impl<'a> Writing<'a, '_> {
         if !self.mapped_in_upper || stat.kind != Kind::File {
             return true;
         }
-        let of_upper = self.upper.map(|upper| upper.stat(path));
-        matches!(of_upper, Some(Ok(Some(stat))) if moment.proves(&stat))
+        match self.upper.map(|upper| upper.stat(path)) {
+            Some(Ok(Some(stat))) => moment.proves(&stat),
+            // It is in a lower layer, which nobody writes to.
+            Some(Ok(None)) => true,
+            Some(Err(_)) | None => false,
+        }
     }
 
     /// Passes the run on, by its key if that is known.
@@ -532,6 +536,10 @@ impl<'a> Writing<'a, '_> {
         let key = key_of_run(&entries);
         if let Some(bytes) = self.out.known(&key, !is_uncertain).map_err(CaptureError::Write)? {
             self.report.stream_bytes += bytes;
+            return Ok(());
+        }
+        if self.alone.is_some() && self.keeps_times && is_uncertain {
+            // Something in it has just changed, and is likely to do so again; and it is little.
             return Ok(());
         }
         let told = self.tell(&entries);

@@ -23,11 +23,11 @@ use std::fs;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::io::Errno;
 use samara_kernel::pid_namespaces::View;
+use samara_kernel::proc::Mapping;
 use samara_kernel::{Pid, proc};
 use serde::{Deserialize, Serialize};
 
@@ -121,24 +121,32 @@ impl Moment {
         Ok(Some((moment, alone)))
     }
 
+    /// What was mapped.
+    pub fn mapped(&self) -> &MappedFiles {
+        &self.mapped
+    }
+
     /// What a process has mapped. Of one that is gone nothing is left.
     fn note_mappings(&mut self, pid: Pid) {
-        for mapping in proc::mapping_list(pid).unwrap_or_default() {
-            let name = mapping.name.as_encoded_bytes();
-            if name.starts_with(aio::MAPPING) || name.starts_with(b"anon_inode:[io_uring]") {
-                self.is_blind = true;
-            }
-            if !mapping.shared || mapping.inode == 0 {
-                continue;
-            }
-            let link = format!("/proc/{pid}/map_files/{:x}-{:x}", mapping.start, mapping.end);
-            match through(Path::new(&link), mapping.write) {
-                Ok(Some(identity)) => drop(self.mapped.0.insert(identity)),
-                Ok(None) => {}
-                // It changed meanwhile, and nobody knows which file it was of.
-                Err(_) => self.is_blind = true,
+        /// A mapping that is not where it was listed may have been moved, cut or joined: then all are listed again, so often at most.
+        const LISTS_MAX: usize = 5;
+        for _ in 0..LISTS_MAX {
+            let list = proc::mapping_list(pid).unwrap_or_default();
+            if list.iter().all(|mapping| self.note_mapping(pid, mapping).is_ok()) {
+                return;
             }
         }
+        // Nobody knows which files they were of.
+        self.is_blind = true;
+    }
+
+    fn note_mapping(&mut self, pid: Pid, mapping: &Mapping) -> io::Result<()> {
+        let name = mapping.name.as_encoded_bytes();
+        if name.starts_with(aio::MAPPING) || name.starts_with(b"anon_inode:[io_uring]") {
+            self.is_blind = true;
+        }
+        self.mapped.0.extend(through(pid, mapping)?);
+        Ok(())
     }
 
     /// Whether what has changed last as `stat` says can't have changed since this moment without another ctime. It must lie on a
@@ -162,19 +170,20 @@ pub(crate) fn mapped_by(pids: impl Iterator<Item = Pid>) -> io::Result<MappedFil
     let mut found = MappedFiles::default();
     for pid in pids {
         for mapping in proc::mapping_list(pid)? {
-            if mapping.shared && mapping.inode != 0 {
-                let link = format!("/proc/{pid}/map_files/{:x}-{:x}", mapping.start, mapping.end);
-                found.0.extend(through(Path::new(&link), mapping.write)?);
-            }
+            found.0.extend(through(pid, &mapping)?);
         }
     }
     Ok(found)
 }
 
-/// The file behind a shared mapping, if it may be written through it; `writes`: it may right now.
-fn through(link: &Path, writes: bool) -> io::Result<Option<Identity>> {
+/// The file behind a mapping, if stores to the mapping are stores to the file.
+fn through(pid: Pid, mapping: &Mapping) -> io::Result<Option<Identity>> {
+    if !mapping.shared || mapping.inode == 0 {
+        return Ok(None);
+    }
+    let link = format!("/proc/{pid}/map_files/{:x}-{:x}", mapping.start, mapping.end);
     // The link is writable if the mapped description is: then `mprotect(2)` may allow stores, to pages that are dirty already too.
-    if !writes && fs::symlink_metadata(link)?.permissions().mode() & 0o200 == 0 {
+    if !mapping.write && fs::symlink_metadata(&link)?.permissions().mode() & 0o200 == 0 {
         return Ok(None);
     }
     match fs::metadata(link) {
