@@ -242,7 +242,7 @@ fn difference(one: &[u8], other: &[u8]) -> String {
     let at = one.iter().zip(other).position(|(one, other)| one != other);
     let at = at.unwrap_or(one.len().min(other.len()));
     let blocks = one[..at].chunks(512).enumerate();
-    let header = blocks.filter(|(_, block)| block.get(257..262) == Some(b"ustar")).last();
+    let header = blocks.rev().find(|(_, block)| block.get(257..262) == Some(b"ustar"));
     let name = header.map_or(String::new(), |(number, block)| {
         let name = String::from_utf8_lossy(&block[..100]).trim_end_matches('\0').to_owned();
         format!("{} bytes behind the header of {name}", at - number * 512)
