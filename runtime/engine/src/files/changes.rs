@@ -416,7 +416,7 @@ struct Writing<'a, 'o> {
     alone: Option<&'a LeftAlone>,
     /// Whether the file system is one on which times prove something.
     keeps_times: bool,
-    /// Whether a file of the upper layer's own device is mapped, as kernels before 6.9 show mapped files of overlays.
+    /// Whether a file of the upper layer's own device is mapped, as older kernels show mapped files of overlays.
     mapped_in_upper: bool,
     upper: Option<&'a Tree>,
     leased: &'a LeasedFiles,

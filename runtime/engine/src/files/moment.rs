@@ -169,8 +169,14 @@ impl Moment {
 pub(crate) fn mapped_by(pids: impl Iterator<Item = Pid>) -> io::Result<MappedFiles> {
     let mut found = MappedFiles::default();
     for pid in pids {
-        for mapping in proc::mapping_list(pid)? {
-            found.0.extend(through(pid, &mapping)?);
+        let mapped = proc::mapping_list(pid).and_then(|list| {
+            list.iter().map(|mapping| through(pid, mapping)).collect::<io::Result<Vec<_>>>()
+        });
+        match mapped {
+            Ok(mapped) => found.0.extend(mapped.into_iter().flatten()),
+            // It was killed while it stood.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
         }
     }
     Ok(found)
