@@ -10,6 +10,7 @@ use oci_spec::image::{
     Descriptor, DescriptorBuilder, Digest as OciDigest, ImageManifest, ImageManifestBuilder,
     MediaType,
 };
+use serde::{Deserialize, Serialize};
 
 use crate::config::CONFIG_BYTES_MAX;
 use crate::digest::Digest;
@@ -37,7 +38,7 @@ const EPOCH_ANNOTATION: &str = "dev.samara.epoch";
 const CREATED_ANNOTATION: &str = "org.opencontainers.image.created";
 
 /// A blob by name and size.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct BlobRef {
     pub digest: Digest,
     pub bytes: u64,

@@ -1,8 +1,9 @@
 //! Streams: named sequences of bytes beside the pages, such as the layer of changed files.
 //!
 //! A stream is cut every [`BATCH_BYTES_MAX`](crate::transfer::BATCH_BYTES_MAX) bytes or earlier; each piece becomes one
-//! zstd frame, and the frames back to back are again zstd data. These bytes are cut into blobs without regard to frames:
-//! the concatenation of a stream's blobs is what `zstd -d` reads.
+//! zstd frame, and the frames back to back are again zstd data. These bytes are cut into blobs without regard to frames, but for
+//! segments, which are whole frames in one blob of their own: later capsules name it in their streams. The concatenation of a stream's
+//! blobs is what `zstd -d` reads.
 
 use crate::transfer::StreamName;
 

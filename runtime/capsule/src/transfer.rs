@@ -7,6 +7,9 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
+use crate::manifest::BlobRef;
 use crate::pagemap::PAGE_NUMBER_END;
 
 /// Size of a page in a capsule, in bytes. Every supported host uses 4 KiB base pages.
@@ -49,6 +52,22 @@ pub struct PageBatch {
 /// Names what has been stored of a paged object before the capsule's instant: by the capsule before it, and while the container ran.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BaseId(pub u32);
+
+/// A segment of a stream is at most this long before compression: it is one blob, however badly it can be compressed.
+pub const SEGMENT_BYTES_MAX: usize = 8 << 20;
+
+/// Names a segment of a stream: bytes that lie in a blob of their own, and in as many places of streams as one likes.
+///
+/// Numbers are the sink's, and mean nothing in another capsule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SegmentId(pub u32);
+
+/// Where a segment is stored: its blob, and its bytes before compression.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct StoredSegment {
+    pub blob: BlobRef,
+    pub raw_bytes: u64,
+}
 
 /// A named sequence of bytes beside the pages, such as the layer of changed files.
 ///
@@ -110,6 +129,17 @@ pub trait Sink {
 
     /// Appends to a stream, which comes into being with its first byte.
     fn append(&mut self, stream: &StreamName, bytes: &[u8]) -> io::Result<()>;
+
+    /// Takes a segment: all of `parts`, each of at most [`BATCH_BYTES_MAX`], together of at most [`SEGMENT_BYTES_MAX`] and not empty.
+    /// Equal parts make equal blobs. It counts for nothing until [`Sink::place`] says where it stands.
+    fn segment(&mut self, parts: Vec<Vec<u8>>) -> io::Result<SegmentId>;
+
+    /// A segment that the capsule which this one continues has in a stream; none if there is no such capsule, or it has not. Nothing
+    /// is read.
+    fn stored_segment(&mut self, stored: &StoredSegment) -> io::Result<Option<SegmentId>>;
+
+    /// Appends a segment to a stream.
+    fn place(&mut self, stream: &StreamName, segment: SegmentId) -> io::Result<()>;
 }
 
 /// Pages of a space, and where their content is stored: that of the first one at `place`, that of the next one at `place + 1`.

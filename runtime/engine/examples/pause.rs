@@ -14,7 +14,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use samara_capsule::transfer::{BaseId, PageBatch, PageRun, Sink, SpaceId, StreamName};
+use samara_capsule::transfer::{
+    BaseId, PageBatch, PageRun, SegmentId, Sink, SpaceId, StoredSegment, StreamName,
+};
 use samara_engine::capture::{CaptureRequest, capture};
 use samara_engine::names::GivenNames;
 use samara_engine::tracking::Tracking;
@@ -80,6 +82,18 @@ impl Sink for Nothing {
 
     fn append(&mut self, _: &StreamName, _: &[u8]) -> io::Result<()> {
         Ok(())
+    }
+
+    fn segment(&mut self, _: Vec<Vec<u8>>) -> io::Result<SegmentId> {
+        unreachable!("the engine writes pages only")
+    }
+
+    fn stored_segment(&mut self, _: &StoredSegment) -> io::Result<Option<SegmentId>> {
+        unreachable!("the engine writes pages only")
+    }
+
+    fn place(&mut self, _: &StreamName, _: SegmentId) -> io::Result<()> {
+        unreachable!("the engine writes pages only")
     }
 }
 

@@ -16,7 +16,7 @@ use samara_capsule::record::{self, Bytes, Container, ProcessState};
 use samara_capsule::transfer::{Sink, SpaceId};
 use samara_kernel::{Pid, proc};
 
-use crate::files::LeasedFiles;
+use crate::files::{LeasedFiles, MappedFiles, moment};
 use crate::freeze::{FreezeError, FrozenTree};
 use crate::memory::PrivateMemory;
 use crate::names::{self, GivenNames};
@@ -79,6 +79,8 @@ pub struct Captured {
     pub report: CaptureReport,
     /// How those files are read that may not be opened.
     pub leased: LeasedFiles,
+    /// Files that somebody, who stands, may store to without a trace.
+    pub mapped: MappedFiles,
 }
 
 /// What happened, for the user.
@@ -153,6 +155,10 @@ pub fn capture(
     for (content, space, bytes) in &tables.contents {
         report.pages += content.copy(&tables.leased, *space, *bytes, sink)?;
     }
+    // What is saved was looked at; the others are stopped only.
+    let sessions = frozen.sessions.keys().copied();
+    let by_sessions = moment::mapped_by(sessions).map_err(read("the mappings of sessions"))?;
+    tables.mapped_for_writing.0.extend(by_sessions.0);
     report.copy = begun.elapsed();
     phase::reached(Phase::Copied);
     report.processes = processes.len();
@@ -181,7 +187,8 @@ pub fn capture(
         system_v: tables.system_v.record,
         posix_queues: tables.posix_queues.records,
     };
-    Ok(Captured { container, frozen, report, leased: tables.leased })
+    let (leased, mapped) = (tables.leased, tables.mapped_for_writing);
+    Ok(Captured { container, frozen, report, leased, mapped })
 }
 
 /// Records of all processes by the engine's number.
@@ -385,6 +392,7 @@ pub(crate) struct Tables<'a> {
     /// Who holds leases for writing, on which files.
     pub(crate) lease_holders: Vec<((u64, u64), Pid, i32)>,
     pub(crate) mapped_files: BTreeSet<(u64, u64)>,
+    pub(crate) mapped_for_writing: MappedFiles,
     /// Index of an open file description by inode, to be compared with `kcmp`.
     pub(crate) known_files: BTreeMap<(u64, u64), Vec<Holder>>,
     pub(crate) known_pipes: BTreeMap<(u64, u64), u32>,
@@ -449,6 +457,7 @@ impl<'a> Tables<'a> {
             leased: LeasedFiles::default(),
             lease_holders: Vec::new(),
             mapped_files: BTreeSet::new(),
+            mapped_for_writing: MappedFiles::default(),
             known_files: BTreeMap::new(),
             known_pipes: BTreeMap::new(),
             sockets: unix_sockets::Sockets::default(),

@@ -1,8 +1,9 @@
 //! The files of a container: what was changed in its root and what its tmpfs mounts hold, as OCI layer streams,
 //! and the exact application of such a stream.
 //!
-//! A layer is an uncompressed tar archive in PAX form with OCI whiteouts. It is written to any [`std::io::Write`] and
-//! read from any [`std::io::Read`]; compressing, cutting and checking it is the business of whoever stores it.
+//! A layer is an uncompressed tar archive in PAX form with OCI whiteouts. It is written to any [`std::io::Write`], or in segments to a
+//! [`samara_capsule::transfer::Sink`], which may have some of them already ([`KnownFiles`]); it is read from any [`std::io::Read`].
+//! Compressing and checking it is the business of whoever stores it.
 //!
 //! Invariants:
 //! - All content and metadata are read through the merged view. The upper directory of an overlay only tells *which*
@@ -11,27 +12,32 @@
 //! - All writing goes through the merged view too, one file system only, and never follows a symbolic link.
 //! - After [`apply_root`] the root equals the captured one: names, types, modes, owners, content, link groups, extended
 //!   attributes, modification times to the nanosecond, device numbers and holes, whatever the target held before.
-//! - Memory is bounded by the largest single directory, the number of files that have several names, and the number of
-//!   holes in one file, not by the size of the tree.
+//! - What is told in segments is, byte for byte, what is told as a whole at the same instant, whatever was stored before it.
+//! - Memory is bounded by the largest single directory, the number of files that have several names, the number of
+//!   holes in one file, and what is known of segments (some 300 bytes for each 4 MiB), not by the size of the tree.
 //!
 //! What is absent: access, change and birth times; inode flags (immutable, append-only: reported); project quotas;
 //! SELinux labels and EVM signatures, which belong to a host and not to a container; files without a name.
-//! The processes that could change the tree must be stopped; nothing here stops them, and a tree that changes all the
-//! same yields an error or, at worst, a mix of both states, never a malformed stream.
+//! The processes that could change the tree must be stopped, but for what is stored ahead; nothing here stops them, and a tree that
+//! changes all the same yields an error or, at worst, a mix of both states, never a malformed stream.
 
 mod changes;
 mod content;
 mod fingerprint;
+mod known;
 mod layer;
 pub(crate) mod leased;
 mod metadata;
+pub(crate) mod moment;
 mod revert;
 mod root;
 mod tree;
 
-pub use changes::{apply_root, apply_tree, capture_root, capture_tree};
+pub use changes::{apply_root, apply_tree, capture_root, capture_tree, store_root, store_tree};
 pub use fingerprint::{Fingerprint, FingerprintError, base_fingerprint};
+pub use known::{FileNotes, KnownFiles, Segments};
 pub use leased::LeasedFiles;
+pub use moment::{LeftAlone, MappedFiles, Moment};
 pub use root::{LocateError, Lower, Overlay, RootChanges};
 
 use std::io;
@@ -127,7 +133,7 @@ pub struct LayerReport {
     /// Entries of the layer, whiteouts included.
     pub entries: u64,
     pub whiteouts: u64,
-    /// Bytes of file content, holes not counted.
+    /// Bytes of file content that were read, holes not counted.
     pub content_bytes: u64,
     /// Bytes of the whole stream.
     pub stream_bytes: u64,

@@ -41,6 +41,7 @@ use crate::capture::{CaptureError, Tables, read};
 use crate::copy_on_write::{Heritage, Inheritance};
 use crate::descriptors::Channel;
 use crate::directories;
+use crate::files::moment;
 use crate::restore::{RestoreError, Tree, is_filled, make, open_checked};
 use crate::root::Root;
 use crate::tracee::{ARENA_BYTES, Output, Process, Tape, TraceeError};
@@ -275,6 +276,9 @@ fn backing(
         return refuse(format!("the file {path} of huge pages is not supported"));
     }
     tables.mapped_files.insert(identity);
+    if mapping.shared && may_write {
+        tables.mapped_for_writing.0.insert(moment::identity(&metadata));
+    }
     if metadata.nlink() == 0 {
         if !metadata.is_file() {
             let path = mapping.name.to_string_lossy();

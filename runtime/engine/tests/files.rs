@@ -987,8 +987,8 @@ impl Write for Watching<'_> {
 fn a_file_that_changes_its_size_ends_the_capture() {
     let scratch = Scratch::new();
     let root = scratch.dir("root");
-    for size in [0, 1 << 20] {
-        fs::write(root.join("f"), vec![1; 600_000]).unwrap();
+    for size in [0, 1 << 20, 20 << 20] {
+        fs::write(root.join("f"), vec![1; 9 << 20]).unwrap();
         let resize =
             || File::options().write(true).open(root.join("f")).unwrap().set_len(size).unwrap();
         let mut out = Watching { on_content: &resize, seen: false };

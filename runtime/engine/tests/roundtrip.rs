@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 
 use samara_capsule::record::{Bytes, ProcessState};
 use samara_capsule::transfer::{
-    BaseId, PAGE_BYTES, PageBatch, PageRun, Place, Sink, Source, SpaceId, StoredRun, StreamName,
+    BaseId, PAGE_BYTES, PageBatch, PageRun, Place, SegmentId, Sink, Source, SpaceId, StoredRun,
+    StoredSegment, StreamName,
 };
 use samara_engine::capture::{CaptureRequest, Captured, capture};
 use samara_engine::names::GivenNames;
@@ -85,6 +86,18 @@ impl Sink for Memory {
     }
 
     fn append(&mut self, _: &StreamName, _: &[u8]) -> io::Result<()> {
+        unreachable!("the engine writes pages only")
+    }
+
+    fn segment(&mut self, _: Vec<Vec<u8>>) -> io::Result<SegmentId> {
+        unreachable!("the engine writes pages only")
+    }
+
+    fn stored_segment(&mut self, _: &StoredSegment) -> io::Result<Option<SegmentId>> {
+        unreachable!("the engine writes pages only")
+    }
+
+    fn place(&mut self, _: &StreamName, _: SegmentId) -> io::Result<()> {
         unreachable!("the engine writes pages only")
     }
 }

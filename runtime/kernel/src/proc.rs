@@ -60,8 +60,11 @@ pub fn mappings(pid: Pid) -> io::Result<Vec<Mapping>> {
     parse_mappings(&fs::read(format!("/proc/{pid}/smaps"))?)
 }
 
-/// As [`mappings`], with all but flags, key and `has_anonymous`: `/proc/PID/maps`.
-pub(crate) fn mappings_without_flags(pid: Pid) -> io::Result<Vec<Mapping>> {
+/// As [`mappings`], with all but flags, key and `has_anonymous`: for the kernel much less work.
+///
+/// # Errors
+/// As [`mappings`].
+pub fn mappings_without_flags(pid: Pid) -> io::Result<Vec<Mapping>> {
     let text = small(pid, "maps")?;
     let lines = text.split(|&byte| byte == b'\n').filter(|line| !line.is_empty());
     lines.map(|line| parse_header(line).ok_or_else(|| malformed(line))).collect()

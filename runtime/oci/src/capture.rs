@@ -5,7 +5,7 @@
 //! go on.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -19,10 +19,11 @@ use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use samara_capsule::cbor::{EncodeError, encode_record};
 use samara_capsule::config::{Provenance, Requirements};
 use samara_capsule::digest::Digest;
-use samara_capsule::transfer::{Sink, StreamName};
+use samara_capsule::transfer::Sink;
 use samara_engine::capture::{CaptureError, CaptureRequest, Captured, OutsideStream, capture};
 use samara_engine::files::{
-    self, Fingerprint, FingerprintError, LeasedFiles, LocateError, RootChanges,
+    self, Fingerprint, FingerprintError, KnownFiles, LeasedFiles, LocateError, Moment, RootChanges,
+    Segments,
 };
 use samara_engine::freeze::FrozenTree;
 use samara_engine::names::GivenNames;
@@ -457,6 +458,7 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
         writer = writer.as_last();
     }
     lineage.tracking.begin(continued.is_some(), order.leave_running);
+    let mut known = KnownFiles::new(&lineage.files);
     phase::reached(Phase::Prepared);
 
     let paused = record.cgroup.is_frozen();
@@ -472,6 +474,8 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
         false => Ok(()),
     };
     if !paused {
+        progress("copying files ahead");
+        copy_files_ahead(&record, &spec, &mounts, &root, &mut known, &mut writer)?;
         progress("copying memory");
         let ahead = lineage.tracking.copy_ahead(record.init.pid, &mut writer)?;
         tracing::info!(?ahead, "memory was copied while the container ran");
@@ -480,9 +484,9 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
     progress("stopping");
     let urgent = Urgent::begin();
     let tried_since = Instant::now();
-    let mut stopped;
+    let (mut stopped, mut before_stop);
     let captured = loop {
-        stopped = Instant::now();
+        (stopped, before_stop) = (Instant::now(), SystemTime::now());
         match capture(&request, &mut lineage.tracking, &mut thaw, &mut writer) {
             // Nothing was stored yet, and the container runs.
             Err(CaptureError::Unsupported(list))
@@ -498,7 +502,7 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
             tracing::warn!(%error, "the container was paused, and could not be paused again");
         }
     };
-    let Captured { container, frozen, report, leased } = match captured {
+    let Captured { container, frozen, report, leased, mapped } = match captured {
         Ok(captured) => captured,
         Err(error) => {
             refreeze();
@@ -512,8 +516,14 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
         refuse_own_mounts(record.init.pid, &spec, &mounts_now)?;
     }
     progress("copying files");
-    files::capture_root(&root, &leased, &mut StreamWriter::new(&mut writer, ROOT_STREAM))?;
-    let trees = capture_trees(record.init.pid, &spec, &mounts_now, &leased, &mut writer)?;
+    let moment = Moment::of_stop(before_stop, mapped);
+    let mut segments = known.into_stream(&mut writer, ROOT_STREAM, &moment);
+    files::store_root(&root, &leased, &mut segments)?;
+    let trees = travelling_trees(&spec, &mounts_now)?;
+    for SavedTree { path, stream } in &trees {
+        let mut segments = known.into_stream(&mut writer, stream, &moment);
+        store_tree(record.init.pid, &spec, path, &leased, &mut segments)?;
+    }
     let travelling: Vec<String> = trees.iter().map(|tree| tree.path.clone()).collect();
     let saved =
         Saved { container, origin: Origin::of(&spec, record.seccomp_filters), trees, root: true };
@@ -554,7 +564,8 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
         progress("storing");
         let (records, facts) = describe()?;
         let committed = writer.commit(&mut held.lease, &records, facts)?;
-        lineage.committed(&order.target, committed.capsule.digest);
+        let noted = known.into_notes(&committed.segments);
+        lineage.committed(&order.target, committed.capsule.digest, noted);
         keep(&held);
         phase::reached(Phase::Committed);
         if let Some(retention) = &order.retention {
@@ -698,24 +709,75 @@ fn outside(record: &Record) -> Vec<OutsideStream> {
         .collect()
 }
 
-/// Saves what is in the container's own file systems in memory.
-fn capture_trees(
-    init: i32,
+/// Stores what is new or has changed in the container's files while it runs. What can't be read now is read when it stands.
+///
+/// # Errors
+/// Those of the store.
+fn copy_files_ahead(
+    record: &Record,
     spec: &oci_spec::runtime::Spec,
     mounts: &[u8],
-    leased: &LeasedFiles,
+    root: &RootChanges,
+    known: &mut KnownFiles,
     writer: &mut CapsuleWriter,
-) -> Result<Vec<SavedTree>, CheckpointError> {
-    let mut trees = Vec::new();
-    for path in travelling_mounts(spec, mounts)? {
-        let stream = format!("tree-{}", trees.len());
-        let folder =
-            open_folder_inside(init, &path).map_err(io("open a mount of the container"))?;
-        let given = privileges::given_nodes(spec, &path);
-        files::capture_tree(folder, &given, leased, &mut StreamWriter::new(writer, &stream))?;
-        trees.push(SavedTree { path, stream });
+) -> Result<(), CheckpointError> {
+    let init = record.init.pid;
+    let begun = Instant::now();
+    let (moment, alone) = match Moment::of_running(init) {
+        Ok(Some(found)) => found,
+        Ok(None) => {
+            tracing::info!("files are not copied ahead: it would be noticed by the container");
+            return Ok(());
+        }
+        Err(error) => {
+            tracing::info!(%error, "files are not copied ahead");
+            return Ok(());
+        }
+    };
+    let none = LeasedFiles::default();
+    let mut segments = known.ahead(writer, &moment, &alone);
+    unless_of_store(files::store_root(root, &none, &mut segments).map_err(Into::into))?;
+    for SavedTree { path, .. } in travelling_trees(spec, mounts)? {
+        let mut segments = known.ahead(writer, &moment, &alone);
+        unless_of_store(store_tree(init, spec, &path, &none, &mut segments))?;
     }
-    Ok(trees)
+    writer.settle().map_err(files::CaptureError::Write)?;
+    tracing::info!(took = ?begun.elapsed(), "files were copied while the container ran");
+    Ok(())
+}
+
+/// Lets go of the errors of files that may be gone when the container stands.
+fn unless_of_store<T>(result: Result<T, CheckpointError>) -> Result<(), CheckpointError> {
+    match result {
+        Err(error @ CheckpointError::Files(files::CaptureError::Write(_))) => Err(error),
+        Err(error) => {
+            tracing::info!(error = crate::report::chain(&error), "a tree is not copied ahead");
+            Ok(())
+        }
+        Ok(_) => Ok(()),
+    }
+}
+
+/// What is saved of the container's own file systems in memory, and of volumes.
+fn travelling_trees(
+    spec: &oci_spec::runtime::Spec,
+    mounts: &[u8],
+) -> Result<Vec<SavedTree>, CheckpointError> {
+    let paths = travelling_mounts(spec, mounts)?.into_iter().enumerate();
+    Ok(paths.map(|(number, path)| SavedTree { path, stream: format!("tree-{number}") }).collect())
+}
+
+fn store_tree(
+    init: i32,
+    spec: &oci_spec::runtime::Spec,
+    path: &str,
+    leased: &LeasedFiles,
+    segments: &mut Segments<'_>,
+) -> Result<(), CheckpointError> {
+    let folder = open_folder_inside(init, path).map_err(io("open a mount of the container"))?;
+    let given = privileges::given_nodes(spec, path);
+    files::store_tree(folder, &given, leased, segments)?;
+    Ok(())
 }
 
 /// What is mounted in the container, whatever root its init has by now, as the kernel writes it.
@@ -885,29 +947,6 @@ pub(crate) fn cpu_features() -> std::collections::BTreeSet<String> {
     flags
         .map(|(_, flags)| flags.split_ascii_whitespace().map(str::to_owned).collect())
         .unwrap_or_default()
-}
-
-/// Writes one stream of a capsule.
-struct StreamWriter<'a> {
-    sink: &'a mut dyn Sink,
-    name: StreamName,
-}
-
-impl<'a> StreamWriter<'a> {
-    fn new(sink: &'a mut dyn Sink, name: &str) -> StreamWriter<'a> {
-        StreamWriter { sink, name: StreamName(name.to_owned()) }
-    }
-}
-
-impl Write for StreamWriter<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.sink.append(&self.name, bytes)?;
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }
 
 fn io(attempt: &'static str) -> impl FnOnce(io::Error) -> CheckpointError {

@@ -1,5 +1,6 @@
-//! What one capture leaves for the next: the trackers of the container's memory and which capsule it was that they began with, so that
-//! the next capsule has only what changed; and the calls that the kernel goes on with, whose number nobody else can tell then.
+//! What one capture leaves for the next: the trackers of the container's memory, where its files are stored, and which capsule it was that
+//! they began with, so that the next capsule has only what changed; and the calls that the kernel goes on with, whose number nobody else
+//! can tell then.
 //!
 //! It lives in descriptors: the trackers, and a file in memory with the notes. The container's monitor keeps them and does not look at
 //! them. A worker that dies takes them along, and a monitor too; then the next capsule is a full one.
@@ -9,6 +10,7 @@ use std::io::{self, Read as _, Seek as _, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
 
 use samara_capsule::digest::Digest;
+use samara_engine::files::FileNotes;
 use samara_engine::tracking::{Notes, Tracking};
 use samara_store::{CapsuleReader, Store};
 use serde::{Deserialize, Serialize};
@@ -26,6 +28,7 @@ const NOTES_BYTES_MAX: u64 = 16 << 20;
 pub(crate) struct Lineage {
     last: Option<Last>,
     pub(crate) tracking: Tracking,
+    pub(crate) files: FileNotes,
 }
 
 /// The capsule that tracking began with.
@@ -40,6 +43,8 @@ struct Last {
 struct Kept {
     last: Option<Last>,
     notes: Notes,
+    #[serde(default)]
+    files: FileNotes,
 }
 
 impl Lineage {
@@ -56,9 +61,9 @@ impl Lineage {
         let mut fds = fds.into_iter();
         let Some(notes) = fds.next() else { return Ok(Lineage::default()) };
         match read(notes) {
-            Ok(Kept { last, notes }) => {
+            Ok(Kept { last, notes, files }) => {
                 let tracking = Tracking::from_parts(notes, fds.collect());
-                Ok(Lineage { last, tracking })
+                Ok(Lineage { last, tracking, files })
             }
             Err(error) => {
                 tracing::warn!(%error, "what the last capture left can't be read");
@@ -67,9 +72,12 @@ impl Lineage {
         }
     }
 
-    /// That of a container which has been brought back from a capsule.
+    /// That of a container which has been brought back from a capsule. Of its files nothing is known: they are others, and their times
+    /// are those of the restore. The next capture reads them while the container runs, cuts them as they were cut, and stores none of
+    /// them again.
     pub(crate) fn of_restored(address: &str, manifest: Digest, tracking: Tracking) -> Lineage {
-        Lineage { last: Some(Last { address: address.to_owned(), manifest }), tracking }
+        let last = Some(Last { address: address.to_owned(), manifest });
+        Lineage { last, tracking, files: FileNotes::default() }
     }
 
     /// Leaves everything for the next capture, as the worker of one.
@@ -81,14 +89,15 @@ impl Lineage {
     /// What the monitor keeps; nothing where there is nothing to gain.
     pub(crate) fn into_descriptors(self) -> io::Result<Vec<OwnedFd>> {
         let (notes, trackers) = self.tracking.into_parts(TRACKERS_MAX);
-        if notes.is_empty() {
+        if notes.is_empty() && self.files.is_empty() {
             return Ok(Vec::new());
         }
         let mut file = File::from(rustix::fs::memfd_create(
             "samara-lineage",
             rustix::fs::MemfdFlags::CLOEXEC,
         )?);
-        file.write_all(&serde_json::to_vec(&Kept { last: self.last, notes })?)?;
+        let kept = Kept { last: self.last, notes, files: self.files };
+        file.write_all(&serde_json::to_vec(&kept)?)?;
         if file.stream_position()? > NOTES_BYTES_MAX {
             return Ok(Vec::new());
         }
@@ -111,9 +120,10 @@ impl Lineage {
             .ok()
     }
 
-    /// A capsule was committed.
-    pub(crate) fn committed(&mut self, address: &str, manifest: Digest) {
+    /// A capsule was committed; `files` is where it has the container's files.
+    pub(crate) fn committed(&mut self, address: &str, manifest: Digest, files: FileNotes) {
         self.tracking.committed();
+        self.files = files;
         self.last = Some(Last { address: address.to_owned(), manifest });
     }
 }

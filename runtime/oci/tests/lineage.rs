@@ -98,6 +98,56 @@ fn a_capsule_stores_what_changed_also_after_a_restore() {
     goes_on(&site);
 }
 
+/// A large file that stays as it is, and a log that grows.
+const FILES: &str = r#"busybox head -c 32000000 /dev/urandom > /tmp/large
+    busybox head -c 4500000 /dev/urandom > /tmp/log
+    data=$(busybox head -c 9000000 /dev/zero | busybox tr '\0' x)
+    length=${#data}
+    while :; do n=$((n + 1)); echo line $n >> /tmp/log; echo $n $((length + 1000000)) > /tmp/n; busybox sleep 0.05; done"#;
+
+/// Without this, a file that nobody touches would be stored with each capsule, also after each move; or not come back as it was.
+#[test]
+fn files_that_stay_are_stored_once_also_after_a_restore() {
+    const NEW_BYTES_MAX: u64 = 2 << 20;
+    let site = Site::new();
+    let bundle = site.sandbox.bundle("bundle", &site.spec(FILES));
+    let run = || {
+        let id = site.sandbox.new_id(SAMARA);
+        site.ok(&["run", "-d", "-b", bundle.to_str().unwrap(), &id]);
+        id
+    };
+    let id = run();
+    goes_on(&site);
+    let large = site.sandbox.rootfs().join("tmp/large");
+    let log = site.sandbox.rootfs().join("tmp/log");
+    let content = std::fs::read(&large).unwrap();
+    let first = save(&site, &id);
+    assert!(continued(&site, first).1 > 34 << 20);
+    for _ in 0..3 {
+        goes_on(&site);
+        let (_, bytes) = continued(&site, save(&site, &id));
+        assert!(bytes < NEW_BYTES_MAX, "{bytes} bytes");
+    }
+    site.ok(&["checkpoint", "--capsule", &site.address(), &id]);
+    site.wait_until_stopped(&id);
+    site.ok(&["delete", &id]);
+    let last = site.newest().unwrap();
+    let lines = std::fs::read(&log).unwrap();
+    std::fs::write(&large, "another machine has nothing of it").unwrap();
+    std::fs::remove_file(&log).unwrap();
+    let id = run();
+    goes_on(&site);
+    assert!(std::fs::read(&large).unwrap() == content);
+    assert!(std::fs::read(&log).unwrap().starts_with(&lines));
+    for _ in 0..2 {
+        let capsule = save(&site, &id);
+        let (parent, bytes) = continued(&site, capsule);
+        assert!(parent.is_some() && bytes < NEW_BYTES_MAX, "{bytes} bytes");
+    }
+    assert_ne!(site.newest(), Some(last));
+    goes_on(&site);
+}
+
 /// Without this, what changed before a monitor died, or before another capsule came between, would be missing.
 #[test]
 fn who_has_lost_track_begins_anew() {

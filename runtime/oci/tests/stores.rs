@@ -264,7 +264,7 @@ fn a_store_without_room_harms_nothing() {
     let mut id = start_saved_counter(&site, &spec);
     for leave_running in [true, false] {
         let mut failures = 0;
-        for kib in (0..).step_by(40) {
+        for kib in (0..).step_by(8) {
             let at = format!("{kib} KiB of room, leave_running {leave_running}");
             let before = site.newest();
             disk.leave(kib);

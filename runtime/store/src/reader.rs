@@ -10,7 +10,7 @@
 //! anyway. Where there are more of them than there is memory for, the transfer is made in passes over one part of the bases after
 //! the other.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::io::{self, Read};
 use std::ops::Range;
 use std::sync::Mutex;
@@ -894,9 +894,9 @@ impl Source for CapsuleReader {
         let parts = PartsReader {
             reader: self,
             parts: parts.iter(),
-            next: None,
+            fetched: VecDeque::new(),
+            fetched_bytes: 0,
             current: Bytes::new(),
-            started: false,
         };
         let left = self.config.statistics.streams.get(&name.0).copied().unwrap_or_default();
         let decoder = stream_decoder(io::BufReader::with_capacity(1 << 17, parts))?;
@@ -910,35 +910,49 @@ fn stream_decoder<R: io::BufRead>(input: R) -> io::Result<zstd::stream::read::De
     Ok(decoder)
 }
 
-/// The stored bytes of a stream, one checked blob after another; the next one is fetched meanwhile.
+/// The stored bytes of a stream, one checked blob after another; the next ones are fetched meanwhile.
 struct PartsReader<'a> {
     reader: &'a CapsuleReader,
     parts: std::slice::Iter<'a, BlobRef>,
-    next: Option<AbortOnDrop<Result<Bytes, StoreError>>>,
+    /// With the bytes of each.
+    fetched: VecDeque<(u64, AbortOnDrop<Result<Bytes, StoreError>>)>,
+    fetched_bytes: u64,
     current: Bytes,
-    started: bool,
 }
 
+/// Parts that are fetched at a time, and their bytes together, where it is more than one: the parts of a layer with many small files are
+/// small, and each takes as long as a request does.
+const PARTS_AHEAD_MAX: usize = 8;
+const PARTS_AHEAD_BYTES_MAX: u64 = 16 << 20;
+
 impl PartsReader<'_> {
-    fn fetch_next(&mut self) {
-        self.next = self.parts.next().map(|&blob| {
+    /// Fetches as much as may be on its way.
+    fn fetch(&mut self) {
+        while let Some(&blob) = self.parts.as_slice().first() {
+            let bytes = self.fetched_bytes + blob.bytes;
+            let is_much = bytes > PARTS_AHEAD_BYTES_MAX || self.fetched.len() == PARTS_AHEAD_MAX;
+            if is_much && !self.fetched.is_empty() {
+                break;
+            }
+            self.parts.next();
             let (store, kept) = (self.reader.store.for_task(), self.reader.kept.clone());
             let fetch = async move { kept.blob(&store, blob).await };
-            AbortOnDrop(self.reader.store.handle().spawn(fetch))
-        });
+            let fetch = AbortOnDrop(self.reader.store.handle().spawn(fetch));
+            self.fetched.push_back((blob.bytes, fetch));
+            self.fetched_bytes = bytes;
+        }
     }
 }
 
 impl Read for PartsReader<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if !self.started {
-            self.started = true;
-            self.fetch_next();
-        }
         while self.current.is_empty() {
-            let Some(fetch) = self.next.take() else { return Ok(0) };
+            self.fetch();
+            let Some((bytes, fetch)) = self.fetched.pop_front() else { return Ok(0) };
+            self.fetched_bytes -= bytes;
             self.current = self.reader.store.block_on(fetch.join()).map_err(io::Error::other)?;
-            self.fetch_next();
+            // While this one is read.
+            self.fetch();
         }
         let bytes = self.current.len().min(buffer.len());
         let now = self.current.split_to(bytes);

@@ -34,7 +34,8 @@ use samara_capsule::pagemap::{
 };
 use samara_capsule::stream::{STREAMS_MAX, StreamNameError, check_name};
 use samara_capsule::transfer::{
-    BATCH_BYTES_MAX, BaseId, PAGE_BYTES, PageBatch, PageRun, Sink, SpaceId, StreamName,
+    BATCH_BYTES_MAX, BaseId, PAGE_BYTES, PageBatch, PageRun, SEGMENT_BYTES_MAX, SegmentId, Sink,
+    SpaceId, StoredSegment, StreamName,
 };
 use samara_capsule::{BLOB_BYTES_MAX, FORMAT_VERSION};
 use tokio::sync::Semaphore;
@@ -93,6 +94,10 @@ pub enum WriteError {
     Stream(#[from] StreamNameError),
     #[error("a capsule has at most {STREAMS_MAX} streams")]
     Streams,
+    #[error("a segment of {bytes} bytes in {parts} parts can't be stored")]
+    SegmentBytes { bytes: usize, parts: usize },
+    #[error("the segment {} was not made by this writer", segment.0)]
+    Segment { segment: SegmentId },
     #[error("can't compress")]
     Compress(#[source] io::Error),
     #[error("the records take {bytes} bytes, of at most {bytes_max}")]
@@ -151,7 +156,7 @@ pub struct CapsuleFacts {
 }
 
 /// A capsule that is in the store, whole.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Committed {
     pub capsule: CapsuleRef,
     pub epoch: u64,
@@ -165,6 +170,8 @@ pub struct Committed {
     pub zero_pages: u64,
     /// Frames that it does not have from the capsule before. Those whose packs the address had already are counted too.
     pub new_frames: FrameCounts,
+    /// Where the segments are that stand in its streams.
+    pub segments: HashMap<SegmentId, StoredSegment>,
 }
 
 /// How far a writer is, readable from any thread.
@@ -201,7 +208,6 @@ pub struct CapsuleWriter {
     next_sequence: u64,
     /// Small batches that wait for others.
     pending: PendingPages,
-    /// Bytes of each stream that wait for more.
     streams: BTreeMap<StreamName, PendingStream>,
 }
 
@@ -209,6 +215,8 @@ pub struct CapsuleWriter {
 #[derive(Debug)]
 struct Parent {
     capsule: CapsuleReader,
+    /// What its streams consist of.
+    stream_blobs: HashSet<BlobRef>,
     packs: HashMap<Digest, u32>,
     /// By number of the pack, and offset.
     frames: HashMap<(u32, u32), u32>,
@@ -220,9 +228,14 @@ struct PendingPages {
     bytes: Vec<u8>,
 }
 
-#[derive(Debug)]
+/// A stream while it is written.
+#[derive(Debug, Default)]
 struct PendingStream {
-    number: usize,
+    /// What it consists of, in order, by number.
+    parts: Vec<usize>,
+    /// Whether the last of them is still appended to.
+    is_open: bool,
+    /// What waits for more.
     bytes: Vec<u8>,
 }
 
@@ -274,15 +287,23 @@ struct Job {
 
 #[derive(Debug)]
 enum Work {
-    Pages { parts: Vec<Part>, bytes: Vec<u8> },
-    Stream { number: usize, bytes: Vec<u8> },
+    Pages {
+        parts: Vec<Part>,
+        bytes: Vec<u8>,
+    },
+    /// `last`: the blob is complete with it.
+    Stream {
+        number: usize,
+        bytes: Vec<u8>,
+        last: bool,
+    },
 }
 
 /// What a worker made of a job.
 #[derive(Debug)]
 enum Done {
     Pages { encoded: Encoded<Owner>, zeros: Vec<(BaseId, PageRun)> },
-    Stream { number: usize, stored: Vec<u8> },
+    Stream { number: usize, stored: Vec<u8>, last: bool },
 }
 
 /// A run of pages, and who has it.
@@ -336,6 +357,8 @@ struct State {
     early: BTreeMap<u64, Done>,
     pack: Option<OpenPack>,
     parts: Vec<OpenParts>,
+    /// Of those that are no segments.
+    streams_open_bytes: usize,
     map: MapBuilder,
     bases: Vec<Base>,
     /// Where pages of spaces were before.
@@ -364,9 +387,11 @@ struct OpenPack {
     builder: PackBuilder,
 }
 
-#[derive(Debug)]
+/// Consecutive bytes of a stream.
+#[derive(Debug, Default)]
 struct OpenParts {
-    name: StreamName,
+    /// One blob, which depends on nothing but its bytes.
+    is_segment: bool,
     raw_bytes: u64,
     open: Vec<u8>,
     blobs: Vec<Option<BlobRef>>,
@@ -482,13 +507,28 @@ impl CapsuleWriter {
 
         let mut streams = BTreeMap::new();
         let mut streams_raw = BTreeMap::new();
-        for parts in std::mem::take(&mut state.parts) {
-            let blobs = parts
-                .blobs
-                .into_iter()
-                .map(|blob| blob.expect("every part of a stream was uploaded"));
-            streams_raw.insert(parts.name.0.clone(), parts.raw_bytes);
-            streams.insert(parts.name, blobs.collect());
+        let mut segments = HashMap::new();
+        let parts = std::mem::take(&mut state.parts);
+        for (name, stream) in std::mem::take(&mut self.streams) {
+            let mut blobs: Vec<BlobRef> = Vec::new();
+            let mut raw_bytes = 0;
+            for number in stream.parts {
+                let part = parts.get(number).expect("numbers of parts are given here");
+                let stored = part.blobs.iter();
+                let stored = stored.map(|blob| blob.expect("every part of a stream was uploaded"));
+                raw_bytes += part.raw_bytes;
+                blobs.extend(stored);
+                if part.is_segment
+                    && let Some(blob) = blobs.last()
+                {
+                    let stored = StoredSegment { blob: *blob, raw_bytes: part.raw_bytes };
+                    segments.insert(segment_id(number), stored);
+                }
+            }
+            if !blobs.is_empty() {
+                streams_raw.insert(name.0.clone(), raw_bytes);
+                streams.insert(name, blobs);
+            }
         }
         let mut maps: BTreeMap<SpaceId, Vec<BlobRef>> = BTreeMap::new();
         for ((space, _), blob) in std::mem::take(&mut state.segments) {
@@ -561,6 +601,7 @@ impl CapsuleWriter {
             pages,
             zero_pages,
             new_frames,
+            segments,
         })
     }
 
@@ -616,7 +657,9 @@ impl CapsuleWriter {
     /// Makes a base, and numbers the packs and frames of the capsule before as it comes across them.
     fn add_base(&mut self, space: Option<SpaceId>) -> Result<BaseId, WriteError> {
         let mut base = Base::default();
-        if let (Some(space), Some(Parent { capsule, packs, frames })) = (space, &mut self.parent) {
+        if let (Some(space), Some(Parent { capsule, packs, frames, .. })) =
+            (space, &mut self.parent)
+        {
             let shared = &self.shared;
             let read = capsule.segments(space, |segment| {
                 let mut state = shared.lock();
@@ -667,21 +710,11 @@ impl CapsuleWriter {
         if bytes.is_empty() {
             return Ok(());
         }
-        if !self.streams.contains_key(name) {
-            check_name(name)?;
-            let mut state = self.shared.lock();
-            if state.parts.len() == STREAMS_MAX {
-                return Err(WriteError::Streams);
-            }
-            let number = state.parts.len();
-            state.parts.push(OpenParts {
-                name: name.clone(),
-                raw_bytes: 0,
-                open: Vec::new(),
-                blobs: Vec::new(),
-            });
-            drop(state);
-            self.streams.insert(name.clone(), PendingStream { number, bytes: Vec::new() });
+        let shared = self.shared.clone();
+        let stream = self.stream(name)?;
+        if !stream.is_open {
+            stream.parts.push(shared.lock().add_part(OpenParts::default()));
+            stream.is_open = true;
         }
         self.shared.progress.raw_bytes.fetch_add(bytes.len() as u64, Relaxed);
         while !bytes.is_empty() {
@@ -698,29 +731,79 @@ impl CapsuleWriter {
             stream.bytes.extend_from_slice(now);
             bytes = later;
             if stream.bytes.len() == BATCH_BYTES_MAX {
-                let (number, bytes) = (stream.number, std::mem::take(&mut stream.bytes));
-                self.submit(Work::Stream { number, bytes })?;
+                let work = stream.take_work();
+                work.map_or(Ok(()), |work| self.submit(work))?;
             }
         }
         if self.streams.values().map(|stream| stream.bytes.len()).sum::<usize>()
             > STREAMS_PENDING_BYTES_MAX
         {
             let longest = self.streams.values_mut().max_by_key(|stream| stream.bytes.len());
-            let longest = longest.expect("a stream was just appended to");
-            let (number, bytes) = (longest.number, std::mem::take(&mut longest.bytes));
-            self.submit(Work::Stream { number, bytes })?;
+            let work = longest.expect("a stream was just appended to").take_work();
+            work.map_or(Ok(()), |work| self.submit(work))?;
         }
         Ok(())
+    }
+
+    /// The stream of that name, which may be a new one.
+    fn stream(&mut self, name: &StreamName) -> Result<&mut PendingStream, WriteError> {
+        if !self.streams.contains_key(name) {
+            check_name(name)?;
+            if self.streams.len() == STREAMS_MAX {
+                return Err(WriteError::Streams);
+            }
+        }
+        Ok(self.streams.entry(name.clone()).or_default())
+    }
+
+    fn take_segment(&mut self, parts: Vec<Vec<u8>>) -> Result<SegmentId, WriteError> {
+        let bytes = parts.iter().map(Vec::len).sum::<usize>();
+        if parts.iter().any(|part| part.is_empty() || part.len() > BATCH_BYTES_MAX)
+            || bytes == 0
+            || bytes > SEGMENT_BYTES_MAX
+        {
+            return Err(WriteError::SegmentBytes { bytes, parts: parts.len() });
+        }
+        self.shared.progress.raw_bytes.fetch_add(bytes as u64, Relaxed);
+        let segment = OpenParts { is_segment: true, ..OpenParts::default() };
+        let number = self.shared.lock().add_part(segment);
+        let mut parts = parts.into_iter().peekable();
+        while let Some(bytes) = parts.next() {
+            self.submit(Work::Stream { number, bytes, last: parts.peek().is_none() })?;
+        }
+        Ok(segment_id(number))
+    }
+
+    fn take_stored_segment(&self, stored: &StoredSegment) -> Option<SegmentId> {
+        let parent = self.parent.as_ref()?;
+        let StoredSegment { blob, raw_bytes } = *stored;
+        if !parent.stream_blobs.contains(&blob) {
+            return None;
+        }
+        let blobs = vec![Some(blob)];
+        let segment = OpenParts { is_segment: true, raw_bytes, open: Vec::new(), blobs };
+        Some(segment_id(self.shared.lock().add_part(segment)))
+    }
+
+    fn place_segment(&mut self, name: &StreamName, segment: SegmentId) -> Result<(), WriteError> {
+        let number = segment.0 as usize;
+        if !self.shared.lock().parts.get(number).is_some_and(|part| part.is_segment) {
+            return Err(WriteError::Segment { segment });
+        }
+        let stream = self.stream(name)?;
+        let work = stream.take_work();
+        stream.is_open = false;
+        stream.parts.push(number);
+        work.map_or(Ok(()), |work| self.submit(work))
     }
 
     /// Submits everything that waits for more.
     fn flush(&mut self) -> Result<(), WriteError> {
         self.flush_pages()?;
-        let pending = std::mem::take(&mut self.streams);
-        for PendingStream { number, bytes } in pending.into_values() {
-            if !bytes.is_empty() {
-                self.submit(Work::Stream { number, bytes })?;
-            }
+        let waiting: Vec<Work> =
+            self.streams.values_mut().filter_map(PendingStream::take_work).collect();
+        for work in waiting {
+            self.submit(work)?;
         }
         let shared = &self.shared;
         drop(shared.wait(|state| state.in_flight == 0)?);
@@ -728,12 +811,24 @@ impl CapsuleWriter {
     }
 
     /// Makes `error` the writer's state, unless one was there before.
-    fn fail(&self, result: Result<(), WriteError>) -> io::Result<()> {
+    fn fail<T>(&self, result: Result<T, WriteError>) -> io::Result<T> {
         result.map_err(|error| match error {
             WriteError::Earlier(shared) => io::Error::other(shared),
             error => io::Error::other(self.shared.fail(error)),
         })
     }
+}
+
+impl PendingStream {
+    /// What waits, as a job.
+    fn take_work(&mut self) -> Option<Work> {
+        let number = *self.parts.last().filter(|_| !self.bytes.is_empty())?;
+        Some(Work::Stream { number, bytes: std::mem::take(&mut self.bytes), last: false })
+    }
+}
+
+fn segment_id(number: usize) -> SegmentId {
+    SegmentId(u32::try_from(number).expect("a capsule has fewer segments than 2^32"))
 }
 
 /// An empty buffer for a batch. Whatever is to become a job lies in one of these, so that there are as many as jobs.
@@ -821,6 +916,20 @@ impl Sink for CapsuleWriter {
 
     fn append(&mut self, stream: &StreamName, bytes: &[u8]) -> io::Result<()> {
         let result = self.take_bytes(stream, bytes);
+        self.fail(result)
+    }
+
+    fn segment(&mut self, parts: Vec<Vec<u8>>) -> io::Result<SegmentId> {
+        let result = self.take_segment(parts);
+        self.fail(result)
+    }
+
+    fn stored_segment(&mut self, stored: &StoredSegment) -> io::Result<Option<SegmentId>> {
+        Ok(self.take_stored_segment(stored))
+    }
+
+    fn place(&mut self, stream: &StreamName, segment: SegmentId) -> io::Result<()> {
+        let result = self.place_segment(stream, segment);
         self.fail(result)
     }
 }
@@ -917,13 +1026,13 @@ impl Shared {
                 state.recycle(bytes, self.in_flight_max);
                 Ok(done)
             }
-            Work::Stream { number, bytes } => {
+            Work::Stream { number, bytes, last } => {
                 encoder.plain().compress(&bytes, &mut stored).map_err(WriteError::Compress)?;
                 let mut state = self.lock();
-                state.parts.get_mut(number).expect("the stream was numbered").raw_bytes +=
+                state.parts.get_mut(number).expect("the part was numbered").raw_bytes +=
                     bytes.len() as u64;
                 state.recycle(bytes, self.in_flight_max);
-                Ok(Done::Stream { number, stored })
+                Ok(Done::Stream { number, stored, last })
             }
         }
     }
@@ -1095,18 +1204,23 @@ impl State {
                 self.place_pages(&encoded, sealed)?;
                 self.keep_stored(encoded.stored);
             }
-            Done::Stream { number, stored } => {
-                let stream = self.parts.get_mut(number).expect("the stream was numbered");
-                stream.open.extend_from_slice(&stored);
-                if stream.open.len() >= PACK_BYTES {
+            Done::Stream { number, stored, last } => {
+                let part = self.parts.get_mut(number).expect("the part was numbered");
+                part.open.extend_from_slice(&stored);
+                if !part.is_segment {
+                    self.streams_open_bytes += stored.len();
+                }
+                // Nothing but its own bytes says where a segment ends.
+                let is_full = !part.is_segment && part.open.len() >= PACK_BYTES;
+                if last || is_full {
                     self.seal_part(number, sealed);
                 }
-                if self.parts.iter().map(|parts| parts.open.len()).sum::<usize>()
-                    > STREAMS_PENDING_BYTES_MAX
-                {
-                    let longest =
-                        self.parts.iter().enumerate().max_by_key(|(_, parts)| parts.open.len());
-                    let (longest, _) = longest.expect("a stream was just appended to");
+                if self.streams_open_bytes > STREAMS_PENDING_BYTES_MAX {
+                    let waiting = self.parts.iter().enumerate();
+                    let longest = waiting
+                        .filter(|(_, part)| !part.is_segment)
+                        .max_by_key(|(_, part)| part.open.len());
+                    let (longest, _) = longest.expect("some are open");
                     self.seal_part(longest, sealed);
                 }
                 self.keep_stored(stored);
@@ -1199,9 +1313,17 @@ impl State {
         }
     }
 
+    fn add_part(&mut self, part: OpenParts) -> usize {
+        self.parts.push(part);
+        self.parts.len() - 1
+    }
+
     fn seal_part(&mut self, stream: usize, sealed: &mut Vec<Sealed>) {
-        let parts = self.parts.get_mut(stream).expect("the stream was numbered");
+        let parts = self.parts.get_mut(stream).expect("the part was numbered");
         if !parts.open.is_empty() {
+            if !parts.is_segment {
+                self.streams_open_bytes -= parts.open.len();
+            }
             sealed.push((
                 Purpose::StreamPart { stream, part: parts.blobs.len() },
                 std::mem::take(&mut parts.open),
@@ -1294,7 +1416,8 @@ fn append_page<T: PartialEq>(runs: &mut Vec<(T, PageRun)>, owner: T, number: u64
 
 impl Parent {
     fn new(capsule: CapsuleReader) -> Parent {
-        Parent { capsule, packs: HashMap::new(), frames: HashMap::new() }
+        let stream_blobs = capsule.manifest().streams.values().flatten().copied().collect();
+        Parent { capsule, stream_blobs, packs: HashMap::new(), frames: HashMap::new() }
     }
 }
 

@@ -27,7 +27,7 @@ use super::content::{SEGMENTS_MAX, Segment};
 use super::metadata::{Metadata, XATTR_BYTES_MAX, XATTR_NAME_BYTES_MAX, is_kept};
 use super::tree::{PATH_BYTES_MAX, Time, TreePath};
 
-const BLOCK_BYTES: usize = 512;
+pub(super) const BLOCK_BYTES: usize = 512;
 
 /// Bound of one entry's PAX records. Paths take little; what remains is a hundred attributes of the largest size, or
 /// the sockets of one directory.
@@ -343,7 +343,7 @@ fn encode(entry: &Entry) -> Result<(Header, Vec<u8>, Vec<u8>), &'static str> {
     Ok((header, pax, map))
 }
 
-fn encode_sockets(sockets: &[Socket]) -> Vec<u8> {
+pub(super) fn encode_sockets(sockets: &[Socket]) -> Vec<u8> {
     let mut bytes = Vec::new();
     for Socket { name, metadata: m } in sockets {
         let Time { seconds, nanoseconds } = m.modified;

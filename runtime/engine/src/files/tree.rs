@@ -247,6 +247,11 @@ impl Tree {
         Ok(Tree { root, mount: stat.mount })
     }
 
+    /// The magic number of its file system (statfs(2)).
+    pub(super) fn file_system_kind(&self) -> Result<u64, Errno> {
+        Ok(rustix::fs::fstatfs(&self.root)?.f_type.cast_unsigned())
+    }
+
     pub(super) fn dir(&self, path: &TreePath) -> Result<OwnedFd, Errno> {
         rustix::fs::openat2(
             &self.root,

@@ -12,3 +12,4 @@ mod manage;
 mod round_trip;
 mod s3;
 mod sample;
+mod segments;
