@@ -30,6 +30,9 @@ pub struct CapsuleConfig {
     pub provenance: Provenance,
     pub requirements: Requirements,
     pub statistics: Statistics,
+    /// How the capsule came about.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub report: Option<Report>,
 }
 
 /// Where the capsule comes from. It names no host, so that equal content has an equal description.
@@ -83,6 +86,71 @@ pub struct Statistics {
     pub raw_bytes: u64,
     /// Bytes of all blobs but config and manifest.
     pub stored_bytes: u64,
+}
+
+/// How a capsule came about: for people and their tools. No restore looks at it, and a later version may tell more.
+///
+/// Times are in microseconds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Report {
+    /// In order, one after another, from the call to the last upload but config, manifest and slot.
+    pub phases: Vec<PhaseReport>,
+    /// How long the container stood at a time: before memory was copied, so that all of it is tracked; and for the capsule, where it went
+    /// on after that.
+    pub covering_us: Option<u64>,
+    pub pause_us: Option<u64>,
+    pub memory: MemoryReport,
+    /// New frames of pages, by codec.
+    pub frames: BTreeMap<String, FrameReport>,
+    pub store: StoreReport,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PhaseReport {
+    pub name: String,
+    /// Since the call.
+    pub start_us: u64,
+    pub duration_us: u64,
+    /// Passed to the writer, before compression.
+    pub raw_bytes: u64,
+    /// Arrived in the store meanwhile.
+    pub uploaded_bytes: u64,
+}
+
+/// What became of pages.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct MemoryReport {
+    /// Copied while the container ran, in each round.
+    pub rounds: Vec<u64>,
+    /// Why there was no other round.
+    pub ended: String,
+    /// Copied while it stood.
+    pub copied: u64,
+    /// Named as they were stored before: in the capsule before, or in a round.
+    pub unchanged: u64,
+    /// Passed to the writer, and nothing but zeros.
+    pub zero: u64,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct FrameReport {
+    pub frames: u64,
+    pub pages: u64,
+    pub stored_bytes: u64,
+}
+
+/// How the store has answered.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct StoreReport {
+    pub uploads: u64,
+    /// Of all uploads together, which may have been under way at the same time, and of the longest.
+    pub waited_us: u64,
+    pub longest_us: u64,
 }
 
 /// Why bytes are no config.
@@ -140,12 +208,22 @@ mod tests {
             provenance: Provenance { producer: "samara 0.1.0".into(), ..Provenance::default() },
             requirements: Requirements { architecture: "x86_64".into(), ..Requirements::default() },
             statistics: Statistics { pages: 17, ..Statistics::default() },
+            report: Some(Report { pause_us: Some(1500), ..Report::default() }),
         }
     }
 
     #[test]
     fn a_config_comes_back() {
         assert_eq!(CapsuleConfig::decode(&sample().encode().unwrap()).unwrap(), sample());
+    }
+
+    /// A report tells more in a later version, and is none of the reasons why a capsule can't be read.
+    #[test]
+    fn a_report_that_tells_more_is_read() {
+        let text = String::from_utf8(sample().encode().unwrap()).unwrap();
+        let more = text.replacen("\"pause_us\"", "\"moon\":\"full\",\"pause_us\"", 1);
+        assert_ne!(more, text);
+        assert_eq!(CapsuleConfig::decode(more.as_bytes()).unwrap(), sample());
     }
 
     #[test]

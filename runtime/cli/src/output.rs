@@ -151,9 +151,25 @@ pub(crate) fn size(bytes: u64) -> String {
     format!("{value:.1} {}", units.get(unit).copied().unwrap_or_default())
 }
 
+/// A time in microseconds for people.
+pub(crate) fn duration(us: u64) -> String {
+    match us {
+        0..1000 => format!("{us} us"),
+        1000..1_000_000 => format!("{:.1} ms", us as f64 / 1e3),
+        1_000_000..120_000_000 => format!("{:.1} s", us as f64 / 1e6),
+        _ => format!("{:.0} min", us as f64 / 6e7),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn times_have_a_unit_that_fits() {
+        let times = [7, 1500, 999_949, 2_500_000, 600_000_000].map(duration);
+        assert_eq!(times, ["7 us", "1.5 ms", "999.9 ms", "2.5 s", "10 min"]);
+    }
 
     #[test]
     fn sizes_read_well() {

@@ -31,6 +31,7 @@ fn write(folder: &Path) {
             workload: BTreeMap::from([("image".into(), "bwa".into())]),
         },
         requirements: Requirements { architecture: "x86_64".into(), ..Requirements::default() },
+        report: None,
     };
     let record = BTreeMap::from([("processes", vec![BTreeMap::from([("pid", 17)])])]);
     writer.commit(&mut lease, &encode_record(&record).unwrap(), facts).unwrap();
@@ -151,6 +152,7 @@ fn write_history(folder: &Path, pages: &[u64]) {
             parent: None,
             provenance: Provenance::default(),
             requirements: Requirements::default(),
+            report: None,
         };
         let process = |pid: u64, space: u64| {
             BTreeMap::from([("pid", pid), ("space", space), ("umask", 18 + number as u64 * pid)])

@@ -17,7 +17,7 @@ use procfs::FromBufRead as _;
 use procfs::process::MountInfos;
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use samara_capsule::cbor::{EncodeError, encode_record};
-use samara_capsule::config::{Provenance, Requirements};
+use samara_capsule::config::{Provenance, Report, Requirements};
 use samara_capsule::digest::Digest;
 use samara_capsule::transfer::Sink;
 use samara_engine::capture::{CaptureError, CaptureRequest, Captured, OutsideStream, capture};
@@ -43,6 +43,7 @@ use crate::address::Node;
 use crate::bundle::{Bundle, BundleError};
 use crate::capsule_verbs::{CheckpointArgs, ImageArgs};
 use crate::cgroup::CgroupError;
+use crate::course::{self, Course};
 use crate::defect;
 use crate::ending;
 use crate::fail_point;
@@ -457,9 +458,12 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
     if !order.leave_running {
         writer = writer.as_last();
     }
+    let mut course = Course::new(begun, writer.progress());
+    let mut about = Report::default();
     lineage.tracking.begin(continued.is_some(), order.leave_running);
     let mut known = KnownFiles::new(&lineage.files);
     phase::reached(Phase::Prepared);
+    course.ended("prepare");
 
     let paused = record.cgroup.is_frozen();
     let request = CaptureRequest {
@@ -476,10 +480,15 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
     if !paused {
         progress("copying files ahead");
         copy_files_ahead(&record, &spec, &mounts, &root, &mut known, &mut writer)?;
+        course.ended("files ahead");
         progress("copying memory");
         let ahead = lineage.tracking.copy_ahead(record.init.pid, &mut writer)?;
         tracing::info!(?ahead, "memory was copied while the container ran");
+        about.memory.rounds = ahead.rounds.iter().map(|(pages, _)| *pages).collect();
+        about.memory.ended = ahead.ended.to_owned();
+        about.covering_us = (!ahead.stopped.is_zero()).then(|| course::us(ahead.stopped));
         phase::reached(Phase::CopiedAhead);
+        course.ended("memory ahead");
     }
     progress("stopping");
     let urgent = Urgent::begin();
@@ -509,6 +518,13 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
             return Err(error.into());
         }
     };
+    course.ended("look");
+    course.divide(&[
+        ("stop", report.freeze),
+        ("collect", report.collect),
+        ("copy memory", report.copy),
+    ]);
+    (about.memory.copied, about.memory.unchanged) = (report.pages, report.unchanged_pages);
     // An error from here on drops `frozen`, which lets the container go on.
     let mounts_now = mount_text(record.init.pid)?;
     // The same mounts are still no others than the specification's.
@@ -529,12 +545,13 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
         Saved { container, origin: Origin::of(&spec, record.seccomp_filters), trees, root: true };
     let created = SystemTime::now();
     // Where the container stays, it does not wait for this.
-    let describe = || -> Result<_, CheckpointError> {
+    let describe = |report: Report| -> Result<_, CheckpointError> {
         let facts = CapsuleFacts {
             created,
             parent: continued,
             provenance: provenance(&saved, &record),
             requirements: requirements(&base, &saved.container.vdso_sha256),
+            report: Some(report),
         };
         Ok((encode_record(&saved)?, facts))
     };
@@ -549,6 +566,7 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
         }
     };
     phase::reached(Phase::FilesCopied);
+    course.ended("copy files");
     // Before it is looked at whether anything runs.
     let stood_since = frozen.stopped_at();
     let (committed, pause) = if order.leave_running {
@@ -562,7 +580,10 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
         drop(urgent);
         phase::reached(Phase::Thawed);
         progress("storing");
-        let (records, facts) = describe()?;
+        course.ended("go on");
+        let pause_us = Some(course::us(pause));
+        let (records, facts) =
+            describe(Report { phases: course.into_phases(), pause_us, ..about })?;
         let committed = writer.commit(&mut held.lease, &records, facts)?;
         let noted = known.into_notes(&committed.segments);
         lineage.committed(&order.target, committed.capsule.digest, noted);
@@ -574,7 +595,7 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
         (committed, pause)
     } else {
         progress("storing");
-        let (records, facts) = describe()?;
+        let (records, facts) = describe(Report { phases: course.into_phases(), ..about })?;
         let committed = writer.commit(&mut held.lease, &records, facts)?;
         keep(&held);
         phase::reached(Phase::Committed);

@@ -14,6 +14,7 @@ pub mod cgroup;
 pub mod command_line;
 pub mod confine;
 pub mod container_id;
+mod course;
 pub mod create;
 mod defect;
 pub mod device_filter;

@@ -210,6 +210,7 @@ impl Saving<'_> {
                 parent: None,
                 provenance: Provenance::default(),
                 requirements: Requirements::default(),
+                report: None,
             };
             let records = encode_record(&"none").unwrap();
             let committed = writer.commit(&mut self.lease, &records, facts).unwrap();

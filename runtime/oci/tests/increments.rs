@@ -238,6 +238,7 @@ impl Saving<'_> {
                 parent: self.last,
                 provenance: Provenance::default(),
                 requirements: Requirements::default(),
+                report: None,
             };
             let committed = writer.commit(&mut self.lease, b"", facts).map_err(|e| said(&e))?;
             self.found.differences += committed.new_frames.delta.pages;

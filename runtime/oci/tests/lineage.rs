@@ -98,6 +98,47 @@ fn a_capsule_stores_what_changed_also_after_a_restore() {
     goes_on(&site);
 }
 
+/// A user who wants to know why a save took so long, or what it has cost, finds it in the capsule.
+#[test]
+fn a_capsule_tells_how_it_came_about() {
+    const PAGE: u64 = 4096;
+    let site = Site::new();
+    let id = start(&site);
+    goes_on(&site);
+    let report = |capsule: Digest| {
+        let reader = CapsuleReader::open_digest(&site.store(), capsule).unwrap();
+        reader.config().report.clone().expect("a report")
+    };
+    let first = report(save(&site, &id));
+    let names: Vec<&str> = first.phases.iter().map(|phase| phase.name.as_str()).collect();
+    let all = [
+        "prepare",
+        "files ahead",
+        "memory ahead",
+        "look",
+        "stop",
+        "collect",
+        "copy memory",
+        "copy files",
+        "go on",
+        "store",
+    ];
+    assert_eq!(names, all);
+    let ahead = first.memory.rounds.iter().sum::<u64>() * PAGE;
+    assert!(ahead > DATA_BYTES, "nothing was tracked, and it was copied ahead: {first:?}");
+    assert!(first.covering_us.is_some() && first.pause_us.is_some(), "{first:?}");
+    assert!(first.store.uploads > 0 && first.frames.values().any(|frames| frames.pages > 0));
+    let uploaded: u64 = first.phases.iter().map(|phase| phase.uploaded_bytes).sum();
+    assert!(uploaded > DATA_BYTES, "{first:?}");
+
+    let second = report(save(&site, &id));
+    assert!(second.memory.unchanged * PAGE > DATA_BYTES, "{second:?}");
+    assert_eq!(second.covering_us, None, "all of it is tracked");
+
+    site.ok(&["checkpoint", "--capsule", &site.address(), &id]);
+    assert_eq!(report(site.newest().unwrap()).pause_us, None, "it does not go on");
+}
+
 /// A large file that stays as it is, and a log that grows.
 const FILES: &str = r#"busybox head -c 32000000 /dev/urandom > /tmp/large
     busybox head -c 4500000 /dev/urandom > /tmp/log

@@ -139,6 +139,7 @@ fn facts() -> CapsuleFacts {
         parent: None,
         provenance: Provenance::default(),
         requirements: Requirements::default(),
+        report: None,
     }
 }
 

@@ -65,6 +65,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         parent: None,
         provenance: Provenance::default(),
         requirements: Requirements::default(),
+        report: None,
     };
     let committed = writer.commit(&mut lease, &encode_record("none")?, facts)?;
     let wrote = start.elapsed().as_secs_f64();

@@ -409,6 +409,7 @@ mod tests {
             parent: None,
             provenance: Provenance::default(),
             requirements: Requirements::default(),
+            report: None,
         };
         writer.commit(&mut lease, &[0xf6], facts).unwrap();
         let full = CapsuleReader::open_latest(&store).unwrap();
@@ -472,6 +473,7 @@ mod tests {
             parent: None,
             provenance: Provenance::default(),
             requirements: Requirements::default(),
+            report: None,
         };
         let space = SpaceId(0);
         let content = |number: u64, is_new: bool| {

@@ -1,5 +1,8 @@
 //! How many frames there are by codec, and what they take.
 
+use std::collections::BTreeMap;
+
+use samara_capsule::config::FrameReport;
 use samara_capsule::frame::Codec;
 use serde::{Deserialize, Serialize};
 
@@ -21,6 +24,19 @@ pub struct FrameCount {
 }
 
 impl FrameCounts {
+    /// As a report has them.
+    pub(crate) fn report(&self) -> BTreeMap<String, FrameReport> {
+        let FrameCounts { raw, zstd, delta } = *self;
+        let of = |count: FrameCount| FrameReport {
+            frames: count.frames,
+            pages: count.pages,
+            stored_bytes: count.stored_bytes,
+        };
+        [("raw", raw), ("zstd", zstd), ("differences", delta)]
+            .map(|(name, count)| (name.to_owned(), of(count)))
+            .into()
+    }
+
     pub(crate) fn add(&mut self, codec: Codec, pages: u64, stored_bytes: u64) {
         let count = match codec {
             Codec::Raw => &mut self.raw,

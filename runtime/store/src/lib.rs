@@ -34,4 +34,4 @@ pub use location::Location;
 pub use log::Lease;
 pub use reader::CapsuleReader;
 pub use store::Store;
-pub use writer::CapsuleWriter;
+pub use writer::{CapsuleWriter, Progress};

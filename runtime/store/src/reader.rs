@@ -1030,6 +1030,7 @@ mod tests {
             parent: None,
             provenance: Provenance::default(),
             requirements: Requirements::default(),
+            report: None,
         };
         let batch = |first: u64, version: u64| PageBatch {
             spaces: [SpaceId(0)].into(),

@@ -18,12 +18,15 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use crossbeam_channel::{Receiver, Sender};
 use samara_capsule::cbor::RECORDS_BYTES_MAX;
-use samara_capsule::config::{CapsuleConfig, ConfigError, Provenance, Requirements, Statistics};
+use samara_capsule::config::{
+    CapsuleConfig, ConfigError, MemoryReport, PhaseReport, Provenance, Report, Requirements,
+    Statistics, StoreReport,
+};
 use samara_capsule::digest::Digest;
 use samara_capsule::frame::FrameEncoder;
 use samara_capsule::log::CapsuleRef;
@@ -153,6 +156,8 @@ pub struct CapsuleFacts {
     pub parent: Option<Digest>,
     pub provenance: Provenance,
     pub requirements: Requirements,
+    /// How the capsule came about, as far as it's known without the writer.
+    pub report: Option<Report>,
 }
 
 /// A capsule that is in the store, whole.
@@ -179,6 +184,9 @@ pub struct Committed {
 pub struct Progress {
     raw_bytes: AtomicU64,
     uploaded_bytes: AtomicU64,
+    uploads: AtomicU64,
+    waited_us: AtomicU64,
+    longest_us: AtomicU64,
 }
 
 impl Progress {
@@ -190,6 +198,21 @@ impl Progress {
     /// Bytes that have arrived in the store.
     pub fn uploaded_bytes(&self) -> u64 {
         self.uploaded_bytes.load(Relaxed)
+    }
+
+    fn add_upload(&self, took: Duration) {
+        let took_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        self.uploads.fetch_add(1, Relaxed);
+        self.waited_us.fetch_add(took_us, Relaxed);
+        self.longest_us.fetch_max(took_us, Relaxed);
+    }
+
+    fn store_report(&self) -> StoreReport {
+        StoreReport {
+            uploads: self.uploads.load(Relaxed),
+            waited_us: self.waited_us.load(Relaxed),
+            longest_us: self.longest_us.load(Relaxed),
+        }
     }
 }
 
@@ -491,6 +514,7 @@ impl CapsuleWriter {
         records: &[u8],
         facts: CapsuleFacts,
     ) -> Result<Committed, WriteError> {
+        let (begun, uploaded_before) = (Instant::now(), self.shared.progress.uploaded_bytes());
         self.flush()?;
         let shared = self.shared.clone();
         shared.seal_rest()?;
@@ -570,6 +594,22 @@ impl CapsuleWriter {
                 raw_bytes,
                 stored_bytes,
             },
+            report: facts.report.map(|mut report| {
+                let last = report.phases.last();
+                report.phases.push(PhaseReport {
+                    name: "store".to_owned(),
+                    start_us: last.map_or(0, |last| last.start_us + last.duration_us),
+                    duration_us: u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX),
+                    raw_bytes: records.len() as u64,
+                    uploaded_bytes: shared.progress.uploaded_bytes() - uploaded_before,
+                });
+                Report {
+                    memory: MemoryReport { zero: zero_pages, ..report.memory },
+                    frames: new_frames.report(),
+                    store: shared.progress.store_report(),
+                    ..report
+                }
+            }),
         };
         let mut config = config.encode()?;
         manifest.config = BlobRef::to(&config);
@@ -1163,7 +1203,9 @@ impl Shared {
         let known = self.lock().known.get(&blob.digest) == Some(&blob.bytes);
         if !known {
             let content = self.lock().pack_buffers.lend(content);
+            let begun = Instant::now();
             self.store.put(&blob_path(&blob.digest), content).await?;
+            self.progress.add_upload(begun.elapsed());
             self.progress.uploaded_bytes.fetch_add(blob.bytes, Relaxed);
         }
         let mut state = self.lock();

@@ -109,6 +109,7 @@ fn facts() -> CapsuleFacts {
         parent: None,
         provenance: Provenance::default(),
         requirements: Requirements::default(),
+        report: None,
     }
 }
 

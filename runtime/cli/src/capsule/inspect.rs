@@ -5,7 +5,7 @@
 
 use ciborium::Value;
 use samara_capsule::cbor::decode_record;
-use samara_capsule::config::CapsuleConfig;
+use samara_capsule::config::{CapsuleConfig, PhaseReport, Report, StoreReport};
 use samara_capsule::digest::Digest;
 use samara_capsule::manifest::BlobKind;
 use samara_store::CapsuleReader;
@@ -14,7 +14,7 @@ use samara_store::frames::{FrameCount, FrameCounts};
 use serde::Serialize;
 
 use super::CapsuleError;
-use crate::output::{Output, size, table};
+use crate::output::{Output, duration, size, table};
 
 /// Byte strings are shown up to this length, and told by their length beyond.
 const SHOWN_BYTES_MAX: usize = 64;
@@ -147,9 +147,49 @@ fn text(inspected: &Inspected<'_>) -> String {
     if !frames.is_empty() {
         text += &format!("{}\n", table(&["FRAMES", "COUNT ", "PAGES ", "STORED "], &frames));
     }
+    if let Some(report) = &config.report {
+        text += &format!("{}\n", course(report));
+    }
     text += "records\n";
     outline(&inspected.records, 1, &mut text);
     text
+}
+
+/// How the capsule came about, phase by phase.
+fn course(report: &Report) -> String {
+    let bytes = |bytes: u64| if bytes == 0 { "-".to_owned() } else { size(bytes) };
+    let row = |phase: &PhaseReport| {
+        vec![
+            printable(&phase.name).to_string(),
+            duration(phase.start_us),
+            duration(phase.duration_us),
+            bytes(phase.raw_bytes),
+            bytes(phase.uploaded_bytes),
+        ]
+    };
+    let rows: Vec<_> = report.phases.iter().map(row).collect();
+    let mut text = table(&["PHASE", "START ", "TOOK ", "RAW ", "UPLOADED "], &rows);
+    let mut line = |name: &str, value: String| text += &format!("\n{name:<16} {value}");
+    if let Some(pause_us) = report.pause_us {
+        line("pause", duration(pause_us));
+    }
+    if let Some(covering_us) = report.covering_us {
+        line("pause to cover", duration(covering_us));
+    }
+    let memory = &report.memory;
+    let rounds: Vec<String> = memory.rounds.iter().map(u64::to_string).collect();
+    if !rounds.is_empty() {
+        let ended = printable(&memory.ended);
+        line("pages ahead", format!("{} (then: {ended})", rounds.join(", ")));
+    }
+    let (copied, unchanged) = (memory.copied, memory.unchanged);
+    line("pages in pause", format!("{copied} copied, {unchanged} unchanged"));
+    let StoreReport { uploads, waited_us, longest_us } = report.store;
+    if uploads > 0 {
+        let (mean, longest) = (duration(waited_us / uploads), duration(longest_us));
+        line("uploads", format!("{uploads}, {mean} on average, {longest} at most"));
+    }
+    text + "\n"
 }
 
 /// Nested values as an indented outline.

@@ -3,6 +3,7 @@
 use std::time::SystemTime;
 
 use samara_capsule::collection::Catalogued;
+use samara_capsule::config::Report;
 use samara_capsule::digest::Digest;
 use samara_store::Store;
 use samara_store::collect::{CollectOptions, Retention};
@@ -10,7 +11,7 @@ use samara_store::history::Told;
 use serde::Serialize;
 
 use super::CapsuleError;
-use crate::output::{Output, chain, size, table};
+use crate::output::{Output, chain, duration, size, table};
 
 /// Digits of a digest that tables show: enough to tell an address's capsules apart.
 const DIGEST_DIGITS: usize = 12;
@@ -39,18 +40,24 @@ struct RowCapsule {
     raw_bytes: u64,
     stored_bytes: u64,
     new_bytes: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    report: Option<Report>,
 }
 
 /// A column of the history: its heading, and what stands in it. More of them can be added here.
 type Column = (&'static str, fn(&Row) -> String);
 
-const HISTORY: [Column; 9] = [
+const HISTORY: [Column; 11] = [
     ("COMMITTED", |row| row.committed.clone()),
     ("EPOCH ", |row| of_capsule(row, |capsule| capsule.epoch.to_string())),
     ("GEN ", |row| of_capsule(row, |capsule| capsule.generation.to_string())),
     ("RAW ", |row| of_capsule(row, |capsule| size(capsule.raw_bytes))),
     ("STORED ", |row| of_capsule(row, |capsule| size(capsule.stored_bytes))),
     ("NEW ", |row| of_capsule(row, |capsule| size(capsule.new_bytes))),
+    ("PAUSE ", |row| of_report(row, |report| report.pause_us)),
+    ("TOOK ", |row| {
+        of_report(row, |report| report.phases.last().map(|last| last.start_us + last.duration_us))
+    }),
     ("PARENT", |row| {
         of_capsule(row, |capsule| capsule.parent.map_or_else(none, |parent| short(&parent)))
     }),
@@ -67,6 +74,12 @@ const HISTORY: [Column; 9] = [
 
 fn of_capsule(row: &Row, cell: impl FnOnce(&RowCapsule) -> String) -> String {
     row.capsule.as_ref().map_or_else(none, cell)
+}
+
+/// A time that a capsule's report tells, if it does.
+fn of_report(row: &Row, time_us: impl FnOnce(&Report) -> Option<u64>) -> String {
+    let report = row.capsule.as_ref().and_then(|capsule| capsule.report.as_ref());
+    report.and_then(time_us).map_or_else(none, duration)
 }
 
 fn none() -> String {
@@ -90,6 +103,7 @@ pub(super) fn history(store: &Store, output: &mut Output) -> Result<(), CapsuleE
             raw_bytes: told.config.statistics.raw_bytes,
             stored_bytes: told.stored_bytes,
             new_bytes: told.new_bytes,
+            report: told.config.report,
         });
         Row {
             digest: capsule.digest,

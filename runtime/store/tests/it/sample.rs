@@ -22,6 +22,7 @@ pub(crate) fn facts() -> CapsuleFacts {
         parent: None,
         provenance: Provenance { producer: "test".into(), workload: BTreeMap::new() },
         requirements: Requirements { architecture: "x86_64".into(), ..Requirements::default() },
+        report: None,
     }
 }
 
