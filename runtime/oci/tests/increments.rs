@@ -128,6 +128,19 @@ fn pages_of(reader: &CapsuleReader, space: u32) -> BTreeMap<u64, Vec<u8>> {
     pages.into_inner().unwrap()
 }
 
+/// What a capsule has of a page in place of what is there.
+fn difference(found: &[u8], there: &[u8]) -> String {
+    let mut other = found.iter().zip(there).enumerate().filter(|(_, (a, b))| a != b);
+    let zeros = |page: &[u8]| if page.iter().all(|byte| *byte == 0) { " (zeros)" } else { "" };
+    let first = other.next();
+    format!(
+        "{} bytes from {first:?}; stored{}, live{}",
+        1 + other.count(),
+        zeros(found),
+        zeros(there)
+    )
+}
+
 fn compare_memory(
     pid: i32,
     alive: &Alive,
@@ -174,8 +187,9 @@ fn compare_memory(
                     (true, true, None) => {}
                     (true, false, None) => return Err(format!("{place} is missing")),
                     (_, _, found) => {
-                        if found.as_ref().unwrap_or(&zeros) != &live(page) {
-                            return Err(format!("{place} differs"));
+                        let (found, there) = (found.as_ref().unwrap_or(&zeros), live(page));
+                        if *found != there {
+                            return Err(format!("{place} differs: {}", difference(found, &there)));
                         }
                     }
                 }
