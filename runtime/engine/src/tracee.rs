@@ -1258,7 +1258,7 @@ mod tests {
     }
 
     /// The end of a child whose tracer, another thread of this process, may still be on its way out: its stops are seen here too.
-    fn end_of(child: &Child) -> Status {
+    fn end_of(child: Child) -> Status {
         let pid = Pid::try_from(child.id()).expect("a pid");
         loop {
             match wait::one(pid).expect("its end") {
@@ -1310,7 +1310,7 @@ mod tests {
                     std::thread::sleep(Duration::from_millis(alive_ms));
                 });
             });
-            assert_eq!(end_of(&child), Status::Exited(7), "after {alive_ms} ms");
+            assert_eq!(end_of(child), Status::Exited(7), "after {alive_ms} ms");
         }
     }
 }

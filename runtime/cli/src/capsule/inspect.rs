@@ -185,8 +185,8 @@ fn course(report: &Report) -> String {
     let (copied, unchanged) = (memory.copied, memory.unchanged);
     line("pages in pause", format!("{copied} copied, {unchanged} unchanged"));
     let StoreReport { uploads, waited_us, longest_us } = report.store;
-    if uploads > 0 {
-        let (mean, longest) = (duration(waited_us / uploads), duration(longest_us));
+    if let Some(mean_us) = waited_us.checked_div(uploads) {
+        let (mean, longest) = (duration(mean_us), duration(longest_us));
         line("uploads", format!("{uploads}, {mean} on average, {longest} at most"));
     }
     text + "\n"
