@@ -516,7 +516,8 @@ mod tests {
         assert_eq!(std::hint::black_box(&memory)[at(60)], 0);
         // Enough runs for both ways of arming them.
         for runs_max in [8, 512] {
-            let written = |page: usize| page == 3 || page == 65 || page >= 70 && page % 2 == 0;
+            let written =
+                |page: usize| page == 3 || page == 65 || page >= 70 && page.is_multiple_of(2);
             let there = (10..200).filter(|page| !(50..70).contains(page) || *page == 65);
             let there: Vec<usize> = there.chain([3]).collect();
             for page in there.iter().filter(|page| written(**page)) {
