@@ -119,11 +119,11 @@ impl FrozenTree {
             sleepers: BTreeMap::new(),
         };
         // `freezer` releases what it holds when it is dropped on an error.
-        freezer.seize_new()?;
+        freezer.seize_new(Halted::Later)?;
         thaw().map_err(discover)?;
         loop {
             freezer.wait_for_stops()?;
-            if freezer.seize_new()? == 0 && freezer.running.is_empty() {
+            if freezer.seize_new(Halted::Too)? == 0 && freezer.running.is_empty() {
                 break;
             }
         }
@@ -257,14 +257,25 @@ enum Seized {
     Gone,
 }
 
+/// When processes are seized that a signal has stopped: they are in another state from then on, which others of the container would see
+/// that still run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Halted {
+    Later,
+    Too,
+}
+
 impl Freezer {
     /// Seizes threads that are not ours yet, and returns how many there were.
     ///
     /// In rounds, so that the first thread to stop does not wait until everything is known of the last one.
-    fn seize_new(&mut self) -> Result<usize, FreezeError> {
+    fn seize_new(&mut self, halted: Halted) -> Result<usize, FreezeError> {
         self.zombies.clear();
         let mut new = Vec::new();
         for pid in self.members()? {
+            if halted == Halted::Later && proc::stat(pid).is_ok_and(|stat| stat.state == 'T') {
+                continue;
+            }
             let Ok(threads) = proc::threads(pid) else { continue };
             new.extend(threads.into_iter().map(|tid| (pid, tid)).filter(|(_, tid)| {
                 !self.running.contains_key(tid) && !self.stopped.contains_key(tid)
