@@ -206,12 +206,9 @@ fn collect(
         process::mend_for_thaw(session, elapsed)?;
     }
     let sharing = process::sharing(&frozen.processes, tables);
-    process::part_scratch(&mut frozen.processes, |one, other| {
-        let memory = |pid| match sharing.get(&pid).and_then(|sharing| sharing.memory) {
-            Some(first) => Ok(first),
-            None => inner_pid(pid),
-        };
-        matches!((memory(one), memory(other)), (Ok(one), Ok(other)) if one == other)
+    process::part_scratch(&mut frozen.processes, |pid| {
+        let first = sharing.get(&pid).and_then(|sharing| sharing.memory);
+        first.or_else(|| inner_pid(pid).ok())
     });
     if let Some(view) = awaited.queues() {
         posix_queues::list(view, tables)?;

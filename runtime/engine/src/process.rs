@@ -676,22 +676,16 @@ fn leave_critical_sections(process: &mut Process) -> Result<Vec<Option<Rseq>>, T
     Ok(registrations)
 }
 
-/// Lets processes with the same memory put their timespecs into different places.
-pub(crate) fn part_scratch(
+/// Lets processes with the same memory, as `memory` names it, put their timespecs into different places.
+pub(crate) fn part_scratch<M: Ord>(
     processes: &mut BTreeMap<Pid, Process>,
-    same_memory: impl Fn(Pid, Pid) -> bool,
+    mut memory: impl FnMut(Pid) -> M,
 ) {
-    let mut groups: Vec<(Pid, usize)> = Vec::new();
+    let mut taken: BTreeMap<M, usize> = BTreeMap::new();
     for (pid, process) in processes {
-        let threads = process.threads.len();
-        process.scratch_taken = match groups.iter_mut().find(|(first, _)| same_memory(*first, *pid))
-        {
-            Some((_, taken)) => std::mem::replace(taken, *taken + threads),
-            None => {
-                groups.push((*pid, threads));
-                0
-            }
-        };
+        let taken = taken.entry(memory(*pid)).or_default();
+        process.scratch_taken = *taken;
+        *taken += process.threads.len();
     }
 }
 

@@ -361,13 +361,23 @@ impl Tracking {
 
     /// Stops the container, so that all of its memory is tracked that can be. Returns how long it stood.
     ///
+    /// # Errors
+    /// Those of stopping and of looking at it; it runs on. Memory that can't be tracked is no error.
+    ///
     /// A mapping can only be covered as a whole while everything stands, or calls of the program could fail that take it for one
     /// (mremap(2)).
     fn cover_ahead(&mut self, init: Pid) -> Result<Duration, CaptureError> {
         let mut frozen = FrozenTree::stop(init, &mut || Ok(()))?;
         let mut slept = restart::elapsed(&frozen.sleepers, frozen.stopped_at);
         self.left_calls.pass_on(&mut frozen, &mut slept);
-        process::part_scratch(&mut frozen.processes, same_memory);
+        let mut firsts: Vec<Pid> = Vec::new();
+        process::part_scratch(&mut frozen.processes, |pid| {
+            let first = firsts.iter().copied().find(|first| same_memory(*first, pid));
+            first.unwrap_or_else(|| {
+                firsts.push(pid);
+                pid
+            })
+        });
         let mut lists = BTreeMap::new();
         for (pid, process) in frozen.processes.iter_mut().chain(&mut frozen.sessions) {
             let list = mappings::of(*pid).map_err(read("the mappings"))?;
