@@ -129,6 +129,11 @@ pub struct MemoryReport {
     pub ended: String,
     /// Copied while it stood.
     pub copied: u64,
+    /// Left in forks of its processes, and read when it ran again.
+    pub forked: u64,
+    pub forks: u64,
+    /// Why they were made, or not.
+    pub way: String,
     /// Named as they were stored before: in the capsule before, or in a round.
     pub unchanged: u64,
     /// Passed to the writer, and nothing but zeros.

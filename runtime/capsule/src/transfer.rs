@@ -114,8 +114,9 @@ pub trait Sink {
     /// Takes the pages of `run` as `base` has them in the end, for all of `spaces`; what it does not have is zeros, or, where `exact` is
     /// said, an error of the commit.
     ///
-    /// Runs that are passed in this way are in ascending order for each space, and overlap neither each other nor pages that are passed
-    /// with their content. Costs little whatever the length: nothing is copied.
+    /// Runs that are passed in this way come in any order, and overlap neither each other nor pages that are passed with their content.
+    /// What is meant is what the base has when the capsule is committed, so drafts may still come. Costs little whatever the length:
+    /// nothing is copied.
     fn unchanged(
         &mut self,
         spaces: &Arc<[SpaceId]>,
@@ -123,6 +124,11 @@ pub trait Sink {
         run: PageRun,
         exact: bool,
     ) -> io::Result<()>;
+
+    /// How many bytes of pages could be passed now without waiting, about.
+    fn room(&self) -> u64 {
+        u64::MAX
+    }
 
     /// Waits until what was passed has left the buffers, so that they are free for what comes while a container stands.
     fn settle(&mut self) -> io::Result<()>;

@@ -180,7 +180,7 @@ fn program(case: &str) {
 fn measure(case: &str, runs: usize) {
     let namespace = Namespace::start(case);
     let names = GivenNames::default();
-    let request = CaptureRequest { init: namespace.init, outside: Vec::new(), names };
+    let request = CaptureRequest { init: namespace.init, names, ..CaptureRequest::default() };
     let mut sink = Nothing(Vec::with_capacity(8 << 20));
     let mut rows: Vec<[u128; 6]> = Vec::new();
     let mut tracking = Tracking::default();

@@ -26,6 +26,7 @@ use crate::prepared::{Awaited, Prepared};
 use crate::process::LookedAt;
 use crate::restart::Slept;
 use crate::root::Root;
+use crate::snapshot::{self, Rest, SnapshotRequest, Way};
 use crate::tracee::TraceeError;
 use crate::tracking::Tracking;
 use crate::unsupported::{Place, Unsupported, UnsupportedList};
@@ -61,7 +62,7 @@ pub struct OutsideStream {
 }
 
 /// What to capture.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct CaptureRequest {
     /// The container's init, as this process numbers it.
     pub init: Pid,
@@ -69,6 +70,8 @@ pub struct CaptureRequest {
     pub outside: Vec<OutsideStream>,
     /// The names that the container was given.
     pub names: GivenNames,
+    /// Whether memory may be left in forks, to be read when the container runs again.
+    pub snapshot: Option<SnapshotRequest>,
 }
 
 /// A container at one instant, still stopped.
@@ -81,6 +84,8 @@ pub struct Captured {
     pub leased: LeasedFiles,
     /// Files that somebody, who stands, may store to without a trace.
     pub mapped: MappedFiles,
+    /// What the sink has yet to be given of its memory.
+    pub rest: Rest,
 }
 
 /// What happened, for the user.
@@ -92,6 +97,11 @@ pub struct CaptureReport {
     pub pages: u64,
     /// Stored before.
     pub unchanged_pages: u64,
+    /// Left in forks.
+    pub forked_pages: u64,
+    pub forks: usize,
+    /// Why they were made, or not.
+    pub way: Way,
     /// Processes that had joined from outside and were left out, by name.
     pub sessions: Vec<String>,
     /// While the container ran.
@@ -99,12 +109,14 @@ pub struct CaptureReport {
     pub freeze: Duration,
     pub collect: Duration,
     pub copy: Duration,
+    /// Of it, for forks.
+    pub fork: Duration,
 }
 
 /// Stops a container and passes all it consists of to `sink`; files of its root are the caller's business, while it is stopped.
 /// Memory that `tracking` knows to be stored is not copied again.
 ///
-/// Success: the container is stopped, and `sink` has taken everything. Failure: the container runs, unharmed, and
+/// Success: the container is stopped, and `sink` has taken everything but the [`Rest`]. Failure: the container runs, unharmed, and
 /// `tracking` still knows all that no capsule has.
 /// `thaw` is called as [`FrozenTree::stop`] says.
 pub fn capture(
@@ -141,6 +153,7 @@ pub fn capture(
     let begun = Instant::now();
     let mut report = CaptureReport { prepare, freeze, collect, ..CaptureReport::default() };
     tracking.attach(&mut frozen)?;
+    snapshot::take_ended(&mut frozen);
     let mut members = Vec::new();
     let mut tracked = tracking.by_process();
     for (pid, record) in &mut processes {
@@ -149,9 +162,15 @@ pub fn capture(
         report.threads += alive.threads.len();
         members.push(PrivateMemory::of(process, alive, tracked.remove(pid))?);
     }
-    let copied = copy_on_write::copy_private(members, sink)?;
-    report.pages = copied.pages;
+    let (copied, planned) = copy_on_write::copy_private(members, request.snapshot.as_ref(), sink)?;
+    let (rest, forked) = planned.carry_out(&mut frozen, sink)?;
+    report.pages = copied.pages + forked.copied;
     report.unchanged_pages = copied.unchanged;
+    (report.forks, report.forked_pages) = (forked.forks, forked.pages);
+    (report.way, report.fork) = (forked.way, forked.took);
+    if forked.forks > 0 {
+        phase::reached(Phase::Forked);
+    }
     for (content, space, bytes) in &tables.contents {
         report.pages += content.copy(&tables.leased, *space, *bytes, sink)?;
     }
@@ -188,7 +207,7 @@ pub fn capture(
         posix_queues: tables.posix_queues.records,
     };
     let (leased, mapped) = (tables.leased, tables.mapped_for_writing);
-    Ok(Captured { container, frozen, report, leased, mapped })
+    Ok(Captured { container, frozen, report, leased, mapped, rest })
 }
 
 /// Records of all processes by the engine's number.

@@ -26,6 +26,7 @@ use crate::memory::{self, Batcher, Copied, OwnRun, PAGE, PrivateMemory, write_ru
 use crate::plan::Step;
 use crate::restore::RestoreError;
 use crate::root::Root;
+use crate::snapshot::{Cost, Planned, SnapshotRequest};
 use crate::tracee::Process;
 
 /// Memory is looked at in windows of this size: what is noted of them takes 16 bytes a page and process.
@@ -41,13 +42,21 @@ struct Piece {
 }
 
 /// Copies the private memory of stopped processes, what they have in common once, and nothing that has been stored already.
+///
+/// With `request`, what is to be read from forks is not copied, but named in the second result. The sink has been told of it as of pages
+/// that are unchanged: they have to be passed as drafts of their bases.
 pub(crate) fn copy_private(
     mut members: Vec<PrivateMemory<'_>>,
+    request: Option<&SnapshotRequest>,
     sink: &mut dyn Sink,
-) -> Result<Copied, CaptureError> {
+) -> Result<(Copied, Planned), CaptureError> {
     let bases: Vec<Option<BaseId>> =
         members.iter_mut().map(|member| member.base(sink)).collect::<Result<_, _>>()?;
+    let room = sink.room();
     let mut batcher = Batcher::new(sink);
+    // Pages to copy, where it has to be known first how many there are.
+    let mut dirty = Vec::new();
+    let mut groups = Groups::default();
     // Those that have something left, by where it begins.
     let mut queue = BTreeSet::new();
     for (index, member) in members.iter_mut().enumerate() {
@@ -62,25 +71,135 @@ pub(crate) fn copy_private(
             parts.insert(index, member.take_below(end)?);
             queue.extend(member.peek()?.map(|start| (start, index)));
         }
-        let mut spaces: Arc<[SpaceId]> = [].into();
-        let mut last: Option<Rc<[usize]>> = None;
         for Piece { run, owners, clean } in pieces(&members, parts)? {
-            let member = |index: &usize| members.get(*index);
-            if last.as_ref().is_none_or(|last| *last != owners) {
-                spaces = owners.iter().filter_map(member).map(|member| member.space).collect();
-                last = Some(owners.clone());
-            }
+            let number = groups.number_of(owners, &members);
+            let Some(group) = groups.get(number) else { continue };
             let base = clean.and_then(|owner| bases.get(owner).copied().flatten());
-            match (base, owners.first().and_then(member)) {
+            match (base, members.get(group.reader)) {
                 (Some(base), _) => batcher
-                    .unchanged(&spaces, base, run)
+                    .unchanged(&group.spaces, base, run)
                     .map_err(|source| CaptureError::Sink { source })?,
-                (None, Some(first)) => first.copy(run, &spaces, &mut batcher)?,
+                (None, Some(_)) if request.is_some() => dirty.push(Dirty::new(run, number)),
+                (None, Some(reader)) => reader.copy(run, &group.spaces, &mut batcher)?,
                 (None, None) => {}
             }
         }
     }
-    batcher.finish().map_err(|source| CaptureError::Sink { source })
+    let planned = match request {
+        Some(request) => {
+            copy_or_plan(&members, &dirty, &groups, bases, request, room, &mut batcher)?
+        }
+        None => Planned::default(),
+    };
+    let copied = batcher.finish().map_err(|source| CaptureError::Sink { source })?;
+    Ok((copied, planned))
+}
+
+/// Copies what no fork is to be made for, and returns the rest.
+fn copy_or_plan(
+    members: &[PrivateMemory<'_>],
+    dirty: &[Dirty],
+    groups: &Groups,
+    mut bases: Vec<Option<BaseId>>,
+    request: &SnapshotRequest,
+    room: u64,
+    batcher: &mut Batcher<'_>,
+) -> Result<Planned, CaptureError> {
+    let failed = |source| CaptureError::Sink { source };
+    let mut to_copy = vec![0; members.len()];
+    for one in dirty {
+        let reader = groups.get(one.group).and_then(|group| to_copy.get_mut(group.reader));
+        if let Some(pages) = reader {
+            *pages += one.pages();
+        }
+    }
+    let costs = members.iter().zip(to_copy);
+    let costs: Vec<Cost> = costs.map(|(member, pages)| Cost::of(member.pid, pages)).collect();
+    let (forks, way) = request.choose(&costs, room / PAGE);
+    let mut planned = Planned::new(way);
+    for (base, fork) in bases.iter_mut().zip(&forks) {
+        if *fork && base.is_none() {
+            *base = Some(batcher.new_base().map_err(failed)?);
+        }
+    }
+    for one in dirty {
+        let Some(Group { reader: index, spaces, .. }) = groups.get(one.group) else { continue };
+        let Some(reader) = members.get(*index) else { continue };
+        let run = one.run();
+        let is_forked = forks.get(*index).is_some_and(|fork| *fork) && reader.is_forked(&run);
+        match bases.get(*index).copied().flatten().filter(|_| is_forked) {
+            Some(base) => {
+                batcher.unchanged_later(spaces, base, run).map_err(failed)?;
+                planned.add(reader.pid, base, run);
+            }
+            None => reader.copy(run, spaces, batcher)?,
+        }
+    }
+    Ok(planned)
+}
+
+/// Processes that have pages in common: who they are, who of them is read, and their spaces.
+struct Group {
+    owners: Rc<[usize]>,
+    reader: usize,
+    spaces: Arc<[SpaceId]>,
+}
+
+/// All groups that have been seen, by number.
+#[derive(Default)]
+struct Groups {
+    all: Vec<Group>,
+    numbers: BTreeMap<Rc<[usize]>, u32>,
+    last: u32,
+}
+
+impl Groups {
+    fn get(&self, number: u32) -> Option<&Group> {
+        self.all.get(number as usize)
+    }
+
+    fn number_of(&mut self, owners: Rc<[usize]>, members: &[PrivateMemory<'_>]) -> u32 {
+        // As a rule it is the same one as before.
+        if self.get(self.last).is_some_and(|group| group.owners == owners) {
+            return self.last;
+        }
+        let Groups { all, numbers, last } = self;
+        *last = *numbers.entry(owners.clone()).or_insert_with(|| {
+            let spaces = owners.iter().filter_map(|index| members.get(*index));
+            let spaces = spaces.map(|member| member.space).collect();
+            let reader = owners.first().copied().unwrap_or_default();
+            all.push(Group { owners, reader, spaces });
+            u32::try_from(all.len() - 1).expect("there are fewer groups than pages")
+        });
+        *last
+    }
+}
+
+/// Pages to copy, in few bytes.
+#[derive(Clone, Copy, Debug)]
+struct Dirty {
+    start: u64,
+    /// Number of pages, and whether those of zeros count.
+    pages_exact: u32,
+    /// Whose they are.
+    group: u32,
+}
+
+impl Dirty {
+    /// A piece lies in a window, so its pages are few.
+    fn new(run: OwnRun, group: u32) -> Dirty {
+        let pages = u32::try_from((run.end - run.start) / PAGE).expect("a window");
+        Dirty { start: run.start, pages_exact: pages << 1 | u32::from(run.exact), group }
+    }
+
+    fn pages(self) -> u64 {
+        u64::from(self.pages_exact >> 1)
+    }
+
+    fn run(self) -> OwnRun {
+        let end = self.start + self.pages() * PAGE;
+        OwnRun { start: self.start, end, exact: self.pages_exact & 1 != 0, clean: false }
+    }
 }
 
 /// Says whom the pages of a window belong to, in ascending order for each process.

@@ -18,6 +18,7 @@ use samara_kernel::{Pid, proc};
 
 use crate::inotify;
 use crate::restart::{self, Sleeper};
+use crate::snapshot;
 use crate::tracee::{self, OwnState, Process, Thread, TraceeError, failed};
 
 /// Why a container could not be stopped. It runs on in every case.
@@ -84,6 +85,10 @@ pub struct FrozenTree {
     pub(crate) sleepers: BTreeMap<Pid, Sleeper>,
     /// What must not tell of the capture when the container goes on.
     pub(crate) watchers: Vec<inotify::Watcher>,
+    /// What is left of forks of an engine that was killed: maker, and number in the pid namespace.
+    pub(crate) ended_forks: Vec<(Pid, Pid)>,
+    /// Other threads of the container run.
+    pub(crate) is_part: bool,
 }
 
 impl FrozenTree {
@@ -110,6 +115,7 @@ impl FrozenTree {
             init,
             namespace: proc::namespace(init, "pid").map_err(discover)?,
             view: view.ok(),
+            only: None,
             inside: BTreeSet::new(),
             running: BTreeMap::new(),
             stopped: BTreeMap::new(),
@@ -127,6 +133,30 @@ impl FrozenTree {
                 break;
             }
         }
+        freezer.into_tree()
+    }
+
+    /// Stops one thread of a process, and what it makes meanwhile; the others run on. No longer than a moment is waited for it.
+    ///
+    /// # Errors
+    /// All run on.
+    pub(crate) fn stop_thread(pid: Pid, tid: Pid) -> Result<FrozenTree, FreezeError> {
+        const STOP_MAX: Duration = Duration::from_millis(500);
+        let mut freezer = Freezer {
+            init: pid,
+            namespace: proc::namespace(pid, "pid").map_err(discover)?,
+            view: None,
+            only: Some(tid),
+            inside: BTreeSet::new(),
+            running: BTreeMap::new(),
+            stopped: BTreeMap::new(),
+            zombies: BTreeSet::new(),
+            deadline: Instant::now() + STOP_MAX,
+            stopped_at: Instant::now(),
+            sleepers: BTreeMap::new(),
+        };
+        freezer.seize_new(Halted::Too)?;
+        freezer.wait_for_stops()?;
         freezer.into_tree()
     }
 
@@ -236,6 +266,8 @@ struct Freezer {
     namespace: (u64, u64),
     /// Shows the namespace's processes and no others, where the kernel can do that.
     view: Option<View>,
+    /// Of the process `init` this thread alone is stopped.
+    only: Option<Pid>,
     /// Processes that were seen to be in the namespace itself, and not in one below it. They can't leave it.
     inside: BTreeSet<Pid>,
     /// Seized and asked to stop: thread to process, and since when.
@@ -272,14 +304,19 @@ impl Freezer {
     fn seize_new(&mut self, halted: Halted) -> Result<usize, FreezeError> {
         self.zombies.clear();
         let mut new = Vec::new();
-        for pid in self.members()? {
+        let members = match self.only {
+            Some(_) => vec![self.init],
+            None => self.members()?,
+        };
+        for pid in members {
             if halted == Halted::Later && proc::stat(pid).is_ok_and(|stat| stat.state == 'T') {
                 continue;
             }
             let Ok(threads) = proc::threads(pid) else { continue };
-            new.extend(threads.into_iter().map(|tid| (pid, tid)).filter(|(_, tid)| {
-                !self.running.contains_key(tid) && !self.stopped.contains_key(tid)
-            }));
+            let wanted = |tid: &Pid| self.only.is_none_or(|only| only == *tid);
+            new.extend(threads.into_iter().filter(wanted).map(|tid| (pid, tid)).filter(
+                |(_, tid)| !self.running.contains_key(tid) && !self.stopped.contains_key(tid),
+            ));
         }
         for (_, tid) in &new {
             // Whoever wakes from here on is found out by [`Sleeper::still_slept`].
@@ -509,7 +546,7 @@ impl Freezer {
                 continue;
             };
             if now > self.deadline {
-                let waited = FREEZE_MAX;
+                let waited = now.duration_since(self.stopped_at);
                 return Err(FreezeError::Late {
                     pid,
                     tid,
@@ -575,6 +612,8 @@ impl Freezer {
             stopped_at: self.stopped_at,
             sleepers: std::mem::take(&mut self.sleepers),
             watchers: Vec::new(),
+            ended_forks: Vec::new(),
+            is_part: self.only.is_some(),
         };
         let parents: BTreeMap<Pid, Pid> = threads
             .keys()
@@ -590,12 +629,13 @@ impl Freezer {
                 tree.sessions.insert(pid, process);
             }
         }
-        tree.zombies = self
-            .zombies
-            .iter()
-            .filter(|pid| descends(**pid, self.init, &parents))
-            .map(|pid| Zombie { pid: *pid })
-            .collect();
+        for pid in self.zombies.iter().copied() {
+            if let Some(fork) = snapshot::ended_fork(pid) {
+                tree.ended_forks.push(fork);
+            } else if descends(pid, self.init, &parents) {
+                tree.zombies.push(Zombie { pid });
+            }
+        }
         Ok(tree)
     }
 }

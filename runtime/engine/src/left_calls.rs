@@ -24,14 +24,14 @@ struct LeftCall {
     place: [u64; 8],
     /// When it began, by the host's `CLOCK_MONOTONIC` in nanoseconds. `None`: nobody knows.
     since_ns: Option<u64>,
+    /// When the thread went on, or later. `None`: it has not yet.
+    released_ns: Option<u64>,
 }
 
 /// What one capture has left to the kernel, for the next one.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct LeftCalls {
     calls: Vec<LeftCall>,
-    /// When the threads went on, or later. `None`: they have not yet.
-    released_ns: Option<u64>,
 }
 
 /// A thread that sleeps since no later than this after it went on has done nothing else in between. One that was stopped by others
@@ -45,7 +45,10 @@ impl LeftCalls {
 
     /// The threads go on now, unless that was said before.
     pub(crate) fn released(&mut self) {
-        self.released_ns = self.released_ns.or(clocks::monotonic_ns(Instant::now()));
+        let now_ns = clocks::monotonic_ns(Instant::now());
+        for call in &mut self.calls {
+            call.released_ns = call.released_ns.or(now_ns);
+        }
     }
 
     /// Says of threads that stand in `restart_syscall`, or right before it, what call that is, and in `slept` since when it lasts. Then
@@ -60,9 +63,17 @@ impl LeftCalls {
             number: thread.stop.orig_rax.cast_signed(),
             place: place(&thread.stop),
             since_ns: since_ns(thread.tid),
+            released_ns: None,
         });
         let known = calls.filter(|call| call.number != libc::SYS_restart_syscall);
-        *self = LeftCalls { calls: known.collect(), released_ns: None };
+        let known: Vec<LeftCall> = known.collect();
+        // What is known of threads that have not been stopped stays.
+        let stopped = |tid: Pid| {
+            let mut threads = frozen.processes.values().flat_map(|process| &process.threads);
+            threads.any(|thread| thread.tid == tid)
+        };
+        self.calls.retain(|call| frozen.is_part && !stopped(call.tid));
+        self.calls.extend(known);
     }
 
     fn recall(&self, frozen: &mut FrozenTree, slept: &mut BTreeMap<Pid, Slept>) {
@@ -90,7 +101,7 @@ impl LeftCalls {
                     continue;
                 };
                 if let Some(since) =
-                    known.and_then(|known| self.since(known, slept.get(&tid), stopped_at))
+                    known.and_then(|known| since(known, slept.get(&tid), stopped_at))
                 {
                     let elapsed = stopped_at.saturating_duration_since(since);
                     let slept = slept.entry(tid).or_default();
@@ -103,19 +114,14 @@ impl LeftCalls {
             }
         }
     }
+}
 
-    /// When a call began, if it is sure to be the one that was noted.
-    fn since(
-        &self,
-        known: &LeftCall,
-        slept: Option<&Slept>,
-        stopped_at: Instant,
-    ) -> Option<Instant> {
-        let asleep_since = slept.and_then(|slept| slept.since).unwrap_or(stopped_at);
-        let released = clocks::instant(self.released_ns?)?;
-        (asleep_since <= released + BACK_ASLEEP_MAX).then_some(())?;
-        clocks::instant(known.since_ns?)
-    }
+/// When a call began, if it is sure to be the one that was noted.
+fn since(known: &LeftCall, slept: Option<&Slept>, stopped_at: Instant) -> Option<Instant> {
+    let asleep_since = slept.and_then(|slept| slept.since).unwrap_or(stopped_at);
+    let released = clocks::instant(known.released_ns?)?;
+    (asleep_since <= released + BACK_ASLEEP_MAX).then_some(())?;
+    clocks::instant(known.since_ns?)
 }
 
 fn place(stop: &Registers) -> [u64; 8] {
@@ -138,8 +144,8 @@ fn number_in_code(code: &[u8]) -> Option<i64> {
 mod tests {
     use super::*;
 
-    fn call(number: i64, since_ns: Option<u64>) -> LeftCall {
-        LeftCall { tid: 7, number, place: [0; 8], since_ns }
+    fn call(number: i64, since_ns: Option<u64>, released_ns: u64) -> LeftCall {
+        LeftCall { tid: 7, number, place: [0; 8], since_ns, released_ns: Some(released_ns) }
     }
 
     /// A later call with the same arguments that somebody else has interrupted must not end early.
@@ -149,16 +155,15 @@ mod tests {
         let ns = |ago: u64| {
             clocks::monotonic_ns(now - Duration::from_secs(ago)).expect("the machine is older")
         };
-        let left = LeftCalls { calls: Vec::new(), released_ns: Some(ns(20)) };
         let asleep_since =
             |ago: u64| Slept { since: Some(now - Duration::from_secs(ago)), ..Slept::default() };
-        let noted = call(libc::SYS_poll, Some(ns(30)));
-        let same = left.since(&noted, Some(&asleep_since(20)), now).expect("the same call");
+        let noted = call(libc::SYS_poll, Some(ns(30)), ns(20));
+        let same = since(&noted, Some(&asleep_since(20)), now).expect("the same call");
         let ago = now.duration_since(same);
         assert!(ago.abs_diff(Duration::from_secs(30)) < Duration::from_millis(1), "{ago:?}");
-        assert_eq!(left.since(&noted, Some(&asleep_since(10)), now), None);
-        assert_eq!(left.since(&noted, None, now), None);
-        assert_eq!(left.since(&call(libc::SYS_poll, None), Some(&asleep_since(20)), now), None);
+        assert_eq!(since(&noted, Some(&asleep_since(10)), now), None);
+        assert_eq!(since(&noted, None, now), None);
+        assert_eq!(since(&call(libc::SYS_poll, None, ns(20)), Some(&asleep_since(20)), now), None);
     }
 
     #[test]

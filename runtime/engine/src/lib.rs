@@ -37,6 +37,7 @@ mod ranges;
 mod restart;
 pub mod restore;
 mod root;
+pub mod snapshot;
 mod socket_options;
 mod sockets;
 mod sqlite;

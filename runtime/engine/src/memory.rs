@@ -439,6 +439,22 @@ impl<'a> Batcher<'a> {
         self.sink.unchanged(spaces, base, pages, run.exact)
     }
 
+    /// As [`Batcher::unchanged`], for pages that `base` is going to have; they have changed.
+    pub(crate) fn unchanged_later(
+        &mut self,
+        spaces: &Arc<[SpaceId]>,
+        base: BaseId,
+        run: OwnRun,
+    ) -> io::Result<()> {
+        let pages = PageRun { first: run.start / PAGE, count: (run.end - run.start) / PAGE };
+        self.sink.unchanged(spaces, base, pages, run.exact)
+    }
+
+    /// A base that has nothing.
+    pub(crate) fn new_base(&mut self) -> io::Result<BaseId> {
+        self.sink.base(None)
+    }
+
     fn flush(&mut self) -> io::Result<()> {
         if self.runs.is_empty() {
             return Ok(());
@@ -469,11 +485,13 @@ pub(crate) struct OwnRun {
 
 /// Goes through the private memory of a stopped process in ascending order, and fills in the guard ranges of its records.
 pub(crate) struct PrivateMemory<'a> {
-    pid: Pid,
+    pub(crate) pid: Pid,
     memory: &'a File,
     pub(crate) space: SpaceId,
     pub(crate) pagemap: Pagemap,
     tracked: Option<&'a mut TrackedMemory>,
+    /// What a fork does not have: start and end.
+    unforked: Vec<(u64, u64)>,
     mappings: std::slice::IterMut<'a, record::Mapping>,
     /// The mapping that is looked at, and the address up to which that is done.
     current: Option<(&'a mut record::Mapping, u64)>,
@@ -489,12 +507,37 @@ impl<'a> PrivateMemory<'a> {
         let pid = process.pid;
         let pagemap = Pagemap::open(pid).map_err(read(format!("/proc/{pid}/pagemap")))?;
         let space = SpaceId(alive.space);
+        // Pages of hugetlbfs may be taken away from a fork.
+        let is_unforked = |mapping: &&record::Mapping| {
+            let huge =
+                matches!(mapping.backing, Backing::Anonymous { huge_page_bytes: Some(_), .. });
+            mapping.advice.dont_fork || mapping.advice.wipe_on_fork || huge
+        };
+        let unforked = alive.mappings.iter().filter(is_unforked);
+        let unforked = unforked.map(|mapping| (mapping.start, mapping.end)).collect();
         let (mappings, found) = (alive.mappings.iter_mut(), VecDeque::new());
         let memory = &process.memory;
         if let Some(tracked) = &mut tracked {
             tracked.set_space(space);
         }
-        Ok(PrivateMemory { pid, memory, space, pagemap, tracked, mappings, current: None, found })
+        let current = None;
+        Ok(PrivateMemory {
+            pid,
+            memory,
+            space,
+            pagemap,
+            tracked,
+            unforked,
+            mappings,
+            current,
+            found,
+        })
+    }
+
+    /// Whether a fork of the process has these pages too.
+    pub(crate) fn is_forked(&self, run: &OwnRun) -> bool {
+        let next = self.unforked.partition_point(|(_, end)| *end <= run.start);
+        self.unforked.get(next).is_none_or(|(start, _)| *start >= run.end)
     }
 
     /// Where clean pages are; none where nothing is tracked.

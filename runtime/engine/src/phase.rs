@@ -16,10 +16,14 @@ pub enum Phase {
     CopiedAhead,
     Stopped,
     Collected,
+    /// Memory is left in forks, to be read when the container runs. Only where there are any.
+    Forked,
     Copied,
     FilesCopied,
     /// Only where the container stays.
     Thawed,
+    /// The forks have been read and have ended. Only where there were any.
+    Drained,
     /// The manifest and the slot of the log.
     Committed,
     /// Of a restore: a capsule that nothing stands against; its epoch has been taken.
@@ -71,9 +75,11 @@ impl Phase {
             Phase::CopiedAhead => "copied-ahead",
             Phase::Stopped => "stopped",
             Phase::Collected => "collected",
+            Phase::Forked => "forked",
             Phase::Copied => "copied",
             Phase::FilesCopied => "files-copied",
             Phase::Thawed => "thawed",
+            Phase::Drained => "drained",
             Phase::Committed => "committed",
             Phase::Opened => "opened",
             Phase::RootMade => "root-made",

@@ -12,6 +12,10 @@ impl Ranges {
         Ranges(vec![(0, u64::MAX)])
     }
 
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Adds `start..end`. Takes least where it lies behind the others, as it does for who goes through an address space.
     pub(crate) fn add(&mut self, start: u64, end: u64) {
         if start >= end {

@@ -634,6 +634,54 @@ impl Process {
         self.outcome(result.rax, what)
     }
 
+    /// Makes a process that has the memory of this one as it is now, and nothing else of it. It stands, and ends with this process, its
+    /// tracer. Its maker is not told of its end, and no wait finds it but one for all kinds of children (`__WALL`).
+    ///
+    /// Returns its number, and the one that it has in its pid namespace.
+    pub(crate) fn fork(&mut self, name: &[u8; 16]) -> Result<(Pid, Pid), TraceeError> {
+        let pid = self.pid;
+        let no_room = |why| TraceeError::NoRoom { pid, why };
+        let filtered = proc::status(pid).map_or(true, |status| status.seccomp != 0);
+        if filtered && !self.threads.first().is_some_and(|thread| thread.unfiltered) {
+            return Err(no_room("its seccomp filter stands in the way"));
+        }
+        let whole = self.room.filter(|room| room.bytes == PADDING_BYTES);
+        let address = whole.map(|room| room.end - room.bytes as u64);
+        let address = address.ok_or(no_room("it has no vdso that it may run"))?;
+        // Shows that the padding is ours.
+        self.write(self.stub_address()?, &ONCE_PREFIX)?;
+        let thread = self.threads.first().ok_or(no_room("it has no thread"))?;
+        let after = restart::explicit(&thread.stop);
+        self.write(address, &tape::forking(&after, thread.mask, name))?;
+        // The table of descriptors in common until the new process makes an empty one: nothing is opened or closed by it.
+        let flags = u64::from(libc::CLONE_FILES.unsigned_abs());
+        let (rax, orig_rax) = (libc::SYS_clone.unsigned_abs(), u64::MAX);
+        let (rip, eflags) = (address, after.eflags & !TRAP_FLAG);
+        let (rdi, rsi, rdx, r10, r8) = (flags, 0, 0, 0, 0);
+        let start = Registers { rip, rax, rdi, rsi, rdx, r10, r8, orig_rax, eflags, ..after };
+        let mut born = Vec::new();
+        let thread = self.threads.first_mut().ok_or(no_room("it has no thread"))?;
+        let end = thread.run(&start, &after, Until::Calls(1), 0, &mut born)?;
+        let inner = self.outcome(end.rax, "be copied by a fork")?;
+        let inner = Pid::try_from(inner).map_err(|_| no_room("its copy has no number"))?;
+        let child = born.first().copied().ok_or(no_room("its copy is not told of"))?;
+        Ok((child, inner))
+    }
+
+    /// Takes what is left of an ended process that [`Process::fork`] has made, or nothing.
+    pub(crate) fn reap(&mut self, inner: Pid) -> Result<(), TraceeError> {
+        let options = u64::from((libc::WNOHANG | libc::__WALL).unsigned_abs());
+        let arguments = [u64::from(inner.unsigned_abs()), 0, options, 0, 0, 0];
+        match self.once(libc::SYS_wait4, arguments, "take an ended process") {
+            Err(TraceeError::Call { source, .. })
+                if source.raw_os_error() == Some(libc::ECHILD) =>
+            {
+                Ok(())
+            }
+            other => other.map(drop),
+        }
+    }
+
     /// Where [`tape::once`]'s code goes: at the end of the room's last page, if nothing but padding is there.
     fn stub_address(&self) -> Result<u64, TraceeError> {
         self.stub_in(self.room)

@@ -493,7 +493,7 @@ fn same_memory(a: Pid, b: Pid) -> bool {
 }
 
 /// Pages that a process has beside those of files and shared memory, about.
-fn own_pages(pid: Pid) -> u64 {
+pub(crate) fn own_pages(pid: Pid) -> u64 {
     let text = fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();
     let mut fields = text.split(' ').skip(1).map(|field| field.parse::<u64>().unwrap_or(0));
     let (resident, of_files) = (fields.next().unwrap_or(0), fields.next().unwrap_or(0));
@@ -693,8 +693,8 @@ impl TrackedMemory {
     }
 }
 
-/// Collects pages of a running process into batches.
-struct Draft<'a> {
+/// Collects pages of a process into batches for a base.
+pub(crate) struct Draft<'a> {
     sink: &'a mut dyn Sink,
     base: BaseId,
     exact: bool,
@@ -703,13 +703,13 @@ struct Draft<'a> {
 }
 
 impl<'a> Draft<'a> {
-    fn new(base: BaseId, exact: bool, sink: &'a mut dyn Sink) -> Draft<'a> {
+    pub(crate) fn new(base: BaseId, exact: bool, sink: &'a mut dyn Sink) -> Draft<'a> {
         let bytes = Vec::new();
         Draft { sink, base, exact, runs: Vec::new(), bytes }
     }
 
     /// Copies a range, and adds to `unstored` what can't be read. Returns the number of pages.
-    fn copy(
+    pub(crate) fn copy(
         &mut self,
         memory: &File,
         start: u64,
@@ -755,7 +755,7 @@ impl<'a> Draft<'a> {
             .map_err(|source| CaptureError::Sink { source })
     }
 
-    fn finish(mut self) -> Result<(), CaptureError> {
+    pub(crate) fn finish(mut self) -> Result<(), CaptureError> {
         self.flush()
     }
 }

@@ -18,7 +18,6 @@ use samara_capsule::transfer::{
     StoredSegment, StreamName,
 };
 use samara_engine::capture::{CaptureRequest, Captured, capture};
-use samara_engine::names::GivenNames;
 use samara_engine::restore::{RestoreError, RestoreRequest, restore};
 use samara_engine::tracking::Tracking;
 use samara_engine::{Confinement, SeccompPolicy};
@@ -222,7 +221,7 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 fn snapshot(init: i32) -> (Memory, Captured) {
     let mut memory = Memory::default();
-    let request = CaptureRequest { init, outside: Vec::new(), names: GivenNames::default() };
+    let request = CaptureRequest { init, ..CaptureRequest::default() };
     let captured = capture(&request, &mut Tracking::default(), &mut || Ok(()), &mut memory)
         .unwrap_or_else(|error| panic!("{}", chain(&error)));
     (memory, captured)

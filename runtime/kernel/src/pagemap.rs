@@ -187,7 +187,7 @@ impl Pagemap {
         let scanning = Scanning { wanted: PAGE_IS_FILE, ..Scanning::default() };
         let (count, walk_end) = self.scan_once(start, end, &mut regions, scanning)?;
         let runs = regions.iter().take(count).map(|region| region.run(false));
-        Ok((runs.collect(), if walk_end <= start { end } else { walk_end }))
+        Ok((runs.collect(), walk_end))
     }
 
     /// As [`Pagemap::populated_some`], in a part of one mapping that a [`WriteTracker`](crate::userfaultfd::WriteTracker) covers: pages that
@@ -217,7 +217,7 @@ impl Pagemap {
             let run = region.run(true);
             Run { clean: run.clean && region.categories & swapped == 0, ..run }
         });
-        Ok((runs.collect(), if walk_end <= start { end } else { walk_end }))
+        Ok((runs.collect(), walk_end))
     }
 
     /// As [`Pagemap::tracked_some`] of a mapping that is none of a file, where nothing runs that could write to it: in a third of the time.
@@ -247,7 +247,6 @@ impl Pagemap {
             ..PmScanArg::default()
         };
         let (count, walk_end) = self.scan_by(argument, &mut regions)?;
-        let walk_end = if walk_end <= start { end } else { walk_end };
         let mut runs = Vec::new();
         let mut next = start;
         for region in regions.iter().take(count) {
@@ -345,6 +344,9 @@ impl Pagemap {
     }
 
     /// Returns the number of regions that were found, and where the walk has ended.
+    ///
+    /// Where the kernel has had to walk in several parts (its own buffer has 512 regions) it tells the end of the last part but one if the
+    /// last one was walked to its end (fs/proc/task_mmu.c, `do_pagemap_scan`). So what is left of `regions` tells whether all was walked.
     fn scan_by(&self, argument: PmScanArg, regions: &mut [PageRegion]) -> io::Result<(usize, u64)> {
         let mut argument = PmScanArg {
             size: size_of::<PmScanArg>() as u64,
@@ -354,8 +356,12 @@ impl Pagemap {
         };
         // SAFETY: the argument has the size and layout that PAGEMAP_SCAN documents (asserted above), and its vector is `regions`.
         let result = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut argument) };
-        let count = check(result.into())?;
-        Ok((usize::try_from(count).expect("a count"), argument.walk_end))
+        let count = usize::try_from(check(result.into())?).expect("a count");
+        let walk_end = match regions.get(..count).and_then(<[_]>::last) {
+            Some(last) if count == regions.len() => argument.walk_end.max(last.end),
+            _ => argument.end,
+        };
+        Ok((count, walk_end))
     }
 
     fn populated_by_table(&self, start: u64, end: u64) -> io::Result<Vec<Run>> {
@@ -408,6 +414,33 @@ mod tests {
                 );
             }
             assert_eq!(pages, [3, 4, 5, 9], "{scan:?}");
+        }
+    }
+
+    /// Without this, pages would be told twice, and of a page that was written the second time that it was not.
+    #[test]
+    fn tells_each_of_many_pages_once() {
+        const PAGES: usize = 2 * 1300;
+        let mut memory = vec![0u8; 40 << 20];
+        let base = (memory.as_ptr().addr() + 4095) & !4095;
+        let offset = base - memory.as_ptr().addr();
+        for page in (0..PAGES).step_by(2) {
+            memory[offset + page * 4096] = 1;
+        }
+        let base = base as u64;
+        let pagemap =
+            Pagemap::open(i32::try_from(std::process::id()).expect("a pid")).expect("own pagemap");
+        for runs_max in [512, 600, 1024, 1300, 4096] {
+            let (mut next, end) = (base, base + PAGES as u64 * 4096);
+            let mut pages = Vec::new();
+            while next < end {
+                let (runs, after) = pagemap.populated_some(next, end, runs_max).expect("scan");
+                assert!(after > next, "no way forward");
+                pages.extend(runs.iter().map(|run| (run.start - base) / 4096));
+                next = after;
+            }
+            let expected: Vec<u64> = (0..PAGES as u64).step_by(2).collect();
+            assert_eq!(pages, expected, "{runs_max} at a time");
         }
     }
 

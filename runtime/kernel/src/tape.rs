@@ -205,6 +205,42 @@ pub fn closing(to: &Registers, mask: u64, signal: i32) -> (Vec<u8>, u64) {
     by_signal(code, to, mask, signal)
 }
 
+/// Code that makes a process which shares nothing with its maker but what it has not written yet, by the `clone` in the registers with
+/// which the thread starts; the thread ends as [`once`] does. The new process lets go of all descriptors, calls itself `name`, and ends:
+/// its tracer stops it at the last of its [`FORK_CALLS`] calls.
+#[must_use]
+pub fn forking(to: &Registers, mask: u64, name: &[u8; 16]) -> Vec<u8> {
+    const CLOSE_RANGE_UNSHARE: u32 = 2;
+    let mut child = vec![0xb8, 0xb4, 1, 0, 0]; // mov $436, %eax: close_range
+    child.extend([0x31, 0xff]); // xor %edi, %edi
+    child.extend([0xbe, 0xff, 0xff, 0xff, 0xff]); // mov $-1, %esi
+    child.push(0xba); // mov $CLOSE_RANGE_UNSHARE, %edx
+    child.extend(CLOSE_RANGE_UNSHARE.to_le_bytes());
+    child.extend([0x0f, 0x05]); // syscall
+    child.extend([0xb8, 157, 0, 0, 0]); // mov $157, %eax: prctl
+    child.extend([0xbf, 15, 0, 0, 0]); // mov $15, %edi: PR_SET_NAME
+    child.extend([0x48, 0x8d, 0x35, 12, 0, 0, 0]); // lea 12(%rip), %rsi: the name
+    child.extend([0x0f, 0x05]); // syscall
+    child.extend([0xb8, 231, 0, 0, 0]); // mov $231, %eax: exit_group
+    child.extend([0x31, 0xff]); // xor %edi, %edi
+    child.extend([0x0f, 0x05]); // syscall
+    child.push(0xf4); // hlt
+    child.extend(name);
+
+    let mut code = vec![0x0f, 0x05]; // syscall
+    // Without changing the flags, as all of `once`.
+    code.extend([0x48, 0x89, 0xc1]); // mov %rax, %rcx
+    code.extend([0xe3, 2]); // jrcxz over the next
+    code.extend([0xeb, u8::try_from(child.len()).expect("a short jump")]); // jmp behind the child's
+    code.extend(child);
+    code.extend(once(to, mask).iter().skip(2));
+    assert!(code.len() <= OPENING_BYTES, "the largest is the one that opens");
+    code
+}
+
+/// How many calls a process makes that [`forking`]'s code has made, the one by which it ends included.
+pub const FORK_CALLS: usize = 3;
+
 fn by_signal(mut code: Vec<u8>, to: &Registers, mask: u64, signal: i32) -> (Vec<u8>, u64) {
     let offset = signal_offset(code.len());
     code.extend([0xb8, 186, 0, 0, 0, 0x0f, 0x05]); // gettid

@@ -28,9 +28,10 @@ use samara_engine::files::{
 use samara_engine::freeze::FrozenTree;
 use samara_engine::names::GivenNames;
 use samara_engine::phase::{self, Phase};
+use samara_engine::snapshot::SnapshotRequest;
 use samara_kernel::mount_namespace;
 use samara_store::collect::CollectOptions;
-use samara_store::config::ConfigError;
+use samara_store::config::{ConfigError, ForkPolicy, PauseConfig};
 use samara_store::frames::FrameCounts;
 use samara_store::location::{Location, LocationError};
 use samara_store::log::LogError;
@@ -470,6 +471,7 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
         init: record.init.pid,
         outside: outside(&record),
         names: GivenNames { host: spec.hostname().clone(), domain: spec.domainname().clone() },
+        snapshot: snapshot(&node.config.pause, &record).filter(|_| order.leave_running && !paused),
     };
     let mounts = mount_text(record.init.pid)?;
     refuse_own_mounts(record.init.pid, &spec, &mounts)?;
@@ -511,7 +513,7 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
             tracing::warn!(%error, "the container was paused, and could not be paused again");
         }
     };
-    let Captured { container, frozen, report, leased, mapped } = match captured {
+    let Captured { container, frozen, report, leased, mapped, rest } = match captured {
         Ok(captured) => captured,
         Err(error) => {
             refreeze();
@@ -522,9 +524,12 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
     course.divide(&[
         ("stop", report.freeze),
         ("collect", report.collect),
-        ("copy memory", report.copy),
+        ("copy memory", report.copy.saturating_sub(report.fork)),
+        ("fork", report.fork),
     ]);
     (about.memory.copied, about.memory.unchanged) = (report.pages, report.unchanged_pages);
+    (about.memory.forked, about.memory.forks) = (report.forked_pages, report.forks as u64);
+    about.memory.way = report.way.to_string();
     // An error from here on drops `frozen`, which lets the container go on.
     let mounts_now = mount_text(record.init.pid)?;
     // The same mounts are still no others than the specification's.
@@ -581,6 +586,12 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
         phase::reached(Phase::Thawed);
         progress("storing");
         course.ended("go on");
+        if report.forks > 0 {
+            progress("copying from forks");
+            rest.drain(&mut lineage.tracking, &mut writer)?;
+            phase::reached(Phase::Drained);
+            course.ended("memory of forks");
+        }
         let pause_us = Some(course::us(pause));
         let (records, facts) =
             describe(Report { phases: course.into_phases(), pause_us, ..about })?;
@@ -716,6 +727,17 @@ fn end_older_copy(dir: &StateDir, record: &Record, held: &Held, newest: u64) -> 
             error
         }
     }
+}
+
+/// When forks may be made.
+fn snapshot(config: &PauseConfig, record: &Record) -> Option<SnapshotRequest> {
+    let always = match config.fork {
+        ForkPolicy::Never => return None,
+        ForkPolicy::Auto => false,
+        ForkPolicy::Always => true,
+    };
+    let spare_bytes = record.cgroup.spare_memory();
+    Some(SnapshotRequest { budget: config.budget(), always, spare_bytes })
 }
 
 fn outside(record: &Record) -> Vec<OutsideStream> {

@@ -12,6 +12,7 @@ use libcgroups::common::{
     create_cgroup_manager,
 };
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType, LinuxResources};
+use procfs::Current as _;
 use serde::{Deserialize, Serialize};
 
 use crate::process::ProcessIdentity;
@@ -110,6 +111,15 @@ impl Cgroup {
             .find(v1)
             .or_else(|| self.folders.iter().find(v2))
             .map(|folder| folder.path.as_path())
+    }
+
+    /// How much more memory the container could have, in bytes, before a limit of its own or above it counts, or before the host has
+    /// none. What the kernel can take back at once counts as free.
+    pub fn spare_memory(&self) -> u64 {
+        let host = procfs::Meminfo::current().ok().and_then(|info| info.mem_available);
+        let folders = self.folder("memory").into_iter().flat_map(Path::ancestors);
+        let below_root = folders.take_while(|folder| *folder != Path::new(ROOT));
+        below_root.filter_map(spare_below_limit).chain(host).min().unwrap_or(0)
     }
 
     pub fn is_frozen(&self) -> bool {
@@ -444,4 +454,25 @@ fn write(path: &Path, text: &str) -> Result<(), CgroupError> {
         path: path.to_owned(),
         source,
     })
+}
+
+/// What is left below the limit of one memory cgroup, in bytes; none where there is no limit.
+fn spare_below_limit(folder: &Path) -> Option<u64> {
+    let number = |file: &str| -> Option<u64> {
+        std::fs::read_to_string(folder.join(file)).ok()?.trim().parse().ok()
+    };
+    let (limits, usage, cache) = match is_unified() {
+        true => (["memory.max", "memory.high"].as_slice(), "memory.current", "inactive_file"),
+        false => {
+            (["memory.limit_in_bytes"].as_slice(), "memory.usage_in_bytes", "total_inactive_file")
+        }
+    };
+    let limit = limits.iter().filter_map(|file| number(file)).min()?;
+    let statistics = std::fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();
+    let cache = statistics.lines().find_map(|line| {
+        let (name, bytes) = line.split_once(' ')?;
+        (name == cache).then(|| bytes.parse::<u64>().ok())?
+    });
+    let used = number(usage)?.saturating_sub(cache.unwrap_or(0));
+    Some(limit.saturating_sub(used))
 }

@@ -20,7 +20,6 @@ use samara_engine::files::{
     DeviceNodes, FileNotes, GivenNodes, KnownFiles, LeasedFiles, Moment, RootChanges, Segments,
     apply_root, apply_tree, capture_root, capture_tree, store_root, store_tree,
 };
-use samara_engine::names::GivenNames;
 use samara_engine::tracking::Tracking;
 use samara_store::config::StoreConfig;
 use samara_store::writer::CapsuleFacts;
@@ -195,7 +194,7 @@ impl Saving<'_> {
             }
             writer.settle().unwrap();
         }
-        let request = CaptureRequest { init, outside: Vec::new(), names: GivenNames::default() };
+        let request = CaptureRequest { init, ..CaptureRequest::default() };
         let mut tracking = Tracking::default();
         let before = SystemTime::now();
         let captured = capture(&request, &mut tracking, &mut || Ok(()), &mut writer);

@@ -17,8 +17,8 @@ use samara_capsule::config::{Provenance, Requirements};
 use samara_capsule::digest::Digest;
 use samara_capsule::record::{Alive, Backing, Container, ProcessState};
 use samara_capsule::transfer::{PAGE_BYTES, Source, SpaceId};
-use samara_engine::capture::{CaptureError, CaptureRequest, capture};
-use samara_engine::names::GivenNames;
+use samara_engine::capture::{CaptureError, CaptureRequest, Captured, capture};
+use samara_engine::snapshot::SnapshotRequest;
 use samara_engine::tracking::Tracking;
 use samara_kernel::pagemap::Pagemap;
 use samara_store::config::StoreConfig;
@@ -99,18 +99,148 @@ impl Drop for Program {
     }
 }
 
-/// Compares what a capsule holds with what the processes, which stand, have.
-fn compare(program: &Program, container: &Container, reader: &CapsuleReader) -> Result<(), String> {
+/// A page of private memory.
+struct Page {
+    number: u64,
+    place: String,
+    content: Vec<u8>,
+    absent: Absent,
+}
+
+/// What it means that a capsule does not have a page.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Absent {
+    Zeros,
+    OfFile,
+    Wrong,
+}
+
+/// All that a process had at the instant of a capture, as far as a capsule has to hold it.
+struct Process {
+    pages: Vec<Page>,
+    /// The same of shared memory, whose pages count from its beginning.
+    shared: Vec<(usize, u64, Vec<u8>)>,
+    /// Where the kernel writes to whenever a thread goes back to its program.
+    restless: Vec<u64>,
+    space: u32,
+}
+
+impl Process {
+    /// The content of a page but for what the kernel writes all the time: on which processor a thread runs (struct rseq of linux/rseq.h).
+    fn at_rest(&self, number: u64, content: &[u8]) -> Vec<u8> {
+        const RSEQ_BYTES: u64 = 32;
+        let mut content = content.to_vec();
+        for address in &self.restless {
+            let from = address.saturating_sub(number * PAGE).min(PAGE);
+            let to = (address + RSEQ_BYTES).saturating_sub(number * PAGE).min(PAGE);
+            content[from as usize..to as usize].fill(0);
+        }
+        content
+    }
+}
+
+/// Reads the memory of the processes, which stand.
+fn look(program: &Program, container: &Container) -> Result<Vec<(i32, Process)>, String> {
     let pids = program.processes();
+    let mut found = Vec::new();
     for record in &container.processes {
         let ProcessState::Alive(alive) = &record.state else { continue };
         if alive.sharing.memory.is_none() {
             let pid = *pids.get(&record.pid).ok_or(format!("process {} is gone", record.pid))?;
-            compare_memory(pid, alive, container, reader)
-                .map_err(|error| format!("process {}: {error}", record.pid))?;
+            found.push((record.pid, look_at(pid, alive)));
         }
     }
+    Ok(found)
+}
+
+fn look_at(pid: i32, alive: &Alive) -> Process {
+    let memory = std::fs::File::open(format!("/proc/{pid}/mem")).unwrap();
+    let pagemap = Pagemap::open(pid).unwrap();
+    let live = |page: u64| {
+        let mut bytes = vec![0; PAGE_BYTES];
+        memory.read_exact_at(&mut bytes, page * PAGE).map(|()| bytes).unwrap()
+    };
+    let rseq = alive.threads.iter().filter_map(|thread| thread.rseq.as_ref());
+    let restless = rseq.map(|rseq| rseq.address).collect();
+    let mut process =
+        Process { pages: Vec::new(), shared: Vec::new(), restless, space: alive.space };
+    for mapping in &alive.mappings {
+        let exact = match &mapping.backing {
+            Backing::Anonymous { .. } => false,
+            Backing::PrivateFile { .. }
+            | Backing::PrivateUnlinked { .. }
+            | Backing::PrivateMemory { .. } => true,
+            Backing::Shared { memory, offset, .. } => {
+                for run in pagemap.populated(mapping.start, mapping.end).unwrap() {
+                    for page in run.start / PAGE..run.end / PAGE {
+                        let of_object = page - mapping.start / PAGE + offset / PAGE;
+                        process.shared.push((*memory as usize, of_object, live(page)));
+                    }
+                }
+                continue;
+            }
+            _ => continue,
+        };
+        for run in pagemap.populated(mapping.start, mapping.end).unwrap() {
+            for page in (run.start / PAGE..run.end / PAGE).filter(|_| !run.guard) {
+                let place = format!("page {:#x} of {:?}", page * PAGE, mapping.backing);
+                let absent = match (exact, run.file) {
+                    (false, _) => Absent::Zeros,
+                    (true, true) => Absent::OfFile,
+                    (true, false) => Absent::Wrong,
+                };
+                process.pages.push(Page { number: page, place, content: live(page), absent });
+            }
+        }
+    }
+    process
+}
+
+/// Compares what a capsule holds with what the processes had.
+fn compare(
+    processes: &[(i32, Process)],
+    container: &Container,
+    reader: &CapsuleReader,
+) -> Result<(), String> {
+    for (pid, process) in processes {
+        compare_memory(process, container, reader)
+            .map_err(|error| format!("process {pid}: {error}"))?;
+    }
     Ok(())
+}
+
+fn compare_memory(
+    process: &Process,
+    container: &Container,
+    reader: &CapsuleReader,
+) -> Result<(), String> {
+    let zeros = vec![0; PAGE_BYTES];
+    let mut objects = HashMap::new();
+    for (memory, page, there) in &process.shared {
+        let object = objects.entry(*memory).or_insert_with(|| {
+            pages_of(reader, container.shared_memory.get(*memory).unwrap().space)
+        });
+        if object.get(page).unwrap_or(&zeros) != there {
+            return Err(format!("page {page} of shared memory differs"));
+        }
+    }
+    let mut stored = pages_of(reader, process.space);
+    for Page { number, place, content, absent } in &process.pages {
+        let found = match (stored.remove(number), absent) {
+            (Some(found), _) => found,
+            (None, Absent::Zeros) => zeros.clone(),
+            (None, Absent::OfFile) => continue,
+            (None, Absent::Wrong) => return Err(format!("{place} is missing")),
+        };
+        let (found, there) = (process.at_rest(*number, &found), process.at_rest(*number, content));
+        if found != there {
+            return Err(format!("{place} differs: {}", difference(&found, &there)));
+        }
+    }
+    match stored.into_iter().find(|(_, content)| *content != zeros) {
+        Some((page, _)) => Err(format!("page {:#x} is nobody's any more", page * PAGE)),
+        None => Ok(()),
+    }
 }
 
 fn pages_of(reader: &CapsuleReader, space: u32) -> BTreeMap<u64, Vec<u8>> {
@@ -141,67 +271,6 @@ fn difference(found: &[u8], there: &[u8]) -> String {
     )
 }
 
-fn compare_memory(
-    pid: i32,
-    alive: &Alive,
-    container: &Container,
-    reader: &CapsuleReader,
-) -> Result<(), String> {
-    let zeros = vec![0; PAGE_BYTES];
-    let memory = std::fs::File::open(format!("/proc/{pid}/mem")).unwrap();
-    let pagemap = Pagemap::open(pid).unwrap();
-    let mut stored = pages_of(reader, alive.space);
-    let live = |page: u64| {
-        let mut bytes = vec![0; PAGE_BYTES];
-        memory.read_exact_at(&mut bytes, page * PAGE).map(|()| bytes).unwrap()
-    };
-    for mapping in &alive.mappings {
-        let exact = match &mapping.backing {
-            Backing::Anonymous { .. } => false,
-            Backing::PrivateFile { .. }
-            | Backing::PrivateUnlinked { .. }
-            | Backing::PrivateMemory { .. } => true,
-            Backing::Shared { memory, offset, .. } => {
-                let space = container.shared_memory.get(*memory as usize).unwrap().space;
-                let object = pages_of(reader, space);
-                for run in pagemap.populated(mapping.start, mapping.end).unwrap() {
-                    for page in run.start / PAGE..run.end / PAGE {
-                        let of_object = page - mapping.start / PAGE + offset / PAGE;
-                        if object.get(&of_object).unwrap_or(&zeros) != &live(page) {
-                            return Err(format!("page {of_object} of shared memory differs"));
-                        }
-                    }
-                }
-                continue;
-            }
-            _ => continue,
-        };
-        for run in pagemap.populated(mapping.start, mapping.end).unwrap() {
-            if run.guard {
-                continue;
-            }
-            for page in run.start / PAGE..run.end / PAGE {
-                let place = format!("page {:#x} of {:?}", page * PAGE, mapping.backing);
-                let found = stored.remove(&page);
-                match (exact, run.file, found) {
-                    (true, true, None) => {}
-                    (true, false, None) => return Err(format!("{place} is missing")),
-                    (_, _, found) => {
-                        let (found, there) = (found.as_ref().unwrap_or(&zeros), live(page));
-                        if *found != there {
-                            return Err(format!("{place} differs: {}", difference(found, &there)));
-                        }
-                    }
-                }
-            }
-        }
-    }
-    match stored.into_iter().find(|(_, content)| *content != zeros) {
-        Some((page, _)) => Err(format!("page {:#x} is nobody's any more", page * PAGE)),
-        None => Ok(()),
-    }
-}
-
 /// Makes one capsule after the other.
 struct Saving<'a> {
     program: &'a Program,
@@ -213,8 +282,9 @@ struct Saving<'a> {
 }
 
 impl Saving<'_> {
-    /// `ahead`: memory is copied while the program runs; `commits`: the capsule gets into the store.
-    fn save(&mut self, ahead: bool, commits: bool) -> Result<(), String> {
+    /// `ahead`: memory is copied while the program runs; `forks`: what was written is read from forks when it runs on; `commits`: the
+    /// capsule gets into the store.
+    fn save(&mut self, ahead: bool, forks: bool, commits: bool) -> Result<(), String> {
         // As it comes from the process that keeps it.
         let (notes, trackers) = std::mem::take(&mut self.tracking).into_parts(usize::MAX);
         self.tracking = Tracking::from_parts(notes, trackers);
@@ -239,13 +309,22 @@ impl Saving<'_> {
         if ahead {
             self.tracking.copy_ahead(init, &mut writer).map_err(|error| said(&error))?;
         }
-        let request = CaptureRequest { init, outside: Vec::new(), names: GivenNames::default() };
+        let always =
+            SnapshotRequest { budget: Duration::ZERO, always: true, spare_bytes: u64::MAX };
+        let snapshot = forks.then_some(always);
+        let request = CaptureRequest { init, snapshot, ..CaptureRequest::default() };
         let captured = match capture(&request, &mut self.tracking, &mut || Ok(()), &mut writer) {
             Ok(captured) => captured,
             Err(error @ CaptureError::Freeze(_)) => return Err(said(&error)),
             Err(error) => return Err(format!("{error:?}")),
         };
-        self.found.unchanged += captured.report.unchanged_pages;
+        let Captured { container, frozen, report, rest, .. } = captured;
+        self.found.unchanged += report.unchanged_pages;
+        self.found.forked += report.forked_pages;
+        let there = look(self.program, &container)?;
+        frozen.thaw().map_err(|error| said(&error))?;
+        self.tracking.went_on();
+        rest.drain(&mut self.tracking, &mut writer).map_err(|error| said(&error))?;
         if commits {
             let facts = CapsuleFacts {
                 created: SystemTime::now(),
@@ -259,9 +338,9 @@ impl Saving<'_> {
             self.tracking.committed();
             self.last = Some(committed.capsule.digest);
             let reader = CapsuleReader::open(&self.store, &committed.capsule).unwrap();
-            compare(self.program, &captured.container, &reader)?;
+            compare(&there, &container, &reader)?;
         }
-        captured.frozen.thaw().map_err(|error| said(&error))
+        Ok(())
     }
 }
 
@@ -272,6 +351,8 @@ struct Found {
     unchanged: u64,
     /// Of which what has changed was stored.
     differences: u64,
+    /// That were read from forks.
+    forked: u64,
 }
 
 /// One run of the program, and capsules of it.
@@ -287,8 +368,8 @@ fn run(program: &Path, seed: u64, operations: u64, capsules: usize) -> Result<Fo
     for number in 0..capsules {
         let pause = (seed.wrapping_mul(31).wrapping_add(number as u64 * 7919)) % 8000;
         std::thread::sleep(Duration::from_micros(pause));
-        let (ahead, commits) = (number % 4 != 3, number % 7 != 5);
-        let result = saving.save(ahead, commits);
+        let (ahead, forks, commits) = (number % 4 != 3, number % 3 == 1, number % 7 != 5);
+        let result = saving.save(ahead, forks, commits);
         result.map_err(|error| {
             let said = program.complaint().unwrap_or_default();
             format!("seed {seed}, capsule {number}: {error} {said}")
@@ -322,6 +403,7 @@ fn every_increment_holds_what_was_there() {
             Ok(found) => {
                 all.unchanged += found.unchanged;
                 all.differences += found.differences;
+                all.forked += found.forked;
             }
             Err(error) => {
                 eprintln!("{error}; looking for the operations that it takes");
@@ -335,5 +417,6 @@ fn every_increment_holds_what_was_there() {
         }
     }
     assert!(all.unchanged > 0, "nothing was tracked");
+    assert!(all.forked > 0, "no fork was made");
     assert!(all.differences > 0, "every page that was written was stored as a whole");
 }

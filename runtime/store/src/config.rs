@@ -51,6 +51,8 @@ const CONFIG_BYTES_MAX: u64 = 1 << 20;
 /// A call to a store ends within this time if the configuration doesn't say otherwise: long enough for a pack of 8 MiB
 /// at 2 Mbit/s, short enough for somebody who waits.
 pub const TIMEOUT_DEFAULT: Duration = Duration::from_secs(60);
+/// About what the fork of a process with a GiB in small pages takes.
+pub const PAUSE_BUDGET_MS_DEFAULT: u64 = 10;
 
 /// The whole file.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -58,6 +60,37 @@ pub const TIMEOUT_DEFAULT: Duration = Duration::from_secs(60);
 pub struct NodeConfig {
     #[serde(default)]
     pub store: StoreConfig,
+    #[serde(default)]
+    pub pause: PauseConfig,
+}
+
+/// `[pause]`: how short captures are to keep containers standing.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PauseConfig {
+    /// How long copying of memory may take, as expected, before a fork is made in its place.
+    pub budget_ms: Option<u64>,
+    #[serde(default)]
+    pub fork: ForkPolicy,
+}
+
+/// Whether a fork of a process may be the snapshot of its memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ForkPolicy {
+    /// Where copying is expected to take longer than the budget, and than the fork.
+    #[default]
+    Auto,
+    Never,
+    /// Wherever there is memory for it.
+    Always,
+}
+
+impl PauseConfig {
+    #[must_use]
+    pub fn budget(&self) -> Duration {
+        Duration::from_millis(self.budget_ms.unwrap_or(PAUSE_BUDGET_MS_DEFAULT))
+    }
 }
 
 /// `[store]`: how stores are reached.

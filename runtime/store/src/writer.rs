@@ -519,8 +519,8 @@ impl CapsuleWriter {
         let shared = self.shared.clone();
         shared.seal_rest()?;
         let mut state = shared.wait(|state| state.in_flight == 0 && state.uploading == 0)?;
-        let unchanged = std::mem::take(&mut self.unchanged);
-        let map = state.take_map(&unchanged)?;
+        let mut unchanged = std::mem::take(&mut self.unchanged);
+        let map = state.take_map(&mut unchanged)?;
         let (pages, stored_pages) = (map.pages(), map.stored_pages());
         let mut packs: Vec<BlobRef> =
             map.packs().filter_map(|number| state.packs.get(&number).copied()).collect();
@@ -1284,8 +1284,9 @@ impl State {
     }
 
     /// The whole map, when all pages have been placed.
-    fn take_map(&mut self, unchanged: &[Unchanged]) -> Result<CompleteMap, WriteError> {
+    fn take_map(&mut self, unchanged: &mut [Unchanged]) -> Result<CompleteMap, WriteError> {
         let mut map = std::mem::take(&mut self.map);
+        unchanged.sort_unstable_by_key(|unchanged| unchanged.run.first);
         for Unchanged { spaces, base, run, exact } in unchanged {
             let found = self.bases.get(base.0 as usize);
             let found = found.ok_or(WriteError::Base { base: *base })?;

@@ -184,6 +184,13 @@ fn course(report: &Report) -> String {
     }
     let (copied, unchanged) = (memory.copied, memory.unchanged);
     line("pages in pause", format!("{copied} copied, {unchanged} unchanged"));
+    if memory.forks > 0 {
+        let (pages, forks) = (memory.forked, memory.forks);
+        line("pages after it", format!("{pages} from {forks} forks"));
+    }
+    if !memory.way.is_empty() {
+        line("why so", printable(&memory.way));
+    }
     let StoreReport { uploads, waited_us, longest_us } = report.store;
     if let Some(mean_us) = waited_us.checked_div(uploads) {
         let (mean, longest) = (duration(mean_us), duration(longest_us));
