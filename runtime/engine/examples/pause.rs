@@ -1,6 +1,6 @@
 //! How long a container stands still, by phase, beside the copying of its memory.
 //!
-//! `cargo build --workspace --example pause`, then as root `pause [--runs N] [CASE…]`: each case is a program as the init of a pid
+//! `cargo build --workspace --example pause`, then as root `pause [--runs N] [--no-forks] [CASE…]`: each case is a program as the init of a pid
 //! namespace, captured again and again with a sink that keeps nothing. Printed are medians in microseconds. What counts is the
 //! build with optimisation, on a machine that does nothing else; counts of system calls (`strace -f -c pause --runs 1 small`) do
 //! not depend on that.
@@ -17,8 +17,9 @@ use std::time::{Duration, Instant};
 use samara_capsule::transfer::{
     BaseId, PageBatch, PageRun, SegmentId, Sink, SpaceId, StoredSegment, StreamName,
 };
-use samara_engine::capture::{CaptureRequest, capture};
+use samara_engine::capture::{CaptureRequest, Captured, capture};
 use samara_engine::names::GivenNames;
+use samara_engine::snapshot::SnapshotRequest;
 use samara_engine::tracking::Tracking;
 
 /// The program is this one, which has some forty mappings.
@@ -177,12 +178,16 @@ fn program(case: &str) {
 }
 
 /// One line of figures.
-fn measure(case: &str, runs: usize) {
+fn measure(case: &str, runs: usize, forks: bool) {
     let namespace = Namespace::start(case);
     let names = GivenNames::default();
-    let request = CaptureRequest { init: namespace.init, names, ..CaptureRequest::default() };
+    let budget = Duration::from_millis(10);
+    let snapshot = SnapshotRequest { budget, always: false, spare_bytes: u64::MAX };
+    let snapshot = Some(snapshot).filter(|_| forks);
+    let request =
+        CaptureRequest { init: namespace.init, names, snapshot, ..CaptureRequest::default() };
     let mut sink = Nothing(Vec::with_capacity(8 << 20));
-    let mut rows: Vec<[u128; 6]> = Vec::new();
+    let mut rows: Vec<[u128; 7]> = Vec::new();
     let mut tracking = Tracking::default();
     let is_tracked = CASES.iter().any(|known| known.name == case && known.mebibytes > 0);
     for number in 0..runs {
@@ -194,17 +199,20 @@ fn measure(case: &str, runs: usize) {
         let captured = capture(&request, &mut tracking, &mut || Ok(()), &mut sink);
         let captured = captured.unwrap_or_else(|error| panic!("{error}: {error:?}"));
         let all = begun.elapsed();
+        let Captured { report, frozen, rest, .. } = captured;
+        let begun = Instant::now();
+        frozen.thaw().expect("a thaw");
+        let thaw = begun.elapsed();
+        tracking.went_on();
+        rest.drain(&mut tracking, &mut sink).expect("the rest");
         if is_tracked {
             tracking.committed();
         }
-        let report = captured.report;
-        let begun = Instant::now();
-        captured.frozen.thaw().expect("a thaw");
-        let thaw = begun.elapsed();
-        let rest =
+        let rest_time =
             all.saturating_sub(report.prepare + report.freeze + report.collect + report.copy);
         let pause = all.saturating_sub(report.prepare) + thaw;
-        let row = [report.freeze, report.collect, report.copy, rest, thaw, pause];
+        let copy = report.copy.saturating_sub(report.fork);
+        let row = [report.freeze, report.collect, copy, report.fork, rest_time, thaw, pause];
         rows.push(row.map(|time| time.as_micros()));
         // So that the program is asleep again, or has written something.
         std::thread::sleep(Duration::from_millis(if is_tracked { 1000 } else { 2 }));
@@ -214,27 +222,28 @@ fn measure(case: &str, runs: usize) {
         times.sort_unstable();
         times[times.len() / 2]
     };
-    let [freeze, collect, copy, rest, thaw, all] = std::array::from_fn(median);
+    let [freeze, collect, copy, fork, rest, thaw, all] = std::array::from_fn(median);
     println!(
-        "{case:16} freeze={freeze:6} collect={collect:6} copy={copy:6} rest={rest:6} thaw={thaw:6} pause={all:6} pause-copy={}",
+        "{case:16} freeze={freeze:6} collect={collect:6} copy={copy:6} fork={fork:6} rest={rest:6} thaw={thaw:6} pause={all:6} pause-copy={}",
         all.saturating_sub(copy)
     );
 }
 
 fn main() {
-    let mut runs = 101;
+    let (mut runs, mut forks) = (101, true);
     let mut cases = Vec::new();
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         match word.as_str() {
             "--program" => return program(&words.next().expect("a case")),
             "--runs" => runs = words.next().and_then(|it| it.parse().ok()).expect("a number"),
+            "--no-forks" => forks = false,
             _ => cases.push(word),
         }
     }
     for Case { name, .. } in CASES {
         if cases.is_empty() || cases.iter().any(|wanted| wanted == name) {
-            measure(name, runs);
+            measure(name, runs, forks);
         }
     }
 }

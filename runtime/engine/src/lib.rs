@@ -44,6 +44,7 @@ mod sqlite;
 mod system_v;
 mod tcp;
 mod terminals;
+mod thread_facts;
 mod timers;
 mod tracee;
 pub mod tracking;

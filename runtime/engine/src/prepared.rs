@@ -19,7 +19,7 @@ use samara_kernel::setns::Visitor;
 use crate::clocks::{self, TimeOffsets};
 use crate::process::{Common, Told};
 use crate::tracee::Process;
-use crate::{descriptors, internet, mappings, names, posix_queues, system_v, vdso};
+use crate::{descriptors, internet, mappings, names, posix_queues, system_v, thread_facts, vdso};
 
 #[derive(Debug)]
 pub(crate) struct Prepared {
@@ -115,6 +115,7 @@ impl Prepared {
         // For the container's descriptors, and what is opened beside them.
         descriptors::make_room()?;
         mappings::prepare();
+        thread_facts::prepare();
         let common = Common::look()?;
         Ok(Prepared {
             vdso: vdso::Host::look()?,

@@ -1,6 +1,6 @@
 //! Processes and threads: ids, registers, signals, credentials, scheduling, limits.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fs::{File, Metadata};
 use std::io;
@@ -19,6 +19,7 @@ use samara_capsule::transfer::SpaceId;
 use samara_kernel::kcmp::{self, Resource};
 use samara_kernel::ptrace::{self, Queue, Registers, Rseq};
 use samara_kernel::tape::{Call, End};
+use samara_kernel::thread_list::ThreadFacts;
 use samara_kernel::wait::{self, Status};
 use samara_kernel::{Pid, proc, process_vm, robust_list, sched};
 
@@ -30,7 +31,9 @@ use crate::restore::{RestoreError, make, open_below};
 use crate::root::Root;
 use crate::tracee::{Output, OwnState, Process, Tape, Thread, TraceeError, failed};
 use crate::unsupported::Place;
-use crate::{attributes, clocks, directories, labels, memory, procfiles, sockets, timers};
+use crate::{
+    attributes, clocks, directories, labels, memory, procfiles, sockets, thread_facts, timers,
+};
 
 /// Signals are numbered from 1 to this.
 pub(crate) const SIGNALS: u32 = 64;
@@ -336,32 +339,13 @@ pub(crate) fn collect(
     let timers = !answers.posix_timers.is_empty();
     let one_label =
         looks.iter().all(|look| Some(&look.told.label) == looks.first().map(|it| &it.told.label));
-    let mut seen: VecDeque<Seen> = restored
-        .into_iter()
-        .zip(registrations)
-        .zip(looks)
-        .map(|(((registers, restart), rseq), look)| Seen { registers, restart, rseq, look })
-        .collect();
-    let count = seen.len();
-    let mut threads = Vec::with_capacity(count);
-    // Where labels differ, what one thread may do another one may not.
-    let at_once = if one_label { count } else { 1 };
-    for first in (0..count).step_by(at_once.max(1)) {
-        if !one_label {
-            process.may_signal = None;
-        }
-        process.run_each(
-            first..first + at_once,
-            ThreadQuestions::ask,
-            |process, index, questions, results| {
-                let Some(seen) = seen.pop_front() else { return Ok(()) };
-                let (questions, results) = (&questions, &results);
-                threads.push(describe_thread(
-                    process, index, questions, results, seen, timers, common,
-                )?);
-                Ok::<(), CaptureError>(())
-            },
-        )?;
+    let answers_of_threads = ask_threads(process, &looks, one_label)?;
+    let seen = restored.into_iter().zip(registrations).zip(looks);
+    let seen =
+        seen.map(|(((registers, restart), rseq), look)| Seen { registers, restart, rseq, look });
+    let mut threads = Vec::with_capacity(process.threads.len());
+    for ((index, seen), answers) in seen.enumerate().zip(answers_of_threads) {
+        threads.push(describe_thread(process, index, answers, seen, timers, common)?);
     }
     process.unmap_arena()?;
 
@@ -954,32 +938,132 @@ struct Seen {
     look: ExaminedThread,
 }
 
+/// What a thread alone can tell.
+#[derive(Clone, Debug)]
+struct ThreadAnswers {
+    alternate_stack: AlternateStack,
+    clear_child_tid: u64,
+    parent_death_signal: i32,
+    timer_slack_ns: u64,
+    secure_bits: u32,
+    io_priority: u32,
+    memory_policy: Option<(u32, Vec<u64>)>,
+    attributes: ThreadAttributes,
+}
+
+impl ThreadAnswers {
+    /// What the calls of a tape have returned and written.
+    fn of(
+        process: &Process,
+        index: usize,
+        questions: &ThreadQuestions,
+        results: &[u64],
+    ) -> Result<ThreadAnswers, CaptureError> {
+        let ThreadQuestions {
+            stack,
+            clear,
+            death,
+            slack,
+            bits,
+            io_priority,
+            mode,
+            nodes,
+            attributes,
+        } = questions;
+        let result = |index: usize| results.get(index).copied().unwrap_or(0);
+        if let Some(what) = attributes.kept_keys(process, results)? {
+            let tid = process.threads.get(index).map_or(process.pid, |thread| thread.tid);
+            return Err(unsupported(process.pid, Place::Thread(tid), what));
+        }
+        let [address, flags, bytes] = words(&process.output(*stack)?);
+        let [clear_child_tid] = words(&process.output(*clear)?);
+        let [death] = words(&process.output(*death)?);
+        let [mode] = words(&process.output(*mode)?);
+        let mode = low_int(mode).cast_unsigned();
+        let nodes: [u64; NODE_WORDS] = words(&process.output(*nodes)?);
+        Ok(ThreadAnswers {
+            alternate_stack: AlternateStack { address, flags: low_int(flags), bytes },
+            clear_child_tid,
+            parent_death_signal: low_int(death),
+            timer_slack_ns: result(*slack),
+            secure_bits: u32::try_from(result(*bits)).unwrap_or(0),
+            io_priority: u32::try_from(result(*io_priority)).unwrap_or(0),
+            memory_policy: (mode != 0).then(|| (mode, nodes.to_vec())),
+            attributes: attributes.answers(process, results)?,
+        })
+    }
+
+    /// Those of a thread that is like this one but for what is known of it.
+    fn like(&self, facts: &ThreadFacts) -> ThreadAnswers {
+        let (address, bytes, flags) = facts.alternate_stack;
+        let none = if bytes == 0 { libc::SS_DISABLE } else { 0 };
+        ThreadAnswers {
+            alternate_stack: AlternateStack { address, flags: flags.cast_signed() | none, bytes },
+            clear_child_tid: facts.clear_child_tid,
+            parent_death_signal: facts.parent_death_signal.cast_signed(),
+            timer_slack_ns: facts.timer_slack_ns,
+            ..self.clone()
+        }
+    }
+}
+
+/// What each thread of a process tells, in order. Those that are like the first one are not asked.
+fn ask_threads(
+    process: &mut Process,
+    looks: &[ExaminedThread],
+    one_label: bool,
+) -> Result<Vec<ThreadAnswers>, CaptureError> {
+    let tids: Vec<Pid> = process.threads.iter().map(|thread| thread.tid).collect();
+    let mut facts: BTreeMap<Pid, ThreadFacts> = thread_facts::of(process.pid, tids.len());
+    let facts: Vec<Option<ThreadFacts>> = tids.iter().map(|tid| facts.remove(tid)).collect();
+    let first = facts.first().copied().flatten();
+    let scheduling = |index: usize| {
+        let told = &looks.get(index)?.told;
+        Some((told.scheduling.policy, told.scheduling.nice))
+    };
+    // Where labels differ, what one thread may do another one may not.
+    let is_like_first = |index: usize, facts: &Option<ThreadFacts>| match (first, facts) {
+        (Some(first), Some(facts)) => {
+            let same = first.likeness == facts.likeness && scheduling(0) == scheduling(index);
+            index > 0 && one_label && same
+        }
+        _ => false,
+    };
+    let mut asked: Vec<usize> = Vec::new();
+    let mut alike: Vec<(usize, ThreadFacts)> = Vec::new();
+    for (index, facts) in facts.iter().enumerate() {
+        match facts.filter(|_| is_like_first(index, facts)) {
+            Some(facts) => alike.push((index, facts)),
+            None => asked.push(index),
+        }
+    }
+    let mut told: BTreeMap<usize, ThreadAnswers> = BTreeMap::new();
+    for some in asked.chunks(if one_label { asked.len().max(1) } else { 1 }) {
+        if !one_label {
+            process.may_signal = None;
+        }
+        process.run_each(some, ThreadQuestions::ask, |process, index, questions, results| {
+            let answers = ThreadAnswers::of(process, index, &questions, &results)?;
+            told.insert(index, answers);
+            Ok::<(), CaptureError>(())
+        })?;
+    }
+    if let Some(first) = told.get(&0).cloned() {
+        told.extend(alike.iter().map(|(index, facts)| (*index, first.like(facts))));
+    }
+    Ok(told.into_values().collect())
+}
+
 /// Describes a thread that has answered.
 fn describe_thread(
     process: &Process,
     index: usize,
-    questions: &ThreadQuestions,
-    results: &[u64],
+    answers: ThreadAnswers,
     seen: Seen,
     timers: bool,
     common: &Common,
 ) -> Result<record::Thread, CaptureError> {
     let Seen { registers, restart, rseq, look } = seen;
-    let ThreadQuestions { stack, clear, death, slack, bits, io_priority, mode, nodes, attributes } =
-        questions;
-    let result = |index: usize| results.get(index).copied().unwrap_or(0);
-    if let Some(what) = attributes.kept_keys(process, results)? {
-        let tid = process.threads.get(index).map_or(process.pid, |thread| thread.tid);
-        return Err(unsupported(process.pid, Place::Thread(tid), what));
-    }
-    let answers = attributes.answers(process, results)?;
-    let [address, flags, bytes] = words(&process.output(*stack)?);
-    let [clear_child_tid] = words(&process.output(*clear)?);
-    let [death] = words(&process.output(*death)?);
-    let [mode] = words(&process.output(*mode)?);
-    let mode = low_int(mode).cast_unsigned();
-    let nodes: [u64; NODE_WORDS] = words(&process.output(*nodes)?);
-
     let pid = process.pid;
     let Some(thread) = process.threads.get(index) else {
         return Err(TraceeError::NoRoom { pid, why: "it has no such thread" }.into());
@@ -1005,8 +1089,8 @@ fn describe_thread(
             true => pending(tid, Queue::Thread)?,
             false => Vec::new(),
         },
-        alternate_stack: AlternateStack { address, flags: low_int(flags), bytes },
-        clear_child_tid,
+        alternate_stack: answers.alternate_stack,
+        clear_child_tid: answers.clear_child_tid,
         robust_list,
         rseq: rseq.map(|rseq| record::Rseq {
             address: rseq.address,
@@ -1022,26 +1106,26 @@ fn describe_thread(
             effective: status.capeff,
             bounding: status.capbnd,
             ambient: status.capamb,
-            secure_bits: u32::try_from(result(*bits)).unwrap_or(0),
+            secure_bits: answers.secure_bits,
         },
         scheduling: Scheduling {
             policy: scheduling.policy,
             priority: scheduling.priority,
             nice,
             reset_on_fork: scheduling.resets_on_fork(),
-            io_priority: u32::try_from(result(*io_priority)).unwrap_or(0),
-            memory_policy: (mode != 0).then(|| (mode, nodes.to_vec())),
+            io_priority: answers.io_priority,
+            memory_policy: answers.memory_policy,
             affinity: if affinity == common.processors { Vec::new() } else { affinity },
             // That of the engine is the one of who has asked for none.
             slice_ns: if slice_ns == common.slice_ns { 0 } else { slice_ns },
         },
-        parent_death_signal: low_int(death),
-        timer_slack_ns: result(*slack),
+        parent_death_signal: answers.parent_death_signal,
+        timer_slack_ns: answers.timer_slack_ns,
         seccomp: seccomp(tid, status.seccomp)?,
         no_new_privileges: status.nonewprivs,
         restart,
         own_directories,
-        attributes: ThreadAttributes { label, login_user, ..answers },
+        attributes: ThreadAttributes { label, login_user, ..answers.attributes },
     })
 }
 

@@ -783,11 +783,10 @@ impl Process {
     /// for all of them, and `take` is told of each thread what they have returned, and may read what they have written.
     pub(crate) fn run_each<Q, E: From<TraceeError>>(
         &mut self,
-        indices: std::ops::Range<usize>,
+        indices: &[usize],
         make: impl Fn(&mut Tape) -> Q,
         mut take: impl FnMut(&mut Process, usize, Q, Vec<u64>) -> Result<(), E>,
     ) -> Result<(), E> {
-        let indices: Vec<usize> = indices.collect();
         for group in indices.chunks(SLOTS) {
             let mut begun = Vec::with_capacity(group.len());
             let mut outcome = Ok(());

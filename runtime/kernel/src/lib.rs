@@ -36,6 +36,7 @@ pub mod sockopt;
 pub mod sysvipc;
 pub mod tape;
 pub mod tcp;
+pub mod thread_list;
 pub mod timerfd;
 pub mod tty;
 pub mod unix;
