@@ -139,7 +139,7 @@ pub fn capture(
 
     let begun = Instant::now();
     let mut tables = Tables::new(request, clocks_read, vdso, common)?;
-    let mut slept = crate::restart::elapsed(&frozen.sleepers, frozen.stopped_at);
+    let mut slept = crate::restart::elapsed(&frozen.sleepers, frozen.stopped_at, &frozen.facts);
     tracking.left_calls.pass_on(&mut frozen, &mut slept);
     let mut processes = collect(&mut frozen, &slept, &mut awaited, &mut tables)?;
     let names = awaited.names().map_err(read("the host's name"))?;
@@ -283,7 +283,8 @@ fn collect(
         let space = tables.new_space();
         let shares = sharing.get(pid).copied().unwrap_or_default();
         let common = &tables.common;
-        let record = process::collect(process, looked_at, space, shares, elapsed, common)?;
+        let record =
+            process::collect(process, looked_at, space, shares, elapsed, &frozen.facts, common)?;
         records.push((*pid, record));
     }
     unix_sockets::ask(&mut frozen.processes, tables)?;

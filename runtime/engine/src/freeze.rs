@@ -13,13 +13,13 @@ use std::time::{Duration, Instant};
 use samara_kernel::kcmp::{self, Resource};
 use samara_kernel::pid_namespaces::View;
 use samara_kernel::ptrace::{self, Options};
+use samara_kernel::thread_list::ThreadFacts;
 use samara_kernel::wait::{self, Status};
 use samara_kernel::{Pid, proc};
 
-use crate::inotify;
 use crate::restart::{self, Sleeper};
-use crate::snapshot;
 use crate::tracee::{self, OwnState, Process, Thread, TraceeError, failed};
+use crate::{inotify, snapshot, thread_facts};
 
 /// Why a container could not be stopped. It runs on in every case.
 #[derive(Debug, thiserror::Error)]
@@ -89,6 +89,8 @@ pub struct FrozenTree {
     pub(crate) ended_forks: Vec<(Pid, Pid)>,
     /// Other threads of the container run.
     pub(crate) is_part: bool,
+    /// What is known of threads without asking them, taken when all stood and nothing had been done with them.
+    pub(crate) facts: BTreeMap<Pid, ThreadFacts>,
 }
 
 impl FrozenTree {
@@ -614,6 +616,7 @@ impl Freezer {
             watchers: Vec::new(),
             ended_forks: Vec::new(),
             is_part: self.only.is_some(),
+            facts: BTreeMap::new(),
         };
         let parents: BTreeMap<Pid, Pid> = threads
             .keys()
@@ -623,6 +626,7 @@ impl Freezer {
         // From here on `tree` releases on errors; what has not been moved yet goes with the engine's end.
         for (pid, list) in threads {
             let process = Process::new(pid, list)?;
+            tree.facts.extend(thread_facts::of(pid, process.threads.len()));
             if descends(pid, self.init, &parents) {
                 tree.processes.insert(pid, process);
             } else {

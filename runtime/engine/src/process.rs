@@ -31,9 +31,7 @@ use crate::restore::{RestoreError, make, open_below};
 use crate::root::Root;
 use crate::tracee::{Output, OwnState, Process, Tape, Thread, TraceeError, failed};
 use crate::unsupported::Place;
-use crate::{
-    attributes, clocks, directories, labels, memory, procfiles, sockets, thread_facts, timers,
-};
+use crate::{attributes, clocks, directories, labels, memory, procfiles, sockets, timers};
 
 /// Signals are numbered from 1 to this.
 pub(crate) const SIGNALS: u32 = 64;
@@ -313,6 +311,7 @@ pub(crate) fn collect(
     space: SpaceId,
     sharing: Sharing,
     elapsed: &BTreeMap<Pid, Slept>,
+    facts: &BTreeMap<Pid, ThreadFacts>,
     common: &Common,
 ) -> Result<record::Process, CaptureError> {
     let pid = process.pid;
@@ -339,7 +338,7 @@ pub(crate) fn collect(
     let timers = !answers.posix_timers.is_empty();
     let one_label =
         looks.iter().all(|look| Some(&look.told.label) == looks.first().map(|it| &it.told.label));
-    let answers_of_threads = ask_threads(process, &looks, one_label)?;
+    let answers_of_threads = ask_threads(process, &looks, facts, one_label)?;
     let seen = restored.into_iter().zip(registrations).zip(looks);
     let seen =
         seen.map(|(((registers, restart), rseq), look)| Seen { registers, restart, rseq, look });
@@ -1011,11 +1010,11 @@ impl ThreadAnswers {
 fn ask_threads(
     process: &mut Process,
     looks: &[ExaminedThread],
+    facts: &BTreeMap<Pid, ThreadFacts>,
     one_label: bool,
 ) -> Result<Vec<ThreadAnswers>, CaptureError> {
-    let tids: Vec<Pid> = process.threads.iter().map(|thread| thread.tid).collect();
-    let mut facts: BTreeMap<Pid, ThreadFacts> = thread_facts::of(process.pid, tids.len());
-    let facts: Vec<Option<ThreadFacts>> = tids.iter().map(|tid| facts.remove(tid)).collect();
+    let facts = process.threads.iter().map(|thread| facts.get(&thread.tid).copied());
+    let facts: Vec<Option<ThreadFacts>> = facts.collect();
     let first = facts.first().copied().flatten();
     let scheduling = |index: usize| {
         let told = &looks.get(index)?.told;

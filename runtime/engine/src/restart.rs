@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 use samara_capsule::record::Restart;
 use samara_kernel::pidfd::PidFd;
 use samara_kernel::ptrace::Registers;
+use samara_kernel::thread_list::ThreadFacts;
 use samara_kernel::{Pid, proc, process_vm, sockopt};
 
 const ERESTARTSYS: i64 = 512;
@@ -182,8 +183,11 @@ impl Sleeper {
 
     /// Whether a thread that has stopped was asleep until then, and had not woken since it was observed: it has gone to sleep
     /// once more, in its stop.
-    fn still_slept(&self, tid: Pid) -> bool {
-        let sleeps = proc::status(tid).ok().and_then(|status| status.voluntary_switches);
+    fn still_slept(&self, tid: Pid, facts: &BTreeMap<Pid, ThreadFacts>) -> bool {
+        let sleeps = match facts.get(&tid) {
+            Some(facts) => Some(facts.voluntary_switches),
+            None => proc::status(tid).ok().and_then(|status| status.voluntary_switches),
+        };
         sleeps == Some(self.sleeps + 1)
     }
 }
@@ -549,9 +553,11 @@ fn time_ns(bytes: [u8; 16], unit_ns: u64) -> Option<u64> {
 pub(crate) fn elapsed(
     sleepers: &BTreeMap<Pid, Sleeper>,
     stopped_at: Instant,
+    facts: &BTreeMap<Pid, ThreadFacts>,
 ) -> BTreeMap<Pid, Slept> {
     let mut by_processor: BTreeMap<i32, Vec<(Pid, Sleeper)>> = BTreeMap::new();
-    for (tid, sleeper) in sleepers.iter().filter(|(tid, sleeper)| sleeper.still_slept(**tid)) {
+    let still = sleepers.iter().filter(|(tid, sleeper)| sleeper.still_slept(**tid, facts));
+    for (tid, sleeper) in still {
         by_processor.entry(sleeper.processor).or_default().push((*tid, *sleeper));
     }
     let mut elapsed = BTreeMap::new();

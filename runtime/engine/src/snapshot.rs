@@ -463,7 +463,7 @@ fn reap_in(
     let tid = computes.or_else(|| threads.iter().find(|tid| state(tid) == 'S'));
     let tid = *tid.ok_or("it has no thread that could be stopped")?;
     let mut frozen = FrozenTree::stop_thread(maker, tid)?;
-    let mut slept = restart::elapsed(&frozen.sleepers, frozen.stopped_at);
+    let mut slept = restart::elapsed(&frozen.sleepers, frozen.stopped_at, &frozen.facts);
     left_calls.pass_on(&mut frozen, &mut slept);
     for (pid, process) in frozen.processes.iter_mut().chain(&mut frozen.sessions) {
         process.find_room(&mappings::of(*pid)?);

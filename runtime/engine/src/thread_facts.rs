@@ -1,6 +1,5 @@
 //! What is known of threads without asking them, by the way that the kernel has for it.
 
-use std::collections::BTreeMap;
 use std::sync::OnceLock;
 
 use samara_kernel::Pid;
@@ -21,15 +20,15 @@ pub(crate) fn prepare() {
 }
 
 /// Of the threads of a process that stands, as far as they are known. Who has but a few is asked as fast.
-pub(crate) fn of(pid: Pid, threads: usize) -> BTreeMap<Pid, ThreadFacts> {
+pub(crate) fn of(pid: Pid, threads: usize) -> Vec<(Pid, ThreadFacts)> {
     const THREADS_MIN: usize = 3;
     let list = LIST.get().and_then(Option::as_ref).filter(|_| threads >= THREADS_MIN);
-    let Some(list) = list else { return BTreeMap::new() };
+    let Some(list) = list else { return Vec::new() };
     match list.of(pid) {
         Ok(threads) => threads.into_iter().map(|facts| (facts.tid, facts)).collect(),
         Err(error) => {
             tracing::debug!(%error, pid, "each of its threads is asked");
-            BTreeMap::new()
+            Vec::new()
         }
     }
 }

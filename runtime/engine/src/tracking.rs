@@ -368,7 +368,7 @@ impl Tracking {
     /// (mremap(2)).
     fn cover_ahead(&mut self, init: Pid) -> Result<Duration, CaptureError> {
         let mut frozen = FrozenTree::stop(init, &mut || Ok(()))?;
-        let mut slept = restart::elapsed(&frozen.sleepers, frozen.stopped_at);
+        let mut slept = restart::elapsed(&frozen.sleepers, frozen.stopped_at, &frozen.facts);
         self.left_calls.pass_on(&mut frozen, &mut slept);
         let mut firsts: Vec<Pid> = Vec::new();
         process::part_scratch(&mut frozen.processes, |pid| {

@@ -26,6 +26,8 @@ pub struct ThreadFacts {
     pub clear_child_tid: u64,
     pub parent_death_signal: u32,
     pub timer_slack_ns: u64,
+    /// How often it has given up its processor by itself.
+    pub voluntary_switches: u64,
     pub likeness: Likeness,
 }
 
@@ -34,7 +36,7 @@ pub struct ThreadFacts {
 pub struct Likeness([u64; 8]);
 
 /// Members of `struct task_struct`, or of one in it, and their bytes; each becomes a word of what the program writes.
-const MEMBERS: [(&[&str], u8); 15] = [
+const MEMBERS: [(&[&str], u8); 16] = [
     (&["pid"], 4),
     (&["sas_ss_sp"], 8),
     (&["sas_ss_size"], 8),
@@ -42,6 +44,7 @@ const MEMBERS: [(&[&str], u8); 15] = [
     (&["clear_child_tid"], 8),
     (&["pdeath_signal"], 4),
     (&["timer_slack_ns"], 8),
+    (&["nvcsw"], 8),
     // From here on for the likeness.
     (&["cred"], 8),
     (&["io_context"], 8),
@@ -65,7 +68,8 @@ impl ThreadFacts {
         for (word, bytes) in words.iter_mut().zip(bytes.chunks(8)) {
             *word = u64::from_le_bytes(bytes.try_into().ok()?);
         }
-        let [tid, start, stack_bytes, stack_flags, clear, death, slack, likeness @ ..] = words;
+        let [tid, start, stack_bytes, stack_flags, clear, death, slack, switches, likeness @ ..] =
+            words;
         /// What a machine check does to it (PF_MCE_PROCESS, PF_MCE_EARLY of linux/sched.h); the rest changes all the time.
         const MACHINE_CHECKS: u64 = 0x80 | 0x0800_0000;
         let mut likeness = Likeness(likeness);
@@ -77,6 +81,7 @@ impl ThreadFacts {
             clear_child_tid: clear,
             parent_death_signal: u32::try_from(death).ok()?,
             timer_slack_ns: slack,
+            voluntary_switches: switches,
             likeness,
         })
     }
