@@ -345,6 +345,10 @@ impl Pagemap {
     }
 
     /// Returns the number of regions that were found, and where the walk has ended.
+    ///
+    /// The kernel walks on each time that it has found 512 regions. If the last of these walks comes to the end, what it says of where it has
+    /// ended is where that one began (fs/proc/task_mmu.c, do_pagemap_scan: it is not set by a walk that is complete). Whoever went on
+    /// from there would find again what this call has armed, and take it for clean. What lies behind the last region was not touched.
     fn scan_by(&self, argument: PmScanArg, regions: &mut [PageRegion]) -> io::Result<(usize, u64)> {
         let mut argument = PmScanArg {
             size: size_of::<PmScanArg>() as u64,
@@ -354,8 +358,10 @@ impl Pagemap {
         };
         // SAFETY: the argument has the size and layout that PAGEMAP_SCAN documents (asserted above), and its vector is `regions`.
         let result = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut argument) };
-        let count = check(result.into())?;
-        Ok((usize::try_from(count).expect("a count"), argument.walk_end))
+        let count = usize::try_from(check(result.into())?).expect("a count");
+        let told_until = count.checked_sub(1).and_then(|last| regions.get(last));
+        let told_until = told_until.map_or(0, |region| region.end);
+        Ok((count, argument.walk_end.max(told_until)))
     }
 
     fn populated_by_table(&self, start: u64, end: u64) -> io::Result<Vec<Run>> {
@@ -467,6 +473,50 @@ mod tests {
             );
         }
         assert_ne!(here[0], here[1]);
+    }
+
+    /// What is told twice is told as clean the second time, and so would not be stored.
+    #[test]
+    fn no_page_is_told_twice_however_many_runs_there_are() {
+        let mut memory = vec![0u8; 40 << 20];
+        let base = (memory.as_ptr().addr() + 4095) & !4095;
+        let offset = base - memory.as_ptr().addr();
+        let start = base as u64;
+        let tracker = crate::userfaultfd::of_this_process().expect("a tracker");
+        let pagemap =
+            Pagemap::open(i32::try_from(std::process::id()).expect("a pid")).expect("own pagemap");
+        // Around the number of regions that the kernel passes at once.
+        for (count, runs_max) in [
+            (400, 2048),
+            (512, 2048),
+            (513, 2048),
+            (900, 2048),
+            (1024, 2048),
+            (3000, 2048),
+            (900, 700),
+        ] {
+            let end = start + 2 * count as u64 * PAGE;
+            tracker.cover(start, end).expect("covered");
+            for of_stopped in [false, true] {
+                for run in 0..count {
+                    memory[offset + 2 * run * 4096] += 1;
+                }
+                let mut told = Vec::new();
+                let mut next = start;
+                while next < end {
+                    let found = match of_stopped {
+                        false => pagemap.tracked_some(next, end, runs_max, false),
+                        true => pagemap.tracked_of_stopped(next, end, runs_max),
+                    };
+                    let (runs, after) = found.expect("Linux 6.7 or newer");
+                    told.extend(runs.iter().map(|run| (run.start, run.clean)));
+                    next = after;
+                }
+                let expected = (0..count as u64).map(|run| (start + 2 * run * PAGE, false));
+                assert_eq!(told, expected.collect::<Vec<_>>(), "{count} {runs_max} {of_stopped}");
+            }
+        }
+        drop(tracker);
     }
 
     /// A page that is gone and counted as clean would come back from an older capsule.
