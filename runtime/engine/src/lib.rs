@@ -14,6 +14,7 @@ mod epoll;
 mod file_names;
 pub mod files;
 pub mod freeze;
+mod held_pages;
 pub mod host;
 mod inotify;
 mod internet;

@@ -7,13 +7,13 @@
 //!
 //! What never counts as clean, and so is copied while the container stands: memory of processes that were born, or have replaced their
 //! program, since the last capsule; mappings made or moved since; shared memory; huge pages of hugetlbfs; all of a process with
-//! a context of asynchronous I/O, where devices write without the processor's seeing it. An open file with `O_DIRECT` makes rounds pointless for
-//! the same reason: a page may be armed while a device fills it.
+//! a context of asynchronous I/O, where devices write without the processor's seeing it. Nor what a round has armed while somebody may have
+//! held it who writes without a trace (`held_pages`): so a round arms, has that found out, and then copies.
 //!
 //! Pages that forks have left in common are copied while the container stands, where they can be told
 //! (`copy_on_write`).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -27,6 +27,7 @@ use samara_kernel::kcmp::{self, Resource};
 use samara_kernel::pagemap::{Pagemap, Run};
 use samara_kernel::pid_namespaces::View;
 use samara_kernel::proc::Mapping;
+use samara_kernel::task_list::MemoryId;
 use samara_kernel::userfaultfd::{self, WriteTracker};
 use samara_kernel::{Pid, proc};
 use serde::{Deserialize, Serialize};
@@ -38,7 +39,7 @@ use crate::memory::PAGE;
 use crate::phase::{self, Phase};
 use crate::ranges::Ranges;
 use crate::restore::Tree;
-use crate::{aio, mappings, process, restart, vdso};
+use crate::{aio, held_pages, mappings, process, restart, vdso};
 
 /// A process with less memory of its own is not tracked: a tracker costs as much as copying this.
 const TRACKED_PAGES_MIN: u64 = 256;
@@ -52,6 +53,12 @@ const ROUNDS_MAX: usize = 6;
 
 /// What a round has copied at most for the last one to be worth while: about what is copied in a millisecond.
 const ENOUGH_BYTES: u64 = 4 << 20;
+
+/// What is armed, about, before it is found out whether anybody holds it, and copied: that takes 0.1 ms as a rule, copying so much 100 ms.
+const ARMED_BYTES_MAX: u64 = 256 << 20;
+
+/// What one scan goes through, written or not.
+const SCANNED_BYTES_MAX: u64 = 1 << 30;
 
 /// Runs that one scan passes.
 const RUNS_AT_ONCE: usize = 2048;
@@ -83,6 +90,12 @@ pub(crate) struct TrackedMemory {
     /// Armed pages whose content is not in `base`.
     unstored: Ranges,
     mappings: Vec<Mapping>,
+    /// One that can't be tracked ([`WriteTracker::await_lock`]).
+    special: Option<(u64, u64)>,
+    /// How the kernel tells it from others; none where it can't.
+    id: Option<MemoryId>,
+    /// Somebody outside may have held pages of it all the time: what is clean after this capsule need not be as it was.
+    in_doubt: bool,
 }
 
 /// Tells one memory from others that a process may have: it gets a new one with each program.
@@ -170,6 +183,9 @@ impl Tracking {
     /// may be another one.
     pub fn begin(&mut self, continues: bool, stays: bool) {
         self.stays = stays;
+        for tracked in self.memories.values_mut() {
+            tracked.in_doubt = false;
+        }
         for tracked in self.memories.values_mut().filter(|_| !continues) {
             tracked.parent = None;
         }
@@ -210,7 +226,8 @@ impl Tracking {
             tracked.parent = tracked.space.take();
             tracked.since = Ranges::default();
             tracked.last = Ranges::default();
-            tracked.parent.is_some()
+            // One that is in doubt is begun anew.
+            tracked.parent.is_some() && !tracked.in_doubt
         });
     }
 
@@ -234,6 +251,10 @@ impl Tracking {
     pub fn copy_ahead(&mut self, init: Pid, sink: &mut dyn Sink) -> Result<PreCopy, CaptureError> {
         let mut done = PreCopy::default();
         mappings::prepare();
+        if !held_pages::can_be_told() {
+            done.ended = "this kernel does not tell who holds pages";
+            return Ok(done);
+        }
         if self.lacks_pages(init, COVERED_AHEAD_PAGES_MIN) {
             done.stopped = self.cover_ahead(init)?;
         }
@@ -242,7 +263,10 @@ impl Tracking {
             return Ok(done);
         }
         for (pid, tracked) in &mut self.memories {
+            tracked.id = held_pages::memory(*pid).ok();
             tracked.mappings = mappings::of(*pid).unwrap_or_default();
+            let special = tracked.mappings.iter().find(|mapping| mapping.name == "[vvar]");
+            tracked.special = special.map(|mapping| (mapping.start, mapping.end));
             tracked
                 .mappings
                 .retain(|mapping| mapping.has_flag(COVERED) && exact(mapping).is_some());
@@ -253,18 +277,11 @@ impl Tracking {
                 break "the last round";
             }
             let begun = Instant::now();
-            let mut pages = 0;
-            let alone = self.memories.len() == 1;
-            for tracked in self.memories.values_mut() {
-                pages += tracked.round(alone, sink)?;
-            }
+            let (pages, all_counts) = self.round(sink)?;
             sink.settle().map_err(|source| CaptureError::Sink { source })?;
             done.rounds.push((pages, begun.elapsed()));
-            if self.memories.keys().any(|pid| has_direct_files(*pid)) {
-                for tracked in self.memories.values_mut() {
-                    tracked.unstored = Ranges::all();
-                }
-                break "a file is open for direct I/O";
+            if !all_counts {
+                break "somebody holds pages";
             }
             if pages * PAGE <= ENOUGH_BYTES {
                 break "little is left";
@@ -275,6 +292,83 @@ impl Tracking {
             last = pages;
         };
         Ok(done)
+    }
+
+    /// Copies what was written since the round before. Returns the number of pages, and whether all of it counts as stored.
+    fn round(&mut self, sink: &mut dyn Sink) -> Result<(u64, bool), CaptureError> {
+        let alone = self.memories.len() == 1;
+        let mut round = Round::default();
+        let mut armed = Vec::new();
+        let mut armed_bytes = 0;
+        for pid in self.memories.keys().copied().collect::<Vec<Pid>>() {
+            let mut next = Some(Cursor::default());
+            while let Some(from) = next {
+                let Some(tracked) = self.memories.get_mut(&pid) else { break };
+                let room = ARMED_BYTES_MAX.saturating_sub(armed_bytes);
+                let batch = tracked.arm(pid, from, room);
+                next = batch.next;
+                armed_bytes += batch.bytes;
+                armed.push(batch);
+                if armed_bytes >= ARMED_BYTES_MAX {
+                    self.copy_armed(std::mem::take(&mut armed), alone, &mut round, sink)?;
+                    armed_bytes = 0;
+                }
+            }
+        }
+        self.copy_armed(armed, alone, &mut round, sink)?;
+        if round.held_by_others {
+            // They may have held pages since before they were armed at any time.
+            for tracked in self.memories.values_mut() {
+                tracked.unstored = Ranges::all();
+                tracked.in_doubt = true;
+            }
+        }
+        Ok((round.pages, !round.held))
+    }
+
+    /// Copies what was just armed, as far as nobody can have held it since before that.
+    fn copy_armed(
+        &mut self,
+        armed: Vec<Armed>,
+        alone: bool,
+        round: &mut Round,
+        sink: &mut dyn Sink,
+    ) -> Result<(), CaptureError> {
+        // Whatever happens: what is armed is not stored, before it has been copied.
+        for batch in &armed {
+            let Some(tracked) = self.memories.get_mut(&batch.pid) else { continue };
+            tracked.since = tracked.since.union(&batch.written);
+            tracked.unstored = tracked.unstored.union(&batch.written);
+        }
+        let pids: BTreeSet<Pid> = armed.iter().map(|batch| batch.pid).collect();
+        let mut ids = BTreeSet::new();
+        let mut counts = BTreeMap::new();
+        for pid in pids {
+            let Some(tracked) = self.memories.get(&pid) else { continue };
+            let passed = tracked.special.is_some_and(|special| {
+                tracked
+                    .tracker
+                    .await_lock(special)
+                    .inspect_err(|error| tracing::debug!(%error, pid, "no round counts"))
+                    .is_ok()
+            });
+            if let Some(id) = tracked.id.filter(|_| passed) {
+                ids.insert(id);
+                counts.insert(pid, id);
+            }
+        }
+        let held = held_pages::settle(&ids);
+        counts.retain(|_, id| !held.has(*id));
+        round.held_by_others |= held.by_others;
+        for batch in armed {
+            if !counts.contains_key(&batch.pid) {
+                round.held |= batch.bytes > 0;
+                continue;
+            }
+            let Some(tracked) = self.memories.get_mut(&batch.pid) else { continue };
+            round.pages += tracked.copy_armed(&batch, alone, sink)?;
+        }
+        Ok(())
     }
 
     /// Tracks the memory of a container that has been brought back and does not run yet: the capsule that comes next continues the one that
@@ -500,15 +594,38 @@ pub(crate) fn own_pages(pid: Pid) -> u64 {
     resident.saturating_sub(of_files)
 }
 
-/// Whether a process has a file open through which a device writes to memory.
-fn has_direct_files(pid: Pid) -> bool {
-    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fdinfo")) else { return false };
-    entries.flatten().any(|entry| {
-        let text = fs::read_to_string(entry.path()).unwrap_or_default();
-        let flags = text.lines().find_map(|line| line.strip_prefix("flags:"));
-        let flags = flags.and_then(|flags| i32::from_str_radix(flags.trim(), 8).ok());
-        flags.is_some_and(|flags| flags & libc::O_DIRECT != 0)
-    })
+/// What a round has come to.
+#[derive(Default)]
+struct Round {
+    pages: u64,
+    /// Some of what was written could not be copied, as it may be held.
+    held: bool,
+    /// By somebody outside, perhaps.
+    held_by_others: bool,
+}
+
+/// Where a round goes on in a memory.
+#[derive(Clone, Copy, Default)]
+struct Cursor {
+    mapping: usize,
+    /// Address in it; before it, its start.
+    address: u64,
+}
+
+/// Pages that were armed just now, or have been and are not stored.
+struct Armed {
+    pid: Pid,
+    /// To be copied: start, end, and whether pages of zeros count.
+    found: Vec<(u64, u64, bool)>,
+    bytes: u64,
+    /// All that was looked at.
+    scanned: Ranges,
+    /// What was armed, or may have been.
+    written: Ranges,
+    /// What can't be copied.
+    failed: Ranges,
+    /// Where there is more.
+    next: Option<Cursor>,
 }
 
 impl TrackedMemory {
@@ -525,6 +642,9 @@ impl TrackedMemory {
             space: None,
             unstored: Ranges::all(),
             mappings: Vec::new(),
+            special: None,
+            id: None,
+            in_doubt: false,
         })
     }
 
@@ -627,68 +747,96 @@ impl TrackedMemory {
         Ok(Some((judged, next)))
     }
 
-    /// Copies what was written since the round before. Returns the number of pages.
-    fn round(&mut self, alone: bool, sink: &mut dyn Sink) -> Result<u64, CaptureError> {
-        let base = self.base(sink)?;
-        let (mut written, mut scanned) = (Ranges::default(), Ranges::default());
-        let mut unstored = Ranges::default();
-        let mut pages = 0;
-        let mut shared = Vec::new();
-        for index in 0..self.mappings.len() {
-            let Some(mapping) = self.mappings.get(index) else { continue };
-            let (mut next, end) = (mapping.start, mapping.end);
+    /// Arms what was written, from a place on, until it is about `bytes_max` that are to be copied.
+    fn arm(&self, pid: Pid, from: Cursor, bytes_max: u64) -> Armed {
+        let mut armed = Armed {
+            pid,
+            found: Vec::new(),
+            bytes: 0,
+            scanned: Ranges::default(),
+            written: Ranges::default(),
+            failed: Ranges::default(),
+            next: None,
+        };
+        let mut first = from.address;
+        for (index, mapping) in self.mappings.iter().enumerate().skip(from.mapping) {
+            let (mut next, end) = (mapping.start.max(first), mapping.end);
+            first = 0;
             let exact = exact(mapping).unwrap_or(true);
-            let mut drafts = Draft::new(base, exact, sink);
             while next < end {
+                if armed.bytes >= bytes_max {
+                    armed.next = Some(Cursor { mapping: index, address: next });
+                    return armed;
+                }
                 // Where mappings have come that are not covered, or the process has ended. Of what comes before such a mapping some may
                 // have been armed, and nobody knows what.
-                let Ok((runs, after)) = self.pagemap.tracked_some(next, end, RUNS_AT_ONCE, exact)
-                else {
-                    written.add(next, end);
-                    unstored.add(next, end);
+                let part_end = end.min(next.saturating_add(SCANNED_BYTES_MAX));
+                let scan = self.pagemap.tracked_some(next, part_end, RUNS_AT_ONCE, exact);
+                let Ok((runs, after)) = scan else {
+                    armed.written.add(next, end);
+                    armed.failed.add(next, end);
                     break;
                 };
-                scanned.add(next, after);
+                armed.scanned.add(next, after);
                 next = after;
                 for run in runs {
                     if !run.clean {
-                        written.add(run.start, run.end);
+                        armed.written.add(run.start, run.end);
                     }
                     if run.guard {
                         continue;
                     }
                     for (start, end, was_unstored) in self.unstored.divide(run.start, run.end) {
-                        if run.clean && !was_unstored {
-                            continue;
-                        }
-                        if alone {
-                            pages += drafts.copy(&self.memory, start, end, &mut unstored)?;
-                            continue;
-                        }
-                        // What others may have too is told apart in the pause.
-                        if self.pagemap.shared(start, end, &mut shared).is_err() {
-                            unstored.add(start, end);
-                            continue;
-                        }
-                        let mut first = start;
-                        for group in shared.chunk_by(|a, b| a.is_some() == b.is_some()) {
-                            let last = first + group.len() as u64 * PAGE;
-                            match group.first() {
-                                Some(None) => {
-                                    pages +=
-                                        drafts.copy(&self.memory, first, last, &mut unstored)?;
-                                }
-                                _ => unstored.add(first, last),
-                            }
-                            first = last;
+                        if !run.clean || was_unstored {
+                            armed.found.push((start, end, exact));
+                            armed.bytes += end - start;
                         }
                     }
                 }
             }
+        }
+        armed
+    }
+
+    /// Copies what was armed; what can be copied counts as stored. Returns the number of pages.
+    fn copy_armed(
+        &mut self,
+        armed: &Armed,
+        alone: bool,
+        sink: &mut dyn Sink,
+    ) -> Result<u64, CaptureError> {
+        let base = self.base(sink)?;
+        let mut failed = armed.failed.clone();
+        let mut pages = 0;
+        let mut shared = Vec::new();
+        for found in armed.found.chunk_by(|one, next| one.2 == next.2) {
+            let exact = found.first().is_some_and(|found| found.2);
+            let mut drafts = Draft::new(base, exact, sink);
+            for (start, end, _) in found.iter().copied() {
+                if alone {
+                    pages += drafts.copy(&self.memory, start, end, &mut failed)?;
+                    continue;
+                }
+                // What others may have too is told apart in the pause.
+                if self.pagemap.shared(start, end, &mut shared).is_err() {
+                    failed.add(start, end);
+                    continue;
+                }
+                let mut first = start;
+                for group in shared.chunk_by(|a, b| a.is_some() == b.is_some()) {
+                    let last = first + group.len() as u64 * PAGE;
+                    match group.first() {
+                        Some(None) => {
+                            pages += drafts.copy(&self.memory, first, last, &mut failed)?;
+                        }
+                        _ => failed.add(first, last),
+                    }
+                    first = last;
+                }
+            }
             drafts.finish()?;
         }
-        self.since = self.since.union(&written);
-        self.unstored = self.unstored.without(&scanned).union(&unstored);
+        self.unstored = self.unstored.without(&armed.scanned).union(&failed);
         Ok(pages)
     }
 }

@@ -149,6 +149,11 @@ pub(crate) fn iterate_threads(program: BorrowedFd<'_>, pid: Pid) -> io::Result<F
     iterate_over(program, IteratedTask { tid: 0, pid, pid_fd: 0, reserved: 0 })
 }
 
+/// As [`iterate`], for all threads of the caller's pid namespace and of those below it.
+pub(crate) fn iterate_all(program: BorrowedFd<'_>) -> io::Result<File> {
+    iterate_over(program, IteratedTask { tid: 0, pid: 0, pid_fd: 0, reserved: 0 })
+}
+
 fn iterate_over(program: BorrowedFd<'_>, task: IteratedTask) -> io::Result<File> {
     let number = |fd: BorrowedFd<'_>| u32::try_from(fd.as_raw_fd()).map_err(io::Error::other);
     let attr = LinkAttr {

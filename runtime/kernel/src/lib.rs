@@ -35,6 +35,7 @@ pub mod sock_diag;
 pub mod sockopt;
 pub mod sysvipc;
 pub mod tape;
+pub mod task_list;
 pub mod tcp;
 pub mod thread_list;
 pub mod timerfd;

@@ -417,31 +417,48 @@ mod tests {
         }
     }
 
-    /// Without this, pages would be told twice, and of a page that was written the second time that it was not.
+    /// What is told twice is told as clean the second time, and so would not be stored.
     #[test]
-    fn tells_each_of_many_pages_once() {
-        const PAGES: usize = 2 * 1300;
+    fn no_page_is_told_twice_however_many_runs_there_are() {
         let mut memory = vec![0u8; 40 << 20];
         let base = (memory.as_ptr().addr() + 4095) & !4095;
         let offset = base - memory.as_ptr().addr();
-        for page in (0..PAGES).step_by(2) {
-            memory[offset + page * 4096] = 1;
-        }
-        let base = base as u64;
+        let start = base as u64;
+        let tracker = crate::userfaultfd::of_this_process().expect("a tracker");
         let pagemap =
             Pagemap::open(i32::try_from(std::process::id()).expect("a pid")).expect("own pagemap");
-        for runs_max in [512, 600, 1024, 1300, 4096] {
-            let (mut next, end) = (base, base + PAGES as u64 * 4096);
-            let mut pages = Vec::new();
-            while next < end {
-                let (runs, after) = pagemap.populated_some(next, end, runs_max).expect("scan");
-                assert!(after > next, "no way forward");
-                pages.extend(runs.iter().map(|run| (run.start - base) / 4096));
-                next = after;
+        // Around the number of regions that the kernel passes at once.
+        for (count, runs_max) in [
+            (400, 2048),
+            (512, 2048),
+            (513, 2048),
+            (900, 2048),
+            (1024, 2048),
+            (3000, 2048),
+            (900, 700),
+        ] {
+            let end = start + 2 * count as u64 * PAGE;
+            tracker.cover(start, end).expect("covered");
+            for of_stopped in [false, true] {
+                for run in 0..count {
+                    memory[offset + 2 * run * 4096] += 1;
+                }
+                let mut told = Vec::new();
+                let mut next = start;
+                while next < end {
+                    let found = match of_stopped {
+                        false => pagemap.tracked_some(next, end, runs_max, false),
+                        true => pagemap.tracked_of_stopped(next, end, runs_max),
+                    };
+                    let (runs, after) = found.expect("Linux 6.7 or newer");
+                    told.extend(runs.iter().map(|run| (run.start, run.clean)));
+                    next = after;
+                }
+                let expected = (0..count as u64).map(|run| (start + 2 * run * PAGE, false));
+                assert_eq!(told, expected.collect::<Vec<_>>(), "{count} {runs_max} {of_stopped}");
             }
-            let expected: Vec<u64> = (0..PAGES as u64).step_by(2).collect();
-            assert_eq!(pages, expected, "{runs_max} at a time");
         }
+        drop(tracker);
     }
 
     /// A child that never returns to the test's code; ended with the value.

@@ -165,6 +165,23 @@ impl WriteTracker {
     }
 }
 
+impl WriteTracker {
+    /// Returns when everybody has let go of the address space who held its lock, to read or to change it, at some moment since the call.
+    ///
+    /// `special` is a mapping that can't be covered, of the clock's data for instance: the kernel takes the lock for itself before it finds
+    /// that out (fs/userfaultfd.c, userfaultfd_register), and nothing changes.
+    ///
+    /// # Errors
+    /// The mapping is none of that kind, or the address space is gone.
+    pub fn await_lock(&self, special: (u64, u64)) -> io::Result<()> {
+        match self.cover(special.0, special.1) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+            Err(error) => Err(error),
+            Ok(()) => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+}
+
 impl AsFd for WriteTracker {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
@@ -180,6 +197,19 @@ impl From<WriteTracker> for OwnedFd {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What can be covered is no fence: it would be covered by using it as one.
+    #[test]
+    fn the_clock_is_a_fence_and_memory_is_none() {
+        let tracker = of_this_process().expect("a tracker");
+        let own = i32::try_from(std::process::id()).expect("a pid");
+        let mappings = crate::proc::mappings_without_flags(own).expect("mappings");
+        let clock = mappings.iter().find(|mapping| mapping.name == "[vvar]").expect("a clock");
+        tracker.await_lock((clock.start, clock.end)).expect("a fence");
+        let memory = Scratch::new().expect("a page");
+        let page = (memory.0 as u64, memory.0 as u64 + PAGE as u64);
+        tracker.await_lock(page).expect_err("no fence");
+    }
 
     /// Whoever trusted a kernel that does not tell would store old content for new.
     #[test]

@@ -3,14 +3,19 @@
 //!
 //! `SAMARA_TEST_INCREMENTS` says how many capsules (60), `SAMARA_TEST_SEED` where to begin (drawn). When one is wrong, the kinds of changes
 //! are reduced to those that it takes.
+//!
+//! What the program has freed lazily (`MADV_FREE`) the kernel may take away at any moment, also between the capture's look and the test's.
+//! So which pages those are, and what they hold, is noted when the program has just been stopped: such a page may be zeros, on either side,
+//! and nothing but zeros or what it was. In some capsules the kernel is made to take them.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use std::collections::{BTreeMap, HashMap};
+use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::Mutex;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use samara_capsule::config::{Provenance, Requirements};
@@ -18,8 +23,9 @@ use samara_capsule::digest::Digest;
 use samara_capsule::record::{Alive, Backing, Container, ProcessState};
 use samara_capsule::transfer::{PAGE_BYTES, Source, SpaceId};
 use samara_engine::capture::{CaptureError, CaptureRequest, Captured, capture};
+use samara_engine::phase::{self, Phase};
 use samara_engine::snapshot::SnapshotRequest;
-use samara_engine::tracking::Tracking;
+use samara_engine::tracking::{PreCopy, Tracking};
 use samara_kernel::pagemap::Pagemap;
 use samara_store::config::StoreConfig;
 use samara_store::writer::CapsuleFacts;
@@ -40,13 +46,13 @@ struct Program {
 }
 
 impl Program {
-    fn start(program: &Path, seed: u64, operations: u64, folder: &Path) -> Program {
+    fn start(program: &Path, words: &[String], folder: &Path) -> Program {
         let said = folder.join("said");
         let unshare = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "--", "unshare"])
             .args(["--pid", "--fork", "--mount-proc", "--kill-child", "--"])
             .arg(program)
-            .args([seed.to_string(), operations.to_string()])
+            .args(words)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(std::fs::File::create(&said).unwrap())
@@ -71,21 +77,6 @@ impl Program {
         }
     }
 
-    /// Its processes, by the numbers that they have in their namespace.
-    fn processes(&self) -> HashMap<i32, i32> {
-        let namespace = |pid: i32| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
-        let own = namespace(self.init);
-        let pids = std::fs::read_dir("/proc").unwrap().flatten();
-        let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-        pids.filter(|pid| namespace(*pid) == own)
-            .filter_map(|pid| {
-                let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-                let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
-                Some((numbers.split_whitespace().last()?.parse().ok()?, pid))
-            })
-            .collect()
-    }
-
     fn complaint(&self) -> Option<String> {
         let said = std::fs::read_to_string(&self.said).unwrap();
         (!said.is_empty()).then_some(said)
@@ -97,6 +88,120 @@ impl Drop for Program {
         let _ = self.unshare.kill();
         let _ = self.unshare.wait();
     }
+}
+
+/// The processes of a namespace, by the numbers that they have in it.
+fn processes_of(init: i32) -> HashMap<i32, i32> {
+    let namespace = |pid: i32| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
+    let own = namespace(init);
+    let pids = std::fs::read_dir("/proc").unwrap().flatten();
+    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    pids.filter(|pid| namespace(*pid) == own)
+        .filter_map(|pid| {
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+            let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
+            Some((numbers.split_whitespace().last()?.parse().ok()?, pid))
+        })
+        .collect()
+}
+
+/// What the program that is being saved has freed lazily, from its stop on.
+#[derive(Default)]
+struct Freed {
+    /// The init that it is of, and whether the kernel is to take the pages away, and where.
+    of: Option<(i32, Option<Phase>)>,
+    dropping: PathBuf,
+    /// By process and page.
+    contents: BTreeMap<(i32, u64), Vec<u8>>,
+    /// How many the kernel had taken away when they were compared.
+    dropped: u64,
+}
+
+static FREED: Mutex<Option<Freed>> = Mutex::new(None);
+
+fn freed() -> MutexGuard<'static, Option<Freed>> {
+    FREED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Tests of one program at a time. `stall` is the program that drops pages.
+fn alone(stall: &Path) -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    static WATCHING: Once = Once::new();
+    let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    *freed() = Some(Freed { dropping: stall.to_owned(), ..Freed::default() });
+    WATCHING.call_once(|| phase::watch(stands));
+    alone
+}
+
+const ESRCH: i32 = 3;
+
+/// Notes what was freed lazily, of a program that stands.
+fn stands(reached: Phase) {
+    let mut freed = freed();
+    let Some(freed) = freed.as_mut() else { return };
+    let Some((init, dropping)) = freed.of else { return };
+    let processes = processes_of(init);
+    let run = |pid: i32, word: &str| {
+        let status = Command::new(&freed.dropping).args([&pid.to_string(), word]).status();
+        assert!(status.unwrap().success());
+    };
+    if reached == Phase::Stopped {
+        run(init, "settle");
+        freed.contents.clear();
+        for pid in processes.values() {
+            let pages = match lazily_freed(*pid) {
+                // Has ended, and nobody has waited for it.
+                Err(error) if error.raw_os_error() == Some(ESRCH) => continue,
+                pages => pages.unwrap(),
+            };
+            freed.contents.extend(pages.into_iter().map(|(page, bytes)| ((*pid, page), bytes)));
+        }
+    }
+    if Some(reached) == dropping {
+        for pid in processes.values() {
+            run(*pid, "lazy");
+        }
+    }
+}
+
+/// Pages that the kernel may take away at any moment, with their content (admin-guide/mm/pagemap.rst).
+fn lazily_freed(pid: i32) -> std::io::Result<Vec<(u64, Vec<u8>)>> {
+    const PRESENT: u64 = 1 << 63;
+    const FRAME: u64 = (1 << 55) - 1;
+    const ANONYMOUS: u64 = 1 << 12;
+    const SWAP_BACKED: u64 = 1 << 14;
+    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps"))?;
+    let entries = std::fs::File::open(format!("/proc/{pid}/pagemap"))?;
+    let flags = std::fs::File::open("/proc/kpageflags")?;
+    let memory = std::fs::File::open(format!("/proc/{pid}/mem"))?;
+    let word = |file: &std::fs::File, index: u64| {
+        let mut word = [0; 8];
+        file.read_exact_at(&mut word, index * 8).map(|()| u64::from_le_bytes(word))
+    };
+    let mut pages = Vec::new();
+    let mut range = 0..0;
+    for line in smaps.lines() {
+        let first = line.split(' ').next().unwrap();
+        if let Some((start, end)) = first.split_once('-') {
+            let page = |text| u64::from_str_radix(text, 16).unwrap() / PAGE;
+            range = page(start)..page(end);
+        }
+        if first != "LazyFree:" || line.trim_start_matches("LazyFree:").trim() == "0 kB" {
+            continue;
+        }
+        for page in range.clone() {
+            let entry = word(&entries, page)?;
+            if entry & PRESENT == 0 {
+                continue;
+            }
+            if word(&flags, entry & FRAME)? & (ANONYMOUS | SWAP_BACKED) == ANONYMOUS {
+                let mut bytes = vec![0; PAGE_BYTES];
+                memory.read_exact_at(&mut bytes, page * PAGE)?;
+                pages.push((page, bytes));
+            }
+        }
+    }
+    Ok(pages)
 }
 
 /// A page of private memory.
@@ -117,6 +222,7 @@ enum Absent {
 
 /// All that a process had at the instant of a capture, as far as a capsule has to hold it.
 struct Process {
+    pid: i32,
     pages: Vec<Page>,
     /// The same of shared memory, whose pages count from its beginning.
     shared: Vec<(usize, u64, Vec<u8>)>,
@@ -141,7 +247,7 @@ impl Process {
 
 /// Reads the memory of the processes, which stand.
 fn look(program: &Program, container: &Container) -> Result<Vec<(i32, Process)>, String> {
-    let pids = program.processes();
+    let pids = processes_of(program.init);
     let mut found = Vec::new();
     for record in &container.processes {
         let ProcessState::Alive(alive) = &record.state else { continue };
@@ -163,7 +269,7 @@ fn look_at(pid: i32, alive: &Alive) -> Process {
     let rseq = alive.threads.iter().filter_map(|thread| thread.rseq.as_ref());
     let restless = rseq.map(|rseq| rseq.address).collect();
     let mut process =
-        Process { pages: Vec::new(), shared: Vec::new(), restless, space: alive.space };
+        Process { pid, pages: Vec::new(), shared: Vec::new(), restless, space: alive.space };
     for mapping in &alive.mappings {
         let exact = match &mapping.backing {
             Backing::Anonymous { .. } => false,
@@ -224,6 +330,16 @@ fn compare_memory(
             return Err(format!("page {page} of shared memory differs"));
         }
     }
+    let mut freed = freed();
+    let freed = freed.as_mut().unwrap();
+    // Whether it is right that a page is stored like this and was like that.
+    let mut was_dropped = |page: u64, found: &[u8], there: &[u8]| {
+        let content = freed.contents.get(&(process.pid, page));
+        let one_of = |page: &[u8]| page == zeros || content.is_some_and(|content| content == page);
+        let right = content.is_some() && one_of(found) && one_of(there);
+        freed.dropped += u64::from(right);
+        right
+    };
     let mut stored = pages_of(reader, process.space);
     for Page { number, place, content, absent } in &process.pages {
         let found = match (stored.remove(number), absent) {
@@ -233,11 +349,12 @@ fn compare_memory(
             (None, Absent::Wrong) => return Err(format!("{place} is missing")),
         };
         let (found, there) = (process.at_rest(*number, &found), process.at_rest(*number, content));
-        if found != there {
+        if found != there && !was_dropped(*number, &found, &there) {
             return Err(format!("{place} differs: {}", difference(&found, &there)));
         }
     }
-    match stored.into_iter().find(|(_, content)| *content != zeros) {
+    let mut others = stored.into_iter().filter(|(_, content)| *content != zeros);
+    match others.find(|(page, content)| !was_dropped(*page, content, &zeros)) {
         Some((page, _)) => Err(format!("page {:#x} is nobody's any more", page * PAGE)),
         None => Ok(()),
     }
@@ -282,9 +399,23 @@ struct Saving<'a> {
 }
 
 impl Saving<'_> {
-    /// `ahead`: memory is copied while the program runs; `forks`: what was written is read from forks when it runs on; `commits`: the
-    /// capsule gets into the store.
-    fn save(&mut self, ahead: bool, forks: bool, commits: bool) -> Result<(), String> {
+    fn begin<'a>(program: &'a Program, folder: &Path) -> Saving<'a> {
+        let location = Location::parse(&format!("file://{}/capsules", folder.display()));
+        let store = Store::open(&location.unwrap(), &StoreConfig::default(), true).unwrap();
+        let lease = store.take_epoch(&BTreeMap::new()).unwrap().lease;
+        let (tracking, found) = (Tracking::default(), Found::default());
+        Saving { program, store, lease, last: None, tracking, found }
+    }
+
+    /// `ahead`: memory is copied while the program runs, and then comes `between`; `forks`: what was written is read from forks when it runs
+    /// on; `commits`: the capsule gets into the store.
+    fn save(
+        &mut self,
+        ahead: bool,
+        forks: bool,
+        commits: bool,
+        between: impl FnOnce(&PreCopy),
+    ) -> Result<(), String> {
         // As it comes from the process that keeps it.
         let (notes, trackers) = std::mem::take(&mut self.tracking).into_parts(usize::MAX);
         self.tracking = Tracking::from_parts(notes, trackers);
@@ -307,7 +438,8 @@ impl Saving<'_> {
         };
         let init = self.program.init;
         if ahead {
-            self.tracking.copy_ahead(init, &mut writer).map_err(|error| said(&error))?;
+            let done = self.tracking.copy_ahead(init, &mut writer);
+            between(&done.map_err(|error| said(&error))?);
         }
         let always =
             SnapshotRequest { budget: Duration::ZERO, always: true, spare_bytes: u64::MAX };
@@ -322,8 +454,12 @@ impl Saving<'_> {
         self.found.unchanged += report.unchanged_pages;
         self.found.forked += report.forked_pages;
         let there = look(self.program, &container)?;
-        frozen.thaw().map_err(|error| said(&error))?;
-        self.tracking.went_on();
+        // Where nothing depends on its running, it stands until all is compared: it is faster than this test.
+        let mut frozen = Some(frozen);
+        if let Some(frozen) = frozen.take_if(|_| report.forks > 0) {
+            frozen.thaw().map_err(|error| said(&error))?;
+            self.tracking.went_on();
+        }
         rest.drain(&mut self.tracking, &mut writer).map_err(|error| said(&error))?;
         if commits {
             let facts = CapsuleFacts {
@@ -340,7 +476,10 @@ impl Saving<'_> {
             let reader = CapsuleReader::open(&self.store, &committed.capsule).unwrap();
             compare(&there, &container, &reader)?;
         }
-        Ok(())
+        match frozen {
+            Some(frozen) => frozen.thaw().map_err(|error| said(&error)),
+            None => Ok(()),
+        }
     }
 }
 
@@ -358,18 +497,18 @@ struct Found {
 /// One run of the program, and capsules of it.
 fn run(program: &Path, seed: u64, operations: u64, capsules: usize) -> Result<Found, String> {
     let folder = tempfile::tempdir().unwrap();
-    let program = Program::start(program, seed, operations, folder.path());
-    let location = Location::parse(&format!("file://{}/capsules", folder.path().display()));
-    let store = Store::open(&location.unwrap(), &StoreConfig::default(), true).unwrap();
-    let lease = store.take_epoch(&BTreeMap::new()).unwrap().lease;
-    let tracking = Tracking::default();
-    let mut saving =
-        Saving { program: &program, store, lease, last: None, tracking, found: Found::default() };
+    let words = [seed.to_string(), operations.to_string()];
+    let program = Program::start(program, &words, folder.path());
+    let mut saving = Saving::begin(&program, folder.path());
     for number in 0..capsules {
         let pause = (seed.wrapping_mul(31).wrapping_add(number as u64 * 7919)) % 8000;
         std::thread::sleep(Duration::from_micros(pause));
         let (ahead, forks, commits) = (number % 4 != 3, number % 3 == 1, number % 7 != 5);
-        let result = saving.save(ahead, forks, commits);
+        let dropping = [None, Some(Phase::Copied), None, Some(Phase::Stopped), None];
+        if let Some(freed) = freed().as_mut() {
+            freed.of = Some((program.init, dropping[number % dropping.len()]));
+        }
+        let result = saving.save(ahead, forks, commits, |_| {});
         result.map_err(|error| {
             let said = program.complaint().unwrap_or_default();
             format!("seed {seed}, capsule {number}: {error} {said}")
@@ -381,18 +520,99 @@ fn run(program: &Path, seed: u64, operations: u64, capsules: usize) -> Result<Fo
     Ok(saving.found)
 }
 
-/// Without this, a page that was written would come back as it was before, or one that is gone would come back.
-#[test]
-fn every_increment_holds_what_was_there() {
-    let folder = tempfile::tempdir().unwrap();
-    let program = folder.path().join("mutate");
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/increments/mutate.c");
+/// One of the programs beside this file.
+fn compile(name: &str, folder: &Path) -> PathBuf {
+    let program = folder.join(name);
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/increments/{name}.c"));
     let compiled = Command::new("gcc")
         .args(["-O1", "-static", "-pthread", "-o"])
         .args([&program, &source])
         .status()
         .unwrap();
     assert!(compiled.success());
+    program
+}
+
+/// A call from outside that stands in the midst of writing to the program.
+struct StalledWrite {
+    child: Child,
+    go_on: Option<ChildStdin>,
+    said: BufReader<ChildStdout>,
+}
+
+impl StalledWrite {
+    fn begin(stall: &Path, init: i32) -> StalledWrite {
+        let mut child = Command::new(stall)
+            .arg(init.to_string())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (go_on, said) = (child.stdin.take(), child.stdout.take().unwrap());
+        let mut writing = StalledWrite { child, go_on, said: BufReader::new(said) };
+        writing.expect("stalled\n");
+        writing
+    }
+
+    fn expect(&mut self, word: &str) {
+        let mut line = String::new();
+        self.said.read_line(&mut line).unwrap();
+        assert_eq!(line, word);
+    }
+
+    fn complete(&mut self) {
+        self.go_on = None;
+        self.expect("written\n");
+    }
+}
+
+impl Drop for StalledWrite {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Without this, what somebody writes who took hold of a page before it was copied ahead would be missing from the capsule.
+#[test]
+fn a_write_that_has_begun_before_a_round_is_not_lost() {
+    let folder = tempfile::tempdir().unwrap();
+    let stall = compile("stall", folder.path());
+    let _alone = alone(&stall);
+    let program = Program::start(&stall, &[], folder.path());
+    let mut saving = Saving::begin(&program, folder.path());
+    saving.save(true, false, true, |_| {}).unwrap();
+    let mut writing = StalledWrite::begin(&stall, program.init);
+    saving.save(true, false, true, |_| writing.complete()).unwrap();
+    // And not from the one after that, either.
+    saving.save(true, false, true, |_| {}).unwrap();
+    assert!(saving.found.unchanged > 0, "nothing was tracked");
+}
+
+/// Without this, it would be missing from the next one.
+#[test]
+fn a_write_that_lasts_for_longer_than_a_capsule_is_in_the_next() {
+    let folder = tempfile::tempdir().unwrap();
+    let stall = compile("stall", folder.path());
+    let _alone = alone(&stall);
+    for ahead in [true, false] {
+        let program = Program::start(&stall, &[], folder.path());
+        let store = tempfile::tempdir().unwrap();
+        let mut saving = Saving::begin(&program, store.path());
+        saving.save(true, false, true, |_| {}).unwrap();
+        let mut writing = StalledWrite::begin(&stall, program.init);
+        saving.save(true, false, true, |_| {}).unwrap();
+        writing.complete();
+        saving.save(ahead, false, true, |_| {}).unwrap();
+    }
+}
+
+/// Without this, a page that was written would come back as it was before, or one that is gone would come back.
+#[test]
+fn every_increment_holds_what_was_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = compile("mutate", folder.path());
+    let _alone = alone(&compile("stall", folder.path()));
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
     let capsules = number("SAMARA_TEST_INCREMENTS").unwrap_or(60);
     let drawn = u64::from(SystemTime::UNIX_EPOCH.elapsed().unwrap().subsec_nanos() % 1_000_000);
@@ -416,6 +636,8 @@ fn every_increment_holds_what_was_there() {
             }
         }
     }
+    let dropped = freed().as_ref().map_or(0, |freed| freed.dropped);
+    eprintln!("{dropped} pages were taken away by the kernel in between");
     assert!(all.unchanged > 0, "nothing was tracked");
     assert!(all.forked > 0, "no fork was made");
     assert!(all.differences > 0, "every page that was written was stored as a whole");

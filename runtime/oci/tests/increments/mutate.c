@@ -261,12 +261,12 @@ static void poke(void) {
 }
 
 static void grow_heap(void) {
+    static long added;
     long pages = (long)draw(64) - 24;
+    // Only what this has added, and no more than captures can follow.
+    if (added + pages < 0 || added + pages > 1024) return;
+    added += pages;
     if (pages < 0) {
-        // Only what this has added.
-        static long added;
-        if (added + pages < 0) return;
-        added += pages;
         must(brk((char *)sbrk(0) + pages * (long)PAGE) == 0, "brk down");
         return;
     }
