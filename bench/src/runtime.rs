@@ -61,7 +61,8 @@ impl<'a> Runtime<'a> {
     /// When it was not built.
     pub(crate) fn ours(folder: &Path, place: Place<'a>) -> Result<Runtime<'a>> {
         let config = folder.join("config.toml");
-        std::fs::write(&config, place.node_config())?;
+        let turns = format!("\n[capture]\nfolder = \"{}\"\n", folder.join("captures").display());
+        std::fs::write(&config, place.node_config() + &turns)?;
         std::fs::set_permissions(&config, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
         Ok(Runtime {
             program: product::binaries()?.join("samara-runtime"),

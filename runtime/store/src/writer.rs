@@ -376,6 +376,8 @@ pub(crate) struct Shared {
 #[derive(Debug, Default)]
 pub(crate) struct State {
     failed: Option<SharedError>,
+    /// The writer is being dropped.
+    closed: bool,
     /// Jobs that were submitted and whose results are not yet in a blob that is being uploaded.
     pub(crate) in_flight: usize,
     /// Of the threads that compress.
@@ -986,7 +988,8 @@ impl Sink for CapsuleWriter {
 impl Drop for CapsuleWriter {
     fn drop(&mut self) {
         self.jobs = None;
-        self.shared.set_plan(Plan { threads: usize::MAX, in_flight_max: 0 });
+        self.shared.lock().closed = true;
+        self.shared.changed.notify_all();
         // Workers that wait for room to upload, and uploads that wait for a place, end now.
         self.shared.uploads.close();
         for worker in self.workers.drain(..) {
@@ -1029,10 +1032,7 @@ impl Shared {
     }
 
     pub(crate) fn set_share(&self, share: Share) {
-        self.set_plan(Plan::of(share, self.uploads_max));
-    }
-
-    fn set_plan(&self, Plan { threads, in_flight_max }: Plan) {
+        let Plan { threads, in_flight_max } = Plan::of(share, self.uploads_max);
         // Whoever looks and then waits does both under the lock.
         let state = self.lock();
         self.threads_max.store(threads, Relaxed);
@@ -1041,10 +1041,10 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Waits until so many threads and one more may compress.
+    /// Waits until so many threads and one more may compress, or none need any more.
     fn wait_for_turn(&self, number: usize) {
         let mut state = self.lock();
-        while number >= self.threads_max.load(Relaxed) {
+        while number >= self.threads_max.load(Relaxed) && !state.closed {
             state = self.changed.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner);
         }
     }
