@@ -52,6 +52,10 @@ const FIRST_WAIT_MAX: Duration = Duration::from_secs(30);
 const TICK: Duration = Duration::from_millis(50);
 const BALANCE_TICKS: u32 = 4;
 
+/// Who has done nothing for so long (200 ticks, ten seconds), and has nothing in its buffers, is waiting for its container: others go on
+/// meanwhile. Then it may be one more than the budget has room for.
+const NOTHING_TICKS: u32 = 200;
+
 /// Batches of a MiB that a thread compresses in a tick if it gets on: a tenth of what it does with a core to itself.
 const BATCHES_A_TICK: u64 = 2;
 
@@ -200,15 +204,15 @@ impl Begun {
         let kept = threads.clone();
         let mut turn = turn;
         let work = move || {
-            let mut ticks = 0u32;
+            let (mut ticks, mut nothing_ticks) = (0u32, 0u32);
             while stopped.recv_timeout(TICK) == Err(RecvTimeoutError::Timeout) {
-                threads.look();
+                nothing_ticks = if threads.look() { 0 } else { nothing_ticks.saturating_add(1) };
                 ticks = ticks.wrapping_add(1);
                 if ticks.is_multiple_of(BALANCE_TICKS)
                     && !threads.stand()
                     && let Some(turn) = &mut turn
                 {
-                    turn.balance();
+                    turn.balance(usize::from(nothing_ticks < NOTHING_TICKS));
                     threads.writer.set_share(budget.share(turn.units()));
                 }
             }
@@ -272,8 +276,8 @@ impl Threads {
         self.stands.load(Ordering::SeqCst) > 0
     }
 
-    /// Gives them the priority that they should have now.
-    fn look(&self) {
+    /// Gives them the priority that they should have now. Answers whether they or the store have had anything to do.
+    fn look(&self) -> bool {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         let now = self.writer.pulse();
         let idle = !self.stand() && gets_on(*last, now);
@@ -283,7 +287,9 @@ impl Threads {
                 tracing::debug!(%error, thread, "the priority of a thread can't be set");
             }
         }
+        let did_something = now.waiting + now.uploading > 0 || now.batches != last.batches;
         *last = now;
+        did_something
     }
 }
 
@@ -422,7 +428,7 @@ mod tests {
     /// On a machine that is never idle a capture would never end.
     #[test]
     fn who_does_not_get_on_is_found_out() {
-        let pulse = |batches, waiting| Pulse { batches, waiting, threads: 2 };
+        let pulse = |batches, waiting| Pulse { batches, waiting, uploading: 0, threads: 2 };
         let check =
             |last, now, expected| assert_eq!(gets_on(last, now), expected, "{last:?} {now:?}");
         check(pulse(0, 9), pulse(0, 9), false);

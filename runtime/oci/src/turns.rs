@@ -347,9 +347,9 @@ impl Turn {
         self.units.len()
     }
 
-    /// Gives back what is more than one unit where somebody waits, and takes what is free where nobody does. Where somebody else is at
-    /// it, it stays as it is.
-    pub(crate) fn balance(&mut self) {
+    /// Gives back what is more than `kept` units where somebody waits, and takes what is free where nobody does. Where somebody else is
+    /// at it, it stays as it is.
+    pub(crate) fn balance(&mut self, kept: usize) {
         let turns = &self.turns;
         let look = || -> io::Result<Option<Vec<File>>> {
             let _queue = turns.queue(Instant::now())?;
@@ -362,7 +362,7 @@ impl Turn {
         };
         match look() {
             Ok(Some(free)) => self.units.extend(free),
-            Ok(None) => self.units.truncate(1),
+            Ok(None) => self.units.truncate(kept),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => tracing::debug!(%error, "the turns of captures can't be looked at"),
         }
@@ -554,7 +554,7 @@ mod tests {
         assert_eq!(first.units(), 2, "who is alone takes all");
         let (order, ordered) = channel();
         let second = in_thread(turns(folder.path(), 2), Kind::Periodic, 2, &order);
-        first.balance();
+        first.balance(1);
         assert_eq!(first.units(), 1, "who is not gives back");
         assert_eq!(ordered.recv_timeout(Duration::from_secs(60)), Ok(2));
         assert!(at_once(folder.path(), 2, Kind::Periodic).is_none());
@@ -563,7 +563,7 @@ mod tests {
         assert!(at_once(folder.path(), 2, Kind::Periodic).is_none());
         drop(second.1);
         second.0.join().unwrap();
-        third.balance();
+        third.balance(1);
         assert_eq!(third.units(), 2, "who is alone again takes what is free");
     }
 
@@ -584,6 +584,21 @@ mod tests {
             drop(end);
             thread.join().unwrap();
         }
+    }
+
+    /// A container whose files are being written without end must not keep others from being saved.
+    #[test]
+    fn who_does_nothing_makes_room() {
+        let folder = folder();
+        let mut idle = at_once(folder.path(), 1, Kind::Periodic).unwrap();
+        let (order, ordered) = channel();
+        let other = in_thread(turns(folder.path(), 1), Kind::Periodic, 0, &order);
+        idle.balance(0);
+        assert_eq!(ordered.recv_timeout(Duration::from_secs(60)), Ok(0));
+        drop(other.1);
+        other.0.join().unwrap();
+        idle.balance(1);
+        assert_eq!(idle.units(), 1);
     }
 
     /// A user who saves one container must not wait until a hundred others have been saved, and these must have their turn all the same.

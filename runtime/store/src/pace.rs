@@ -96,6 +96,8 @@ pub struct Pulse {
     pub batches: u64,
     /// Those that wait or are worked on.
     pub waiting: usize,
+    /// Blobs that are being hashed or uploaded.
+    pub uploading: usize,
     /// Threads that may work on them.
     pub threads: usize,
 }
@@ -117,9 +119,14 @@ impl Pace {
     }
 
     pub fn pulse(&self) -> Pulse {
-        let (batches, threads) =
-            (self.0.batches.load(Relaxed), self.0.threads_max.load(Relaxed).min(THREADS_MAX));
-        Pulse { batches, waiting: self.0.lock().in_flight, threads }
+        let (batches, threads) = (&self.0.batches, &self.0.threads_max);
+        let state = self.0.lock();
+        Pulse {
+            batches: batches.load(Relaxed),
+            waiting: state.in_flight,
+            uploading: state.uploading,
+            threads: threads.load(Relaxed),
+        }
     }
 }
 

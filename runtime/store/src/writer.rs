@@ -398,7 +398,7 @@ pub(crate) struct State {
     segments: BTreeMap<(SpaceId, usize), BlobRef>,
     records: Option<BlobRef>,
     /// Blobs that are being hashed or uploaded.
-    uploading: usize,
+    pub(crate) uploading: usize,
     known: HashMap<Digest, u64>,
     /// Whether there are blobs which are not in `known`.
     known_in_part: bool,
