@@ -66,6 +66,7 @@ pub(crate) struct Budget {
     pub(crate) captures: usize,
     /// What each gets.
     unit: Share,
+    cores: usize,
     upload_bytes_per_second: Option<u64>,
     folder: PathBuf,
 }
@@ -107,6 +108,7 @@ impl Budget {
         Budget {
             captures,
             unit: Share { threads: cores / captures, bytes },
+            cores,
             upload_bytes_per_second: config.upload_mebibytes_per_second.map(|rate| rate << 20),
             folder: config.folder.clone().unwrap_or_else(|| FOLDER.into()),
         }
@@ -115,7 +117,8 @@ impl Budget {
     /// What a capture gets that has so many units. One without any takes as much as one.
     fn share(&self, units: usize) -> Share {
         let units = units.max(1);
-        Share { threads: self.unit.threads * units, bytes: self.unit.bytes.saturating_mul(units) }
+        let threads = self.unit.threads.saturating_mul(units).min(self.cores);
+        Share { threads, bytes: self.unit.bytes.saturating_mul(units) }
     }
 }
 
@@ -194,8 +197,11 @@ impl Begun {
         let stands = AtomicUsize::new(usize::from(!matches!(claim, Claim::Waits(_))));
         let threads = Arc::new(Threads { writer, stands, last: Mutex::default() });
         if let (Some(rate), false) = (budget.upload_bytes_per_second, claim == Claim::Unlimited) {
-            match Bandwidth::open(&budget.folder, rate, threads.clone()) {
-                Ok(limit) => threads.writer.limit_uploads(Arc::new(limit)),
+            match Bandwidth::open(&budget.folder, rate) {
+                Ok(bandwidth) => {
+                    let limit = Limit { bandwidth, threads: threads.clone() };
+                    threads.writer.limit_uploads(Arc::new(limit));
+                }
                 Err(error) => tracing::warn!(%error, "uploads are not limited"),
             }
         }
@@ -305,11 +311,10 @@ fn gets_on(last: Pulse, now: Pulse) -> bool {
 struct Bandwidth {
     file: File,
     bytes_per_second: u64,
-    threads: Arc<Threads>,
 }
 
 impl Bandwidth {
-    fn open(folder: &Path, bytes_per_second: u64, threads: Arc<Threads>) -> io::Result<Bandwidth> {
+    fn open(folder: &Path, bytes_per_second: u64) -> io::Result<Bandwidth> {
         let flags = OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = File::options()
             .read(true)
@@ -319,7 +324,7 @@ impl Bandwidth {
             .mode(0o600)
             .custom_flags(i32::try_from(flags.bits()).unwrap_or(0))
             .open(folder.join("bandwidth"))?;
-        Ok(Bandwidth { file, bytes_per_second, threads })
+        Ok(Bandwidth { file, bytes_per_second })
     }
 
     /// Speaks for so many bytes; answers how long they have to wait.
@@ -359,9 +364,16 @@ fn spoken_for(now: Duration, until: Duration) -> Duration {
     if until > now + AHEAD_MAX { now } else { until.max(now) }
 }
 
-impl UploadLimit for Bandwidth {
+/// The bandwidth, as one capture sees it.
+#[derive(Debug)]
+struct Limit {
+    bandwidth: Bandwidth,
+    threads: Arc<Threads>,
+}
+
+impl UploadLimit for Limit {
     fn note(&self, bytes: u64) -> Duration {
-        match self.book(bytes) {
+        match self.bandwidth.book(bytes) {
             Ok(wait) => wait,
             Err(error) => {
                 tracing::warn!(%error, "an upload is not limited");
@@ -377,6 +389,7 @@ impl UploadLimit for Bandwidth {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 mod tests {
     use super::*;
 
@@ -421,6 +434,10 @@ mod tests {
                 assert!(budget.unit.threads >= 1);
                 assert!((budget.unit.threads * budget.captures) as u64 <= cores);
                 assert_eq!(budget.share(0), budget.share(1));
+                let alone = budget.share(budget.captures + 1);
+                assert!(
+                    alone.threads as u64 <= cores && alone.bytes as u64 <= buffers_mebibytes * MIB
+                );
             }
         }
     }
@@ -436,6 +453,17 @@ mod tests {
         check(pulse(0, 9), pulse(4, 9), true);
         check(pulse(0, 0), pulse(0, 9), true);
         check(pulse(5, 9), pulse(5, 0), true);
+    }
+
+    /// Two captures at the full rate would be twice of what the owner allows.
+    #[test]
+    fn what_one_capture_uploads_another_waits_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let [one, other] = [0, 1].map(|_| Bandwidth::open(folder.path(), 1).unwrap());
+        assert_eq!(one.book(100_000).unwrap(), Duration::ZERO);
+        assert_eq!(other.book(1).unwrap(), Duration::ZERO, "so far ahead is of another boot");
+        let (one, other) = (one.book(1000).unwrap(), other.book(1000).unwrap());
+        assert!(other > one + Duration::from_secs(900), "{one:?} {other:?}");
     }
 
     #[test]

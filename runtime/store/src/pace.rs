@@ -125,7 +125,7 @@ impl Pace {
             batches: batches.load(Relaxed),
             waiting: state.in_flight,
             uploading: state.uploading,
-            threads: threads.load(Relaxed),
+            threads: threads.load(Relaxed).min(state.thread_ids.len()),
         }
     }
 }
