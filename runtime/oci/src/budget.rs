@@ -391,6 +391,12 @@ impl UploadLimit for Limit {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 mod tests {
+    use std::os::fd::AsFd as _;
+    use std::os::unix::net::UnixStream;
+
+    use samara_store::config::StoreConfig;
+    use samara_store::{CapsuleWriter, Location, Store};
+
     use super::*;
 
     const MIB: u64 = 1 << 20;
@@ -453,6 +459,53 @@ mod tests {
         check(pulse(0, 9), pulse(4, 9), true);
         check(pulse(0, 0), pulse(0, 9), true);
         check(pulse(5, 9), pulse(5, 0), true);
+    }
+
+    /// A busy job would be disturbed, or, worse, a container would stand until its machine is idle.
+    #[test]
+    fn threads_give_way_but_not_while_a_container_stands() {
+        /// sched.h
+        const OTHER: u32 = 0;
+        const IDLE: u32 = 5;
+        let folder = tempfile::tempdir().unwrap();
+        let location = Location::folder(&folder.path().join("store")).unwrap();
+        let store = Store::open(&location, &StoreConfig::default(), true).unwrap();
+        let config =
+            CaptureConfig { folder: Some(folder.path().join("turns")), ..CaptureConfig::default() };
+        let (stop, _open) = UnixStream::pair().unwrap();
+        let paced = |claim| {
+            let writer = CapsuleWriter::new(&store).unwrap();
+            let begun = begin(&config, claim, stop.as_fd(), || ()).unwrap();
+            let pacer = begun.pace(writer.pace());
+            (writer, pacer)
+        };
+        let all = |writer: &CapsuleWriter, policy: u32| {
+            let threads = writer.pace().threads();
+            !threads.is_empty()
+                && threads.iter().all(|id| sched::attributes(*id).unwrap().policy == policy)
+        };
+        let wait = |writer: &CapsuleWriter, policy: u32| {
+            let reached = (0..1000).any(|_| {
+                std::thread::sleep(TICK);
+                all(writer, policy)
+            });
+            assert!(reached, "policy {policy}");
+        };
+        let (writer, pacer) = paced(Claim::Waits(Kind::Asked));
+        wait(&writer, IDLE);
+        let standing = pacer.container_stands();
+        assert!(all(&writer, OTHER));
+        std::thread::sleep(TICK * 3);
+        assert!(all(&writer, OTHER), "they stay so");
+        drop(standing);
+        wait(&writer, IDLE);
+        for claim in [Claim::Stands, Claim::Unlimited] {
+            let (writer, pacer) = paced(claim);
+            wait(&writer, OTHER);
+            drop(pacer.container_stands());
+            std::thread::sleep(TICK * 3);
+            assert!(all(&writer, OTHER), "{claim:?}");
+        }
     }
 
     /// Two captures at the full rate would be twice of what the owner allows.
