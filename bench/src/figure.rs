@@ -9,6 +9,8 @@ pub(crate) enum Goal {
     TimesLess(f64),
     /// Ours divided by the peer's is at most this.
     RatioMax(f64),
+    /// Ours divided by the peer's is at least this.
+    RatioMin(f64),
     /// Ours is at most this, whatever the peer's.
     OursMax(f64),
     /// Printed for the reader; holds always.
@@ -67,6 +69,7 @@ impl Figure {
         let ours = self.ours?;
         match self.goal {
             Goal::RatioMax(most) => self.ratio().map(|ratio| ratio <= most),
+            Goal::RatioMin(least) => self.ratio().map(|ratio| ratio >= least),
             Goal::TimesLess(times) => self.ratio().map(|ratio| ratio * times <= 1.0),
             Goal::OursMax(most) => Some(ours <= most),
             Goal::None => Some(true),
@@ -76,6 +79,7 @@ impl Figure {
     fn goal_shown(&self) -> String {
         match self.goal {
             Goal::RatioMax(most) => format!("ratio<={most}"),
+            Goal::RatioMin(least) => format!("ratio>={least}"),
             Goal::TimesLess(times) => format!("ratio<=1/{times}"),
             Goal::OursMax(most) => format!("ours<={most}{}", self.unit),
             Goal::None => "none".to_owned(),
@@ -145,6 +149,8 @@ mod tests {
         };
         assert_eq!(figure(Some(2.0), Goal::RatioMax(1.0)).holds(), Some(true));
         assert_eq!(figure(Some(2.1), Goal::RatioMax(1.0)).holds(), Some(false));
+        assert_eq!(figure(Some(1.6), Goal::RatioMin(0.8)).holds(), Some(true));
+        assert_eq!(figure(Some(1.5), Goal::RatioMin(0.8)).holds(), Some(false));
         assert_eq!(figure(Some(5.0), Goal::OursMax(6.0)).holds(), Some(true));
         assert_eq!(figure(None, Goal::OursMax(6.0)).holds(), None);
         assert_eq!(

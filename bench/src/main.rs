@@ -11,6 +11,7 @@ mod durable;
 mod figure;
 mod full;
 mod memory;
+mod node;
 mod pause;
 mod program;
 mod runtime;
@@ -38,7 +39,7 @@ pub(crate) type Group = Vec<&'static str>;
 type Family = (fn() -> Vec<Group>, fn(&Bench, &[&str]) -> Result<Vec<Figure>>);
 
 /// In the order in which they run.
-const FAMILIES: [Family; 7] = [
+const FAMILIES: [Family; 8] = [
     (start::groups, start::measure),
     (full::groups, full::measure),
     (pause::groups, pause::measure),
@@ -46,6 +47,7 @@ const FAMILIES: [Family; 7] = [
     (size::groups, size::measure),
     (durable::groups, durable::measure),
     (slowdown::groups, slowdown::measure),
+    (node::groups, node::measure),
 ];
 
 /// What a group is measured with.
@@ -69,6 +71,11 @@ impl Bench {
     /// How often something is done in this run.
     pub(crate) fn rounds(&self, rounds: usize) -> usize {
         if self.small { 1 } else { rounds }
+    }
+
+    /// Whether the product is not to be measured.
+    pub(crate) fn is_peer_only(&self) -> bool {
+        self.peer_only
     }
 
     /// `None` where only the peer is measured.

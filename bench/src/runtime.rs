@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, Result};
 use samara_tests::object_store::ObjectStore;
@@ -61,7 +61,8 @@ impl<'a> Runtime<'a> {
     /// When it was not built.
     pub(crate) fn ours(folder: &Path, place: Place<'a>) -> Result<Runtime<'a>> {
         let config = folder.join("config.toml");
-        std::fs::write(&config, place.node_config())?;
+        let turns = format!("\n[capture]\nfolder = \"{}\"\n", folder.join("captures").display());
+        std::fs::write(&config, place.node_config() + &turns)?;
         std::fs::set_permissions(&config, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
         Ok(Runtime {
             program: product::binaries()?.join("samara-runtime"),
@@ -130,6 +131,16 @@ impl Engine for Runtime<'_> {
     }
 
     fn start<'a>(&'a self, subject: &Subject, round: &str) -> Result<Box<dyn Running + 'a>> {
+        Ok(Box::new(self.start_one(subject, round)?))
+    }
+}
+
+impl Runtime<'_> {
+    /// As [`Engine::start`].
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn start_one(&self, subject: &Subject, round: &str) -> Result<Container<'_>> {
         let id = format!("bench-{round}");
         let root = Root::mount(self.folder.join("ours"), &subject.root, &[])?;
         specify(root.folder(), &root.merged(), &subject.command)?;
@@ -142,13 +153,13 @@ impl Engine for Runtime<'_> {
             root,
         };
         container.begin(&["run"])?;
-        Ok(Box::new(container))
+        Ok(container)
     }
 }
 
 /// A container of ours.
 #[derive(Debug)]
-struct Container<'a> {
+pub(crate) struct Container<'a> {
     runtime: &'a Runtime<'a>,
     place: &'a Place<'a>,
     /// Of its capsules, in the store.
@@ -159,7 +170,66 @@ struct Container<'a> {
     root: Root,
 }
 
+/// A capture, as its capsule tells.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Captured {
+    /// Of the address's log.
+    pub(crate) slot: u64,
+    /// Of pages and files that the capture passed on, before they were compressed.
+    pub(crate) raw_bytes: u64,
+    /// Without the time for which it waited for others.
+    pub(crate) took: Duration,
+}
+
 impl Container<'_> {
+    /// Saves it, and again at this interval.
+    ///
+    /// # Errors
+    /// When it cannot be saved.
+    pub(crate) fn save_every(&self, interval: &str) -> Result<()> {
+        let url = self.place.url(&self.path);
+        let words = ["checkpoint", "--capsule", &url, "--leave-running", "--every", interval];
+        self.runtime.call(words.into_iter().chain([self.id.as_str()])).output()?;
+        Ok(())
+    }
+
+    /// Its captures, the oldest first.
+    ///
+    /// # Errors
+    /// When the store does not tell.
+    pub(crate) fn captured(&self) -> Result<Vec<Captured>> {
+        let said = Call::new(product::binaries()?.join("samara"))
+            .args(["--json", "capsule", "history", &self.place.url(&self.path)])
+            .env("SAMARA_CONFIG", &self.runtime.config)
+            .output()?;
+        let rows: Vec<serde_json::Value> = serde_json::from_str(&said)?;
+        let captured = rows.iter().map(|row| {
+            let phases = row["report"]["phases"].as_array().context("a capsule without report")?;
+            let sum = |name: &str| phases.iter().filter_map(|phase| phase[name].as_u64()).sum();
+            Ok(Captured {
+                slot: row["slot"].as_u64().context("a capsule without slot")?,
+                raw_bytes: sum("raw_bytes"),
+                took: Duration::from_micros(sum("duration_us")),
+            })
+        });
+        captured.collect()
+    }
+
+    /// The slots of its address's log and when each was written. `folder` is where capsules go.
+    ///
+    /// # Errors
+    /// When they cannot be listed.
+    pub(crate) fn slots(&self, folder: &Path) -> Result<Vec<(u64, SystemTime)>> {
+        let mut slots = Vec::new();
+        for entry in std::fs::read_dir(folder.join(&self.path).join("log"))? {
+            let entry = entry?;
+            let name = entry.file_name();
+            let number = name.to_str().and_then(|name| name.strip_suffix(".json")?.parse().ok());
+            slots.extend(number.zip(entry.metadata()?.modified().ok()));
+        }
+        Ok(slots)
+    }
+
     /// Calls `run` or `restore`, and waits for the report.
     fn begin(&mut self, verb: &[&str]) -> Result<()> {
         let pid_file = self.root.folder().join("pid");
@@ -239,6 +309,8 @@ fn specify(bundle: &Path, root: &Path, command: &[String]) -> Result<()> {
     spec["process"]["args"] = command.into();
     spec["root"]["readonly"] = false.into();
     spec["root"]["path"] = root.to_string_lossy().into();
+    // Where it is saved at intervals, all of its capsules are looked at afterwards.
+    spec["annotations"] = serde_json::json!({"dev.samara.retention": "last=1000"});
     if root.join("control").exists() {
         let control =
             serde_json::json!({"destination": "/control", "type": "tmpfs", "source": "control"});

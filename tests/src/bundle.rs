@@ -74,7 +74,10 @@ impl Site {
         fill(&root)?;
         let store = format!("file://{}", dir.path().join("store").display());
         let config = dir.path().join("node.toml");
-        fs::write(&config, format!("[store]\nallowed_prefixes = [\"{store}\"]\n"))?;
+        let turns = dir.path().join("turns").display().to_string();
+        let text =
+            format!("[store]\nallowed_prefixes = [\"{store}\"]\n[capture]\nfolder = \"{turns}\"\n");
+        fs::write(&config, text)?;
         fs::set_permissions(&config, fs::Permissions::from_mode(0o600))?;
         Ok(Site { dir, bin: product::binaries()? })
     }

@@ -479,7 +479,9 @@ fn install_product(folder: &Path, store: &ObjectStore) -> Result<()> {
         fs::copy(binaries.join(name), folder.join("bin").join(name))?;
     }
     let config = folder.join("config.toml");
-    fs::write(&config, store.node_config())?;
+    // Captures of other nodes are none of its concern.
+    let turns = format!("\n[capture]\nfolder = \"{}\"\n", folder.join("captures").display());
+    fs::write(&config, store.node_config() + &turns)?;
     fs::set_permissions(&config, fs::Permissions::from_mode(0o600))?;
     let runtime = folder.join("samara-runtime");
     let folder = folder.display();

@@ -94,6 +94,8 @@ pub struct Statistics {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Report {
+    /// For its turn among the captures of the node, before the first phase.
+    pub waited_us: u64,
     /// In order, one after another, from the call to the last upload but config, manifest and slot.
     pub phases: Vec<PhaseReport>,
     /// How long the container stood at a time: before memory was copied, so that all of it is tracked; and for the capsule, where it went

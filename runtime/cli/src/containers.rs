@@ -38,6 +38,9 @@ pub(crate) struct Save {
     /// End the container once its capsule is stored, with status 143
     #[arg(long)]
     stop: bool,
+    /// Save at once with all that the node has, whatever its budget for captures
+    #[arg(long)]
+    now: bool,
     /// Save here instead of at the address that the container was started with
     #[arg(long, value_name = "URL")]
     to: Option<String>,
@@ -228,6 +231,7 @@ pub(crate) fn save(
         parent_path: None,
         leave_running: !args.stop,
         every: None,
+        now: args.now,
         tcp_skip_in_flight: false,
         link_remap: false,
         status_fd: None,

@@ -91,6 +91,20 @@ pub fn slice_words(policy: u32, reset_on_fork: bool, nice: i32, slice_ns: u64) -
     [first, flags, u64::from(nice.cast_unsigned()), slice_ns, 0, 0]
 }
 
+/// Lets a thread run only where nobody else wants to (`SCHED_IDLE`), or as others do (`SCHED_OTHER`). Its nice value stays.
+///
+/// # Errors
+/// EPERM: back from `SCHED_IDLE` without the right to, where the nice value is below what its limit allows. ESRCH: no such thread.
+pub fn set_idle(tid: Pid, idle: bool) -> io::Result<()> {
+    let policy = if idle { libc::SCHED_IDLE } else { libc::SCHED_OTHER };
+    // The only priority of these policies.
+    let parameter = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the kernel reads `parameter`.
+    let result =
+        unsafe { libc::syscall(libc::SYS_sched_setscheduler, tid, policy, &raw const parameter) };
+    check(result).map(drop)
+}
+
 /// Restricts a thread to `processors`.
 ///
 /// # Errors
@@ -171,6 +185,18 @@ mod tests {
         assert_eq!(parse_list("7"), Some(vec![7]));
         assert_eq!(parse_list("0-4294967295"), None);
         assert_eq!(parse_list(""), None);
+    }
+
+    /// If a thread stayed idle, whoever waits for it on a busy machine would wait for ever.
+    #[test]
+    fn a_thread_is_idle_and_back() {
+        let policy = || attributes(0).expect("own attributes").policy;
+        let before = policy();
+        set_idle(0, true).expect("everybody may");
+        assert_eq!(policy(), libc::SCHED_IDLE.unsigned_abs());
+        set_idle(0, false).expect("its nice value is no lower than before");
+        assert_eq!(policy(), libc::SCHED_OTHER.unsigned_abs());
+        assert_eq!(before, policy());
     }
 
     /// If the clock could not be read or ran at another rate, interrupted timeouts would be wrong after a restore.

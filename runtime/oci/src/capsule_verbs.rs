@@ -35,6 +35,8 @@ pub struct CheckpointArgs {
     pub leave_running: bool,
     /// Save again and again, this often; ours. The inner none: no more.
     pub every: Option<Option<Duration>>,
+    /// Whatever the node's budget of captures; ours.
+    pub now: bool,
     pub tcp_skip_in_flight: bool,
     pub link_remap: bool,
     pub status_fd: Option<i32>,
@@ -99,6 +101,7 @@ const CHECKPOINT: &[Flag] = image_flags![
     value(&["parent-path"]),
     switch(&["leave-running"]),
     value(&["every"]),
+    switch(&["now"]),
     switch(&["tcp-skip-in-flight"]),
     switch(&["link-remap"]),
     value(&["status-fd"]),
@@ -131,6 +134,7 @@ pub fn parse_checkpoint(args: &[String]) -> Result<CheckpointArgs, UsageError> {
             verb: "checkpoint",
             message: error.to_string(),
         })?,
+        now: parsed.on("now"),
         tcp_skip_in_flight: parsed.on("tcp-skip-in-flight"),
         link_remap: parsed.on("link-remap"),
         status_fd: parsed.number("status-fd")?,

@@ -41,6 +41,7 @@ use samara_store::{CapsuleReader, CapsuleWriter, Lease, Retention, Store};
 use serde::{Deserialize, Serialize};
 
 use crate::address::Node;
+use crate::budget::{self, Begun, Claim, Pacer, Standing};
 use crate::bundle::{Bundle, BundleError};
 use crate::capsule_verbs::{CheckpointArgs, ImageArgs};
 use crate::cgroup::CgroupError;
@@ -56,6 +57,7 @@ use crate::protocol::{self, ProtocolError, WorkerReport, WorkerTask};
 use crate::restore::is_restoring;
 use crate::saved::{Origin, ROOT_STREAM, Saved, SavedTree};
 use crate::state_dir::{Record, StateDir, StateError, Status, replace};
+use crate::turns::{Kind, TurnError, is_hung_up};
 
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
@@ -122,6 +124,8 @@ pub enum CheckpointError {
     Cgroup(#[from] CgroupError),
     #[error(transparent)]
     Periodic(#[from] PeriodicError),
+    #[error(transparent)]
+    Turn(#[from] TurnError),
 }
 
 /// What the verb tells the worker.
@@ -135,6 +139,9 @@ struct Order {
     /// Which capsules stay, for captures at intervals: such a one finds out first whether there is anything to capture.
     #[serde(default)]
     retention: Option<String>,
+    /// Takes what it can get, whatever the node's budget: it is now or never.
+    #[serde(default)]
+    now: bool,
     /// Where a test wants the worker to stop.
     #[serde(default)]
     fail_point: Option<String>,
@@ -144,7 +151,7 @@ impl Order {
     /// Notes for the monitor that this is to be done at intervals, or no more.
     fn note_repetition(self, schedule: &Schedule, dir: &StateDir) -> Result<(), CheckpointError> {
         let retention = Some(schedule.retention.clone());
-        let order = Order { leave_running: true, retention, fail_point: None, ..self };
+        let order = Order { leave_running: true, retention, now: false, fail_point: None, ..self };
         let args = serde_json::to_value(&order).map_err(CheckpointError::Arguments)?;
         let periodic = schedule.every.map(|every| Periodic::new(every, args));
         Periodic::note(periodic.as_ref(), dir).map_err(io("note the interval of captures"))
@@ -162,6 +169,7 @@ pub(crate) fn save_at_intervals(
         config: held.config.clone(),
         leave_running: true,
         retention: None,
+        now: false,
         fail_point: None,
     };
     order.note_repetition(schedule, dir)
@@ -280,6 +288,7 @@ pub fn checkpoint(
         config: config.map_err(io("find the node's configuration"))?,
         leave_running: args.leave_running || matches!(args.every, Some(Some(_))),
         retention: None,
+        now: args.now,
         fail_point: fail_point::wanted(),
     };
     let schedule = args.every.map(|every| -> Result<_, CheckpointError> {
@@ -371,7 +380,8 @@ pub fn worker() -> Result<(), ProtocolError> {
                 }
             }
         }
-        if !ENDING.load(Ordering::SeqCst) {
+        // Who waits for a turn hears it too, and has something to leave for the next capture.
+        if !ENDING.load(Ordering::SeqCst) && !WAITING.load(Ordering::SeqCst) {
             std::process::exit(1);
         }
     });
@@ -400,6 +410,9 @@ pub fn worker() -> Result<(), ProtocolError> {
 /// before the outcome is told.
 static ENDING: AtomicBool = AtomicBool::new(false);
 
+/// The capture waits for its turn.
+static WAITING: AtomicBool = AtomicBool::new(false);
+
 fn progress(text: &str) {
     // Progress that nobody hears is no failure; an end of the caller is seen on standard input.
     let _ = protocol::send(&mut io::stdout(), &WorkerReport::Progress { progress: text.into() });
@@ -412,11 +425,16 @@ const PASSING_PAUSE: Duration = Duration::from_millis(5);
 
 /// The protocol of a capture, in order.
 fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointError> {
-    let begun = Instant::now();
     let order: Order =
         serde_json::from_value(task.args.clone()).map_err(CheckpointError::Arguments)?;
     fail_point::arm(order.fail_point.clone());
     let dir = dir_of(&task.state_dir)?;
+    let node = match &order.config {
+        Some(path) => Node::load_from(path)?,
+        None => Node::load()?,
+    };
+    let turn = wait_for_turn(&order, &dir, &node)?;
+    let begun = Instant::now();
     let record = dir.load()?;
     if order.retention.is_some() && (record.status() != Status::Running || is_restoring(&dir)) {
         // Nothing runs that could be saved; the next time something may.
@@ -430,12 +448,8 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
     }
 
     progress("preparing");
-    let node = match &order.config {
-        Some(path) => Node::load_from(path)?,
-        None => Node::load()?,
-    };
     let location = Location::parse(&order.target)?;
-    let store = Store::open(&location, &node.config.store, true)?;
+    let store = Store::open(&location, &node.config.store, true)?.with_share(turn.share());
     let mut held = lease(&dir, &spec, &order, &store)?;
     let head = store.head()?.state;
     let newest = head.epoch;
@@ -460,7 +474,8 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
         writer = writer.as_last();
     }
     let mut course = Course::new(begun, writer.progress());
-    let mut about = Report::default();
+    let mut about = Report { waited_us: course::us(turn.waited), ..Report::default() };
+    let pacer = turn.pace(writer.pace());
     lineage.tracking.begin(continued.is_some(), order.leave_running);
     let mut known = KnownFiles::new(&lineage.files);
     phase::reached(Phase::Prepared);
@@ -493,7 +508,7 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
         course.ended("memory ahead");
     }
     progress("stopping");
-    let urgent = Urgent::begin();
+    let urgent = Urgent::begin(&pacer);
     let tried_since = Instant::now();
     let (mut stopped, mut before_stop);
     let captured = loop {
@@ -634,6 +649,26 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
     })
 }
 
+/// Waits until it is this capture's turn on the node: nothing is held for the container yet, and the store has not been asked.
+fn wait_for_turn(order: &Order, dir: &StateDir, node: &Node) -> Result<Begun, CheckpointError> {
+    let stands = dir.load().is_ok_and(|record| record.cgroup.is_frozen());
+    let claim = match (order.now, stands, &order.retention) {
+        (true, ..) => Claim::Unlimited,
+        (false, true, _) => Claim::Stands,
+        (false, false, Some(_)) => Claim::Waits(Kind::Periodic),
+        (false, false, None) => Claim::Waits(Kind::Asked),
+    };
+    let stop = rustix::stdio::stdin();
+    WAITING.store(true, Ordering::SeqCst);
+    let turn = budget::begin(&node.config.capture, claim, stop, || progress(protocol::WAITING));
+    WAITING.store(false, Ordering::SeqCst);
+    // It may have been given up after the last look, when nothing else would have noticed.
+    if is_hung_up(stop).map_err(io("look for the monitor"))? {
+        return Err(TurnError::GivenUp.into());
+    }
+    Ok(turn?)
+}
+
 /// Removes what nobody asked to keep. What fails is done by the next capture.
 fn collect(store: &Store, retention: &str) {
     let Ok(retention) = retention.parse::<Retention>() else { return };
@@ -643,24 +678,27 @@ fn collect(store: &Store, retention: &str) {
     }
 }
 
-/// While it lives, this thread goes before those that compress: somebody's container stands still until it has copied. With two
-/// processors and two threads that compress it would have two thirds of one.
+/// While it lives, this thread goes before those that compress, and these do not give way to others: somebody's container stands still
+/// until it has copied, and where buffers are full until they have compressed. With two processors and two threads that compress it would
+/// have two thirds of one.
 #[derive(Debug)]
 struct Urgent {
     nice_before: i32,
+    _standing: Standing,
 }
 
 impl Urgent {
     const NICE: i32 = -10;
 
     /// Where it is not allowed, the container stands still a little longer.
-    fn begin() -> Urgent {
+    fn begin(pacer: &Pacer) -> Urgent {
+        let standing = pacer.container_stands();
         // No process given means the calling thread (setpriority(2), "C library/kernel differences").
         let nice_before = rustix::process::getpriority_process(None).unwrap_or(0);
         if let Err(error) = rustix::process::setpriority_process(None, Urgent::NICE) {
             tracing::debug!(%error, "copying has no precedence");
         }
-        Urgent { nice_before }
+        Urgent { nice_before, _standing: standing }
     }
 }
 

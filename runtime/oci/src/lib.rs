@@ -6,6 +6,7 @@
 //! (samara-store).
 
 pub mod address;
+mod budget;
 pub mod bundle;
 pub mod capsule_verbs;
 pub mod capture;
@@ -48,4 +49,5 @@ pub mod seccomp;
 pub mod signal_name;
 pub mod spec_template;
 pub mod state_dir;
+mod turns;
 pub mod update;

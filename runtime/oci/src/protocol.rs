@@ -22,6 +22,9 @@ pub const VERSION: u32 = 1;
 /// the worker leaves descriptors for the next one. Its standard output is messages, `WorkerReport`.
 pub const WORKER_VERB: &str = "capture-worker";
 
+/// The progress of a worker that waits for its turn among the captures of the node. It holds nothing yet.
+pub const WAITING: &str = "waiting for other captures";
+
 /// A message is at most this long. Requests are some hundred bytes; a report of what is not
 /// supported names processes and descriptors and may grow with their number.
 pub const MESSAGE_BYTES_MAX: u32 = 1 << 20;

@@ -1,4 +1,4 @@
-//! The node's configuration, as far as stores are concerned: `/etc/samara/config.toml`.
+//! The node's configuration: `/etc/samara/config.toml`.
 //!
 //! ```toml
 //! [store]
@@ -20,6 +20,10 @@
 //! allow_http = true
 //! access_key_id = "..."
 //! secret_access_key = "..."
+//!
+//! [capture]                                   # what the captures of all containers take together
+//! buffers_mebibytes = 1024
+//! cores = 4
 //! ```
 //!
 //! The file holds credentials: one that others than its owner can read or write is refused. Credentials never come from
@@ -62,6 +66,8 @@ pub struct NodeConfig {
     pub store: StoreConfig,
     #[serde(default)]
     pub pause: PauseConfig,
+    #[serde(default)]
+    pub capture: CaptureConfig,
 }
 
 /// `[pause]`: how short captures are to keep containers standing.
@@ -90,6 +96,44 @@ impl PauseConfig {
     #[must_use]
     pub fn budget(&self) -> Duration {
         Duration::from_millis(self.budget_ms.unwrap_or(PAUSE_BUDGET_MS_DEFAULT))
+    }
+}
+
+/// `[capture]`: what the captures of all containers of the node take together. What is not set follows from the machine.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CaptureConfig {
+    /// For what waits to be compressed and uploaded.
+    pub buffers_mebibytes: Option<u64>,
+    /// That compress.
+    pub cores: Option<u64>,
+    /// None: as fast as it goes.
+    pub upload_mebibytes_per_second: Option<u64>,
+    /// Where captures find out about one another.
+    pub folder: Option<PathBuf>,
+}
+
+/// Two captures, one at an interval and one that somebody asks for, have less than half of what they need below this.
+const BUFFERS_MEBIBYTES_MIN: u64 = 64;
+
+impl CaptureConfig {
+    fn check(&self, path: &Path) -> Result<(), ConfigError> {
+        let ranges = [
+            ("buffers_mebibytes", self.buffers_mebibytes, BUFFERS_MEBIBYTES_MIN, 1 << 20),
+            ("cores", self.cores, 1, 8192),
+            ("upload_mebibytes_per_second", self.upload_mebibytes_per_second, 1, 1 << 20),
+        ];
+        for (key, value, min, max) in ranges {
+            if value.is_some_and(|value| !(min..=max).contains(&value)) {
+                return Err(ConfigError::Range { path: path.to_owned(), key, min, max });
+            }
+        }
+        match &self.folder {
+            Some(folder) if !folder.is_absolute() => {
+                Err(ConfigError::Relative { path: path.to_owned(), table: "capture" })
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -259,12 +303,12 @@ pub enum ConfigError {
     Prefix { path: PathBuf, text: String, source: crate::location::LocationError },
     #[error("{}: {key} of the prefix {prefix} has no meaning for {scheme}:// addresses", path.display())]
     Meaningless { path: PathBuf, prefix: String, key: &'static str, scheme: &'static str },
-    #[error("{}: {key} must be between 1 and {max}", path.display())]
-    Range { path: PathBuf, key: &'static str, max: u64 },
+    #[error("{}: {key} must be between {min} and {max}", path.display())]
+    Range { path: PathBuf, key: &'static str, min: u64, max: u64 },
     #[error("{}: mebibytes_max of [store.packs] must be at most {}", path.display(), 1u64 << 20)]
     TooMuch { path: PathBuf },
-    #[error("{}: folder of [store.packs] must be an absolute path", path.display())]
-    Relative { path: PathBuf },
+    #[error("{}: folder of [{table}] must be an absolute path", path.display())]
+    Relative { path: PathBuf, table: &'static str },
 }
 
 impl NodeConfig {
@@ -296,6 +340,7 @@ impl NodeConfig {
             }
         })?;
         config.store.check(path)?;
+        config.capture.check(path)?;
         Ok(config)
     }
 }
@@ -343,7 +388,7 @@ impl StoreConfig {
                 });
             }
         }
-        let range = |key, max| ConfigError::Range { path: path.to_owned(), key, max };
+        let range = |key, max| ConfigError::Range { path: path.to_owned(), key, min: 1, max };
         if self.timeout_seconds.is_some_and(|seconds| !(1..=3600).contains(&seconds)) {
             return Err(range("timeout_seconds", 3600));
         }
@@ -351,7 +396,7 @@ impl StoreConfig {
             return Err(ConfigError::TooMuch { path: path.to_owned() });
         }
         if self.packs.folder.as_ref().is_some_and(|folder| !folder.is_absolute()) {
-            return Err(ConfigError::Relative { path: path.to_owned() });
+            return Err(ConfigError::Relative { path: path.to_owned(), table: "store.packs" });
         }
         if self.threads.is_some_and(|threads| !(1..=64).contains(&threads)) {
             return Err(range("threads", 64));
@@ -489,6 +534,11 @@ mod tests {
             "[store.packs]\nmebibytes_max = 1048577",
             "[store.packs]\nfolder = \"packs\"",
             "[store.packs]\nbytes_max = 1",
+            "[capture]\ncores = 0",
+            "[capture]\nbuffers_mebibytes = 63",
+            "[capture]\nupload_mebibytes_per_second = 0",
+            "[capture]\nfolder = \"slots\"",
+            "[capture]\nslots = 1",
             "[[store.prefix]]\nurl = \"gs://b\"\nregion = \"x\"",
             "[[store.prefix]]\nregion = \"x\"",
         ] {

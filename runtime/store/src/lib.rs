@@ -20,6 +20,7 @@ pub mod list;
 mod local_packs;
 pub mod location;
 pub mod log;
+pub mod pace;
 mod pool;
 pub mod reader;
 pub mod remove;

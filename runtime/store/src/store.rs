@@ -27,6 +27,7 @@ use tokio::runtime::{Handle, Runtime};
 use crate::config::{PacksSettings, Settings, StoreConfig};
 use crate::local_packs::LocalPacks;
 use crate::location::Location;
+use crate::pace::{Share, THREADS_MAX};
 
 /// A connection that takes longer than this is not made. Half of a slow handshake across a continent.
 const CONNECT_SECONDS_MAX: u64 = 10;
@@ -48,6 +49,7 @@ pub struct Store {
     threads: Option<Arc<Threads>>,
 }
 
+#[derive(Clone)]
 struct Inner {
     runtime: Handle,
     objects: Arc<dyn ObjectStore>,
@@ -55,6 +57,7 @@ struct Inner {
     location: Location,
     timeout: Duration,
     threads: usize,
+    share: Share,
     packs: PacksSettings,
 }
 
@@ -197,11 +200,13 @@ impl Store {
             .build()
             .map_err(|source| StoreError::Threads { source })?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = config.threads.unwrap_or(cores).clamp(1, 16);
+        let threads = config.threads.unwrap_or(cores).clamp(1, THREADS_MAX);
+        let share = Share { threads, ..Share::WHOLE };
         let location = location.clone();
         let handle = runtime.handle().clone();
         let packs = config.packs.clone();
-        let inner = Inner { runtime: handle, objects, prefix, location, timeout, threads, packs };
+        let inner =
+            Inner { runtime: handle, objects, prefix, location, timeout, threads, share, packs };
         Ok(Store { inner: Arc::new(inner), threads: Some(Arc::new(Threads(Some(runtime)))) })
     }
 
@@ -216,8 +221,16 @@ impl Store {
             location: self.inner.location.join(parts.iter().cloned()),
             timeout: self.inner.timeout,
             threads: self.inner.threads,
+            share: self.inner.share,
             packs: self.inner.packs.clone(),
         };
+        Store { inner: Arc::new(inner), threads: self.threads.clone() }
+    }
+
+    /// The same place for writers that begin with this much of the node.
+    #[must_use]
+    pub fn with_share(&self, share: Share) -> Store {
+        let inner = Inner { share, ..(*self.inner).clone() };
         Store { inner: Arc::new(inner), threads: self.threads.clone() }
     }
 
@@ -240,6 +253,11 @@ impl Store {
     /// Threads that compress or decompress.
     pub(crate) fn threads(&self) -> usize {
         self.inner.threads
+    }
+
+    /// What a writer begins with.
+    pub(crate) fn share(&self) -> Share {
+        self.inner.share
     }
 
     pub(crate) fn handle(&self) -> &Handle {

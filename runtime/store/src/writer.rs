@@ -15,8 +15,8 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -48,20 +48,17 @@ use crate::encode::{Encoded, PageEncoder, StoredBefore, Trials};
 use crate::frames::FrameCounts;
 use crate::local_packs::LocalPacks;
 use crate::log::{Lease, LogError, LogHead, rfc3339};
+use crate::pace::{self, Pace, Plan, Share, UploadLimit};
 use crate::pool::Pool;
 use crate::reader::{CapsuleReader, ReadError};
 use crate::store::{Store, StoreError, blob_path};
 
 /// Size of the packs and parts of streams that are written. Half of what the format allows: twice as many uploads in
 /// flight for the same memory, and one request still takes longer to transfer than to start.
-const PACK_BYTES: usize = 8 << 20;
+pub(crate) const PACK_BYTES: usize = 8 << 20;
 
-/// Blobs that are hashed or uploaded at a time. One request to S3 carries 85-90 MB/s, so eight fill 5 Gbit/s.
-const UPLOADS_MAX: usize = 8;
-
-/// Batches that wait uncompressed, and the packs that wait behind slow uploads, take at most about this much together. The
-/// caller may be holding a container still while it passes batches: what fits need not be compressed before it goes on.
-const BUFFERS_BYTES_MAX: usize = 128 << 20;
+/// How soon an upload that waits for bandwidth notices that it need not any more.
+const LIFTED_WITHIN: Duration = Duration::from_millis(20);
 
 /// A batch of at least this size becomes a frame of its own, without being copied.
 const LONE_BATCH_BYTES: usize = BATCH_BYTES_MAX / 2;
@@ -353,15 +350,21 @@ impl Purpose {
 }
 
 #[derive(Debug)]
-struct Shared {
+pub(crate) struct Shared {
     /// Without its threads, on which uploads hold this.
     store: Store,
     state: Mutex<State>,
     /// Told whenever room or a result comes up, and on failure.
     changed: Condvar,
     uploads: Arc<Semaphore>,
+    uploads_max: usize,
+    pub(crate) upload_limit: OnceLock<Arc<dyn UploadLimit>>,
     progress: Arc<Progress>,
-    in_flight_max: usize,
+    /// Threads that may compress, the first of them; the others wait.
+    pub(crate) threads_max: AtomicUsize,
+    in_flight_max: AtomicUsize,
+    /// That were compressed.
+    pub(crate) batches: AtomicU64,
     /// What must not be stored or named: it may be deleted at any time.
     condemned: Arc<HashSet<Digest>>,
     packs_here: Arc<LocalPacks>,
@@ -371,10 +374,14 @@ struct Shared {
 }
 
 #[derive(Debug, Default)]
-struct State {
+pub(crate) struct State {
     failed: Option<SharedError>,
+    /// The writer is being dropped.
+    closed: bool,
     /// Jobs that were submitted and whose results are not yet in a blob that is being uploaded.
-    in_flight: usize,
+    pub(crate) in_flight: usize,
+    /// Of the threads that compress.
+    pub(crate) thread_ids: Vec<i32>,
     /// The job whose result comes next, and results that are too early.
     next_sequence: u64,
     early: BTreeMap<u64, Done>,
@@ -391,7 +398,7 @@ struct State {
     segments: BTreeMap<(SpaceId, usize), BlobRef>,
     records: Option<BlobRef>,
     /// Blobs that are being hashed or uploaded.
-    uploading: usize,
+    pub(crate) uploading: usize,
     known: HashMap<Digest, u64>,
     /// Whether there are blobs which are not in `known`.
     known_in_part: bool,
@@ -448,21 +455,28 @@ impl CapsuleWriter {
         let known = known.filter(|(digest, _)| !condemned.contains(digest));
         let known = known.take(KNOWN_BLOBS_MAX).collect();
 
-        let threads = store.threads();
-        let in_flight_max = jobs_in_flight_max(threads);
+        let (threads, share) = (store.threads(), store.share());
+        let uploads_max = pace::uploads(share.bytes);
+        let plan = Plan::of(share, uploads_max);
         let shared = Arc::new(Shared {
             store: store.for_task(),
             state: Mutex::new(State { known, known_in_part, ..State::default() }),
             changed: Condvar::new(),
-            uploads: Arc::new(Semaphore::new(UPLOADS_MAX)),
+            uploads: Arc::new(Semaphore::new(uploads_max)),
+            uploads_max,
+            upload_limit: OnceLock::new(),
             progress: Arc::default(),
-            in_flight_max,
+            threads_max: AtomicUsize::new(plan.threads),
+            in_flight_max: AtomicUsize::new(plan.in_flight_max),
+            batches: AtomicU64::new(0),
             condemned: Arc::new(condemned),
             packs_here: Arc::new(store.local_packs()),
             trials: Trials::default(),
             stays: AtomicBool::new(true),
         });
-        let (jobs, queue) = crossbeam_channel::bounded(in_flight_max);
+        // However much may be in flight later.
+        let jobs_max = pace::BUFFERS_BYTES_MAX / BATCH_BYTES_MAX;
+        let (jobs, queue) = crossbeam_channel::bounded(jobs_max);
         let mut writer = CapsuleWriter {
             store: store.clone(),
             parent: parent.map(Parent::new),
@@ -475,10 +489,11 @@ impl CapsuleWriter {
             pending: PendingPages::default(),
             streams: BTreeMap::new(),
         };
-        for _ in 0..threads {
+        for number in 0..threads {
             let (shared, queue) = (writer.shared.clone(), queue.clone());
             let worker = std::thread::Builder::new().name("samara-compress".into());
-            let worker = worker.spawn(move || shared.work(&queue)).map_err(WriteError::Thread)?;
+            let worker = worker.spawn(move || shared.work(number, &queue));
+            let worker = worker.map_err(WriteError::Thread)?;
             writer.workers.push(worker);
         }
         Ok(writer)
@@ -487,6 +502,11 @@ impl CapsuleWriter {
     /// How far the writer is.
     pub fn progress(&self) -> Arc<Progress> {
         self.shared.progress.clone()
+    }
+
+    /// A hold on how much of the node the writer takes.
+    pub fn pace(&self) -> Pace {
+        Pace(self.shared.clone())
     }
 
     /// What is captured will not be captured again on this node: nothing is kept here for a next capsule.
@@ -646,8 +666,8 @@ impl CapsuleWriter {
     }
 
     fn submit(&mut self, work: Work) -> Result<(), WriteError> {
-        let full = self.shared.in_flight_max;
-        self.shared.wait(|state| state.in_flight < full)?.in_flight += 1;
+        let full = &self.shared.in_flight_max;
+        self.shared.wait(|state| state.in_flight < full.load(Relaxed))?.in_flight += 1;
         let sequence = self.next_sequence;
         self.next_sequence += 1;
         let jobs = self.jobs.as_ref().expect("the queue is there until the writer is dropped");
@@ -690,7 +710,7 @@ impl CapsuleWriter {
         }
         self.pending.bytes.extend_from_slice(&bytes);
         self.pending.parts.push(part);
-        self.shared.lock().recycle(bytes, self.shared.in_flight_max);
+        self.shared.lock().recycle(bytes, self.shared.in_flight_max.load(Relaxed));
         Ok(())
     }
 
@@ -877,15 +897,6 @@ fn take_buffer(shared: &Shared) -> Vec<u8> {
     recycled.unwrap_or_else(|| Vec::with_capacity(BATCH_BYTES_MAX))
 }
 
-/// How many jobs may wait or be worked on, of at most [`BATCH_BYTES_MAX`] each.
-fn jobs_in_flight_max(threads: usize) -> usize {
-    // Each worker may hold a full pack until there is room to upload it.
-    let packs_bytes = (UPLOADS_MAX + threads) * PACK_BYTES;
-    let backlog = BUFFERS_BYTES_MAX.saturating_sub(packs_bytes) / BATCH_BYTES_MAX;
-    // At least enough for every worker to have a job and the next one; with many workers the next ones are shared.
-    (threads + threads.min(6) + 2).max(backlog)
-}
-
 impl Sink for CapsuleWriter {
     fn buffer(&mut self) -> Vec<u8> {
         take_buffer(&self.shared)
@@ -977,6 +988,8 @@ impl Sink for CapsuleWriter {
 impl Drop for CapsuleWriter {
     fn drop(&mut self) {
         self.jobs = None;
+        self.shared.lock().closed = true;
+        self.shared.changed.notify_all();
         // Workers that wait for room to upload, and uploads that wait for a place, end now.
         self.shared.uploads.close();
         for worker in self.workers.drain(..) {
@@ -990,7 +1003,7 @@ impl Drop for CapsuleWriter {
 type Sealed = (Purpose, Vec<u8>);
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         // A panic while the lock is held is noted as the writer's failure by the guard of the worker.
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
@@ -1018,17 +1031,39 @@ impl Shared {
         error
     }
 
-    fn work(self: Arc<Shared>, queue: &Receiver<Job>) {
-        /// Tells the others if this thread ends by a panic.
-        struct Guard(Arc<Shared>);
+    pub(crate) fn set_share(&self, share: Share) {
+        let Plan { threads, in_flight_max } = Plan::of(share, self.uploads_max);
+        // Whoever looks and then waits does both under the lock.
+        let state = self.lock();
+        self.threads_max.store(threads, Relaxed);
+        self.in_flight_max.store(in_flight_max, Relaxed);
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// Waits until so many threads and one more may compress, or none need any more.
+    fn wait_for_turn(&self, number: usize) {
+        let mut state = self.lock();
+        while number >= self.threads_max.load(Relaxed) && !state.closed {
+            state = self.changed.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner);
+        }
+    }
+
+    fn work(self: Arc<Shared>, number: usize, queue: &Receiver<Job>) {
+        /// Tells the others if this thread ends by a panic. The thread's number may be another's soon.
+        struct Guard(Arc<Shared>, i32);
         impl Drop for Guard {
             fn drop(&mut self) {
+                self.0.lock().thread_ids.retain(|id| *id != self.1);
                 if std::thread::panicking() {
                     self.0.fail(WriteError::Panicked);
                 }
             }
         }
-        let _guard = Guard(self.clone());
+        let id = rustix::thread::gettid().as_raw_nonzero().get();
+        self.lock().thread_ids.push(id);
+        let _guard = Guard(self.clone(), id);
+        self.wait_for_turn(number);
         let mut encoder = match PageEncoder::new() {
             Ok(encoder) => encoder,
             Err(error) => {
@@ -1040,6 +1075,7 @@ impl Shared {
             if self.lock().failed.is_some() {
                 continue;
             }
+            // A job that was taken is done: those after it wait for it.
             let result = match self.encode(&mut encoder, work) {
                 Ok(done) => self.place(sequence, done),
                 Err(error) => Err(error),
@@ -1047,6 +1083,7 @@ impl Shared {
             if let Err(error) = result {
                 self.fail(error);
             }
+            self.wait_for_turn(number);
         }
     }
 
@@ -1063,7 +1100,7 @@ impl Shared {
                 let done = Done::Pages { encoded, zeros };
                 let mut state = self.lock();
                 state.zero_pages += (pages_before - pages) as u64;
-                state.recycle(bytes, self.in_flight_max);
+                state.recycle(bytes, self.in_flight_max.load(Relaxed));
                 Ok(done)
             }
             Work::Stream { number, bytes, last } => {
@@ -1071,7 +1108,7 @@ impl Shared {
                 let mut state = self.lock();
                 state.parts.get_mut(number).expect("the part was numbered").raw_bytes +=
                     bytes.len() as u64;
-                state.recycle(bytes, self.in_flight_max);
+                state.recycle(bytes, self.in_flight_max.load(Relaxed));
                 Ok(Done::Stream { number, stored, last })
             }
         }
@@ -1079,6 +1116,7 @@ impl Shared {
 
     /// Puts a result, and those that waited for it, where they belong, and uploads what is complete by that.
     fn place(self: &Arc<Shared>, sequence: u64, done: Done) -> Result<(), WriteError> {
+        self.batches.fetch_add(1, Relaxed);
         let mut sealed = Vec::new();
         let mut placed = 0;
         {
@@ -1182,6 +1220,22 @@ impl Shared {
         Ok(())
     }
 
+    /// Before the call, which has its own bound. This wait has one too: what all writers of the node have in flight is bounded, and
+    /// goes at a rate.
+    async fn wait_for_bandwidth(&self, bytes: u64) -> Result<(), WriteError> {
+        let Some(limit) = self.upload_limit.get().cloned() else { return Ok(()) };
+        let noted = limit.clone();
+        let wait = tokio::task::spawn_blocking(move || noted.note(bytes));
+        let until = Instant::now() + wait.await.map_err(|_| WriteError::Panicked)?;
+        while !limit.is_lifted()
+            && let Some(left) = until.checked_duration_since(Instant::now())
+            && !self.uploads.is_closed()
+        {
+            tokio::time::sleep(left.min(LIFTED_WITHIN)).await;
+        }
+        Ok(())
+    }
+
     async fn upload_now(&self, purpose: Purpose, content: Vec<u8>) -> Result<(), WriteError> {
         let (condemned, packs_here) = (self.condemned.clone(), self.packs_here.clone());
         let is_kept = self.stays.load(Relaxed) && purpose.kind() == BlobKind::Pack;
@@ -1203,6 +1257,7 @@ impl Shared {
         let known = self.lock().known.get(&blob.digest) == Some(&blob.bytes);
         if !known {
             let content = self.lock().pack_buffers.lend(content);
+            self.wait_for_bandwidth(blob.bytes).await?;
             let begun = Instant::now();
             self.store.put(&blob_path(&blob.digest), content).await?;
             self.progress.add_upload(begun.elapsed());
@@ -1461,24 +1516,5 @@ impl Parent {
     fn new(capsule: CapsuleReader) -> Parent {
         let stream_blobs = capsule.manifest().streams.values().flatten().copied().collect();
         Parent { capsule, stream_blobs, packs: HashMap::new(), frames: HashMap::new() }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// What is promised for the whole process is 256 MiB; 32 of it are for compression, page maps, connections.
-    #[test]
-    fn buffers_leave_room_for_the_rest() {
-        for threads in 1..=16 {
-            let jobs = jobs_in_flight_max(threads);
-            assert!(
-                jobs > threads,
-                "{threads} threads: a worker without a job waits for its caller"
-            );
-            let bytes = jobs * BATCH_BYTES_MAX + (UPLOADS_MAX + threads) * PACK_BYTES;
-            assert!(bytes <= 224 << 20, "{threads} threads: {} MiB", bytes >> 20);
-        }
     }
 }

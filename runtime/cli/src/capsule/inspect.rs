@@ -170,6 +170,9 @@ fn course(report: &Report) -> String {
     let rows: Vec<_> = report.phases.iter().map(row).collect();
     let mut text = table(&["PHASE", "START ", "TOOK ", "RAW ", "UPLOADED "], &rows);
     let mut line = |name: &str, value: String| text += &format!("\n{name:<16} {value}");
+    if report.waited_us > 0 {
+        line("waited before", duration(report.waited_us));
+    }
     if let Some(pause_us) = report.pause_us {
         line("pause", duration(pause_us));
     }

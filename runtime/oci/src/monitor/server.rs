@@ -24,7 +24,7 @@ use crate::hand_over;
 use crate::periodic::Periodic;
 use crate::process::ProcessIdentity;
 use crate::protocol::{
-    Answer, Decoder, Failure, Message, MonitorStatus, Request, Versioned, WORKER_VERB,
+    Answer, Decoder, Failure, Message, MonitorStatus, Request, Versioned, WAITING, WORKER_VERB,
     WorkerReport, WorkerTask, encode, unversioned, versioned,
 };
 use crate::state_dir::StateDir;
@@ -186,6 +186,8 @@ struct Capture {
     /// Shut down when nobody wants the capture any more.
     stdin: UnixStream,
     wanted: bool,
+    /// Its worker waits for others of the node, and holds nothing yet.
+    waits: bool,
     /// The task, until the worker has read it, and what is handed over behind it.
     untold: Vec<u8>,
     handed: Vec<OwnedFd>,
@@ -265,8 +267,13 @@ impl Server {
             client.flush();
         }
         if let Some(capture) = &mut self.capture {
-            let wanted = capture.client == NOBODY
-                || self.clients.iter().any(|c| c.id == capture.client && !c.gone);
+            // One that has not begun is in vain if the container has ended; and a periodic one gives way to one that is asked for.
+            let begins = !capture.waits || self.ended.is_none();
+            let wanted = begins
+                && match capture.client {
+                    NOBODY => !capture.waits || self.queued.is_none(),
+                    client => self.clients.iter().any(|c| c.id == client && !c.gone),
+                };
             if !wanted || self.stopping {
                 capture.give_up();
             }
@@ -527,6 +534,7 @@ impl Server {
         for report in said {
             match report {
                 WorkerReport::Progress { progress } => {
+                    self.note_turn(progress == WAITING);
                     self.answer(client, &Answer::Progress { progress }, false);
                 }
                 WorkerReport::Done { result } => self.outcome(Answer::Done { result }),
@@ -534,6 +542,17 @@ impl Server {
                     self.outcome(Answer::Failed { error: Failure::Capture { message } });
                 }
             }
+        }
+    }
+
+    /// Notes whether the worker waits for others of the node. That is no time that saving takes.
+    fn note_turn(&mut self, waits: bool) {
+        let Some(capture) = &mut self.capture else { return };
+        if std::mem::replace(&mut capture.waits, waits)
+            && !waits
+            && let Some(due) = &mut self.periodic
+        {
+            due.began = Instant::now();
         }
     }
 
@@ -679,6 +698,7 @@ impl Capture {
             ended,
             stdin,
             wanted: true,
+            waits: false,
             untold,
             handed,
             stdout,

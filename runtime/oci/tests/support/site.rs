@@ -77,9 +77,14 @@ impl Site {
         self.disk.get_or_init(|| Disk::mount(&self.path(name), mib))
     }
 
-    /// Replaces the node's configuration.
+    /// Replaces the node's configuration. As a node of its own, it waits for no captures of other tests.
     pub(crate) fn configure(&self, text: &str) {
         let path = self.path("node.toml");
+        let mut text = text.to_owned();
+        if !text.contains("[capture]") {
+            let folder = self.path("turns").display().to_string();
+            text.push_str(&format!("\n[capture]\nfolder = \"{folder}\"\n"));
+        }
         std::fs::write(&path, text).unwrap();
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).unwrap();
     }

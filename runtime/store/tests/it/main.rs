@@ -9,6 +9,7 @@ mod injected;
 mod layout;
 mod log;
 mod manage;
+mod pace;
 mod round_trip;
 mod s3;
 mod sample;
