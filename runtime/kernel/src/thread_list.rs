@@ -199,12 +199,15 @@ mod tests {
             let tid = unsafe { libc::gettid() };
             tell.send(tid).expect("the test waits");
             ended.recv().expect("a word");
-            // SAFETY: takes numbers only; concerns this thread alone.
-            unsafe {
-                libc::prctl(libc::PR_SET_TIMERSLACK, 1234, 0, 0, 0);
-                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGUSR1, 0, 0, 0);
+            let changes = [
+                (libc::PR_SET_TIMERSLACK, 1234),
+                (libc::PR_SET_PDEATHSIG, libc::SIGUSR1.unsigned_abs().into()),
                 // Its own copy of the credentials.
-                libc::prctl(libc::PR_SET_SECUREBITS, 1 << 5, 0, 0, 0);
+                (libc::PR_SET_SECUREBITS, 1 << 5),
+            ];
+            for (change, value) in changes {
+                // SAFETY: takes numbers only; concerns this thread alone.
+                unsafe { libc::prctl(change, value as libc::c_ulong, 0, 0, 0) };
             }
             tell.send(tid).expect("the test waits");
             let _ = ended.recv();
