@@ -201,13 +201,13 @@ mod tests {
             ended.recv().expect("a word");
             let changes = [
                 (libc::PR_SET_TIMERSLACK, 1234),
-                (libc::PR_SET_PDEATHSIG, libc::SIGUSR1.unsigned_abs().into()),
+                (libc::PR_SET_PDEATHSIG, libc::SIGUSR1),
                 // Its own copy of the credentials.
                 (libc::PR_SET_SECUREBITS, 1 << 5),
             ];
             for (change, value) in changes {
                 // SAFETY: takes numbers only; concerns this thread alone.
-                unsafe { libc::prctl(change, value as libc::c_ulong, 0, 0, 0) };
+                unsafe { libc::prctl(change, libc::c_ulong::from(value.unsigned_abs()), 0, 0, 0) };
             }
             tell.send(tid).expect("the test waits");
             let _ = ended.recv();
