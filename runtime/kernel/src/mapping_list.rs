@@ -139,10 +139,18 @@ fn areas(program: &OwnedFd, pid: Pid) -> io::Result<Vec<Area>> {
     let mut file = bpf::iterate(program.as_fd(), pid)?;
     let mut bytes = vec![0; AT_ONCE];
     let mut filled = 0;
+    let start = |bytes: &[u8], at: usize| Area::of_bytes(bytes.get(at..)?).map(|area| area.start);
     loop {
+        let before = filled;
         match file.read(bytes.get_mut(filled..).unwrap_or_default())? {
             0 => break,
             count => filled += count,
+        }
+        // Where a list did not fit into the buffer that the kernel has for it (32 KiB), what comes after its end is the last part again
+        // (kernel/bpf/task_iter.c: `task_vma_seq_stop` does not note that it was the end).
+        if before > 0 && start(&bytes, before) <= start(&bytes, before - AREA_BYTES) {
+            filled = before;
+            break;
         }
         if filled == BYTES_MAX {
             return Err(io::ErrorKind::InvalidData.into());
@@ -319,6 +327,31 @@ mod tests {
             }
             assert_eq!(listed, expected);
         }
+    }
+
+    /// Without this, a process with many mappings would be looked at for half a second while it stands, and then in the slow way.
+    #[test]
+    fn a_list_ends_however_long_it_is() {
+        const PAGES: usize = 3000;
+        let list = MappingList::new().expect("Linux 6.1 or newer with BTF, where tests run");
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: a new mapping, which nothing else refers to.
+        let start = unsafe {
+            libc::mmap(std::ptr::null_mut(), PAGES * PAGE, libc::PROT_READ, flags, -1, 0)
+        };
+        assert_ne!(start, libc::MAP_FAILED);
+        for page in (0..PAGES).step_by(2) {
+            let page = start.wrapping_byte_add(page * PAGE);
+            // SAFETY: a page of the mapping above.
+            assert_eq!(unsafe { libc::mprotect(page, PAGE, libc::PROT_NONE) }, 0);
+        }
+        let own = Pid::try_from(std::process::id()).expect("a pid");
+        let range = start.addr() as u64..(start.addr() + PAGES * PAGE) as u64;
+        let areas = areas(&list.program, own).expect("a list");
+        let found = areas.iter().filter(|area| range.contains(&area.start)).count();
+        // SAFETY: the mapping above.
+        assert_eq!(unsafe { libc::munmap(start, PAGES * PAGE) }, 0);
+        assert_eq!(found, PAGES);
     }
 
     #[test]

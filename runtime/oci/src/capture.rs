@@ -536,12 +536,15 @@ fn work(task: &WorkerTask, lineage: &mut Lineage) -> Result<Summary, CheckpointE
         }
     };
     course.ended("look");
-    course.divide(&[
+    let mut parts = vec![
         ("stop", report.freeze),
         ("collect", report.collect),
         ("copy memory", report.copy.saturating_sub(report.fork)),
-        ("fork", report.fork),
-    ]);
+    ];
+    if report.forks > 0 {
+        parts.push(("fork", report.fork));
+    }
+    course.divide(&parts);
     (about.memory.copied, about.memory.unchanged) = (report.pages, report.unchanged_pages);
     (about.memory.forked, about.memory.forks) = (report.forked_pages, report.forks as u64);
     about.memory.way = report.way.to_string();

@@ -11,17 +11,20 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use std::collections::{BTreeMap, HashMap};
-use std::io::{BufRead as _, BufReader};
+use std::io::{self, BufRead as _, BufReader};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::{Mutex, MutexGuard, Once, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use samara_capsule::config::{Provenance, Requirements};
 use samara_capsule::digest::Digest;
 use samara_capsule::record::{Alive, Backing, Container, ProcessState};
-use samara_capsule::transfer::{PAGE_BYTES, Source, SpaceId};
+use samara_capsule::transfer::{
+    BaseId, PAGE_BYTES, PageBatch, PageRun, SegmentId, Sink, Source, SpaceId, StoredSegment,
+    StreamName,
+};
 use samara_engine::capture::{CaptureError, CaptureRequest, Captured, capture};
 use samara_engine::phase::{self, Phase};
 use samara_engine::snapshot::SnapshotRequest;
@@ -302,14 +305,18 @@ fn look_at(pid: i32, alive: &Alive) -> Process {
     process
 }
 
+/// Tells what was passed of a page: of which space, its number, how it is stored, how it was.
+type Told<'a> = dyn Fn(u32, u64, &[u8], &[u8]) -> String + 'a;
+
 /// Compares what a capsule holds with what the processes had.
 fn compare(
     processes: &[(i32, Process)],
     container: &Container,
     reader: &CapsuleReader,
+    told: &Told<'_>,
 ) -> Result<(), String> {
     for (pid, process) in processes {
-        compare_memory(process, container, reader)
+        compare_memory(process, container, reader, told)
             .map_err(|error| format!("process {pid}: {error}"))?;
     }
     Ok(())
@@ -319,6 +326,7 @@ fn compare_memory(
     process: &Process,
     container: &Container,
     reader: &CapsuleReader,
+    told: &Told<'_>,
 ) -> Result<(), String> {
     let zeros = vec![0; PAGE_BYTES];
     let mut objects = HashMap::new();
@@ -350,7 +358,8 @@ fn compare_memory(
         };
         let (found, there) = (process.at_rest(*number, &found), process.at_rest(*number, content));
         if found != there && !was_dropped(*number, &found, &there) {
-            return Err(format!("{place} differs: {}", difference(&found, &there)));
+            let told = told(process.space, *number, &found, &there);
+            return Err(format!("{place} differs: {}; {told}", difference(&found, &there)));
         }
     }
     let mut others = stored.into_iter().filter(|(_, content)| *content != zeros);
@@ -388,6 +397,131 @@ fn difference(found: &[u8], there: &[u8]) -> String {
     )
 }
 
+/// A writer, and what it was passed: so that a page that comes back wrong tells who is to blame.
+struct Recording {
+    writer: CapsuleWriter,
+    /// By space and page: the content, or of which base it is to be what that has.
+    passed: HashMap<(SpaceId, u64), Passed>,
+    /// By base and page, the last one.
+    drafts: HashMap<(BaseId, u64), Digest>,
+}
+
+#[derive(Clone, Copy)]
+enum Passed {
+    Content(Digest),
+    Unchanged(BaseId),
+}
+
+impl Recording {
+    fn note(&mut self, batch: &PageBatch) {
+        let mut contents = batch.bytes.chunks_exact(PAGE_BYTES);
+        for page in batch.runs.iter().flat_map(|run| run.first..run.first + run.count) {
+            let content = Passed::Content(Digest::of(contents.next().unwrap()));
+            self.passed.extend(batch.spaces.iter().map(|space| ((*space, page), content)));
+        }
+    }
+
+    /// What was passed of a page that is stored like this, and was like that.
+    fn told(
+        passed: &HashMap<(SpaceId, u64), Passed>,
+        drafts: &HashMap<(BaseId, u64), Digest>,
+        space: u32,
+        page: u64,
+        found: &[u8],
+        there: &[u8],
+    ) -> String {
+        let which = |digest: Digest| match digest {
+            digest if digest == Digest::of(there) => "what was there",
+            digest if digest == Digest::of(found) => "what is stored",
+            _ => "something else",
+        };
+        match passed.get(&(SpaceId(space), page)) {
+            None => "nothing was passed".to_owned(),
+            Some(Passed::Content(digest)) => format!("passed: {}", which(*digest)),
+            Some(Passed::Unchanged(base)) => match drafts.get(&(*base, page)) {
+                None => "unchanged, and no draft of it".to_owned(),
+                Some(digest) => format!("unchanged, drafted: {}", which(*digest)),
+            },
+        }
+    }
+}
+
+impl Sink for Recording {
+    fn buffer(&mut self) -> Vec<u8> {
+        self.writer.buffer()
+    }
+
+    fn pages(&mut self, batch: PageBatch) -> io::Result<()> {
+        self.note(&batch);
+        self.writer.pages(batch)
+    }
+
+    fn exact_pages(&mut self, batch: PageBatch) -> io::Result<()> {
+        self.note(&batch);
+        self.writer.exact_pages(batch)
+    }
+
+    fn base(&mut self, parent: Option<SpaceId>) -> io::Result<BaseId> {
+        Sink::base(&mut self.writer, parent)
+    }
+
+    fn earlier(&mut self, space: SpaceId, base: BaseId) {
+        self.writer.earlier(space, base);
+    }
+
+    fn draft(
+        &mut self,
+        base: BaseId,
+        exact: bool,
+        runs: Vec<PageRun>,
+        bytes: Vec<u8>,
+    ) -> io::Result<()> {
+        let mut contents = bytes.chunks_exact(PAGE_BYTES);
+        for page in runs.iter().flat_map(|run| run.first..run.first + run.count) {
+            self.drafts.insert((base, page), Digest::of(contents.next().unwrap()));
+        }
+        self.writer.draft(base, exact, runs, bytes)
+    }
+
+    fn unchanged(
+        &mut self,
+        spaces: &Arc<[SpaceId]>,
+        base: BaseId,
+        run: PageRun,
+        exact: bool,
+    ) -> io::Result<()> {
+        for page in run.first..run.first + run.count {
+            let unchanged = Passed::Unchanged(base);
+            self.passed.extend(spaces.iter().map(|space| ((*space, page), unchanged)));
+        }
+        self.writer.unchanged(spaces, base, run, exact)
+    }
+
+    fn room(&self) -> u64 {
+        self.writer.room()
+    }
+
+    fn settle(&mut self) -> io::Result<()> {
+        self.writer.settle()
+    }
+
+    fn append(&mut self, stream: &StreamName, bytes: &[u8]) -> io::Result<()> {
+        self.writer.append(stream, bytes)
+    }
+
+    fn segment(&mut self, parts: Vec<Vec<u8>>) -> io::Result<SegmentId> {
+        self.writer.segment(parts)
+    }
+
+    fn stored_segment(&mut self, stored: &StoredSegment) -> io::Result<Option<SegmentId>> {
+        self.writer.stored_segment(stored)
+    }
+
+    fn place(&mut self, stream: &StreamName, segment: SegmentId) -> io::Result<()> {
+        self.writer.place(stream, segment)
+    }
+}
+
 /// Makes one capsule after the other.
 struct Saving<'a> {
     program: &'a Program,
@@ -420,13 +554,15 @@ impl Saving<'_> {
         let (notes, trackers) = std::mem::take(&mut self.tracking).into_parts(usize::MAX);
         self.tracking = Tracking::from_parts(notes, trackers);
         self.tracking.begin(self.last.is_some(), true);
-        let mut writer = match self.last {
+        let writer = match self.last {
             Some(last) => {
                 CapsuleWriter::after(CapsuleReader::open_digest(&self.store, last).unwrap())
             }
             None => CapsuleWriter::new(&self.store),
         }
         .unwrap();
+        let (passed, drafts) = (HashMap::new(), HashMap::new());
+        let mut writer = Recording { writer, passed, drafts };
         let said = |error: &dyn std::error::Error| {
             let mut text = error.to_string();
             let mut source = error.source();
@@ -469,12 +605,16 @@ impl Saving<'_> {
                 requirements: Requirements::default(),
                 report: None,
             };
+            let Recording { writer, passed, drafts } = writer;
             let committed = writer.commit(&mut self.lease, b"", facts).map_err(|e| said(&e))?;
             self.found.differences += committed.new_frames.delta.pages;
             self.tracking.committed();
             self.last = Some(committed.capsule.digest);
             let reader = CapsuleReader::open(&self.store, &committed.capsule).unwrap();
-            compare(&there, &container, &reader)?;
+            let told = |space: u32, page: u64, found: &[u8], there: &[u8]| {
+                Recording::told(&passed, &drafts, space, page, found, there)
+            };
+            compare(&there, &container, &reader, &told)?;
         }
         match frozen {
             Some(frozen) => frozen.thaw().map_err(|error| said(&error)),
