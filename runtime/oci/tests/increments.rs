@@ -118,6 +118,8 @@ struct Freed {
     contents: BTreeMap<(i32, u64), Vec<u8>>,
     /// How many the kernel had taken away when they were compared.
     dropped: u64,
+    /// For how long each thread had run when all had been copied, in nanoseconds.
+    ran: BTreeMap<String, u64>,
 }
 
 static FREED: Mutex<Option<Freed>> = Mutex::new(None);
@@ -160,11 +162,28 @@ fn stands(reached: Phase) {
             freed.contents.extend(pages.into_iter().map(|(page, bytes)| ((*pid, page), bytes)));
         }
     }
+    if reached == Phase::Copied {
+        freed.ran = run_times(processes.values().copied());
+    }
     if Some(reached) == dropping {
         for pid in processes.values() {
             run(*pid, "lazy");
         }
     }
+}
+
+/// For how long each thread has run, in nanoseconds (Documentation/scheduler/sched-stats.rst).
+fn run_times(pids: impl Iterator<Item = i32>) -> BTreeMap<String, u64> {
+    let mut times = BTreeMap::new();
+    for pid in pids {
+        for thread in std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten()
+        {
+            let statistics = std::fs::read_to_string(thread.path().join("schedstat"));
+            let time = statistics.ok().and_then(|text| text.split(' ').next()?.parse().ok());
+            times.extend(time.map(|time| (thread.path().display().to_string(), time)));
+        }
+    }
+    times
 }
 
 /// Pages that the kernel may take away at any moment, with their content (admin-guide/mm/pagemap.rst).
@@ -615,6 +634,15 @@ impl Saving<'_> {
                 Recording::told(&passed, &drafts, space, page, found, there)
             };
             compare(&there, &container, &reader, &told)?;
+        }
+        if frozen.is_some() {
+            let now = run_times(processes_of(self.program.init).into_values());
+            let freed = freed();
+            let before = &freed.as_ref().unwrap().ran;
+            let mut ran = now.iter().filter(|(thread, time)| before.get(*thread) != Some(time));
+            if let Some((thread, time)) = ran.next().filter(|_| !before.is_empty()) {
+                return Err(format!("{thread} ran while it stood: {time} ns, {before:?}"));
+            }
         }
         match frozen {
             Some(frozen) => frozen.thaw().map_err(|error| said(&error)),
