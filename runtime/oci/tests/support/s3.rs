@@ -210,7 +210,10 @@ impl Shared {
             "PUT" => self.put(&file, body, request.header("if-none-match").is_some()),
             "GET" if request.query.contains("list-type=2") => self.list(request),
             "GET" | "HEAD" => match std::fs::read(&file) {
-                Ok(content) => Answer::object(content),
+                Ok(content) => match request.range(content.len()) {
+                    Some(range) => Answer::part(&content, range),
+                    None => Answer::object(content),
+                },
                 Err(_) => Answer::error(404, "NoSuchKey"),
             },
             _ => Answer::error(501, "NotImplemented"),
@@ -293,6 +296,13 @@ impl Request {
         Ok(Some(request))
     }
 
+    /// The bytes that are asked for, of an object of so many; none where all are.
+    fn range(&self, bytes: usize) -> Option<std::ops::Range<usize>> {
+        let (first, last) = self.header("range")?.strip_prefix("bytes=")?.split_once('-')?;
+        let end = last.parse().map_or(bytes, |last: usize| bytes.min(last + 1));
+        Some(first.parse().ok().filter(|first| *first < end)?..end)
+    }
+
     fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
     }
@@ -324,6 +334,14 @@ fn decoded(text: &str) -> String {
 }
 
 impl Answer {
+    fn part(content: &[u8], range: std::ops::Range<usize>) -> Answer {
+        let place = format!("bytes {}-{}/{}", range.start, range.end - 1, content.len());
+        let object = Answer::object(content.to_vec());
+        let mut headers = object.headers;
+        headers.push(("Content-Range", place));
+        Answer { status: 206, headers, body: content[range].to_vec() }
+    }
+
     fn object(content: Vec<u8>) -> Answer {
         let headers = vec![
             ("ETag", etag(&content)),
