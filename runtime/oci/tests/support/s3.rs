@@ -99,7 +99,7 @@ impl Server {
     /// The configuration of a node whose calls end after a second.
     pub(crate) fn configuration(&self) -> String {
         format!(
-            "[store]\nallowed_prefixes = [\"s3://capsules/\"]\ntimeout_seconds = 1\n[store.s3]\nendpoint = \"http://{}\"\n\
+            "[store]\nallowed_prefixes = [\"s3://capsules/\"]\ntimeout_seconds = 2\n[store.s3]\nendpoint = \"http://{}\"\n\
              allow_http = true\naccess_key_id = \"key\"\nsecret_access_key = \"secret\"\n",
             self.address
         )
